@@ -1,0 +1,60 @@
+# make demo          environment, install, and the whole demo: runs/demo/report.html
+# make test          environment, install, and the whole suite
+# make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
+# make test-full     the long checks that `make test` leaves out
+# make lint          ruff
+# make install       the environment alone, in .venv/
+
+# The first of these that runs and is new enough; pyenv keeps versions that are not on the path.
+CANDIDATES := python3.11 python3.12 python3.13 python3 $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.1[1-9].*/bin/python)
+find = $(shell for p in $(CANDIDATES); do $$p -c "import sys; sys.exit(sys.version_info < $(1))" 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(call find,(3, 11))
+PYTHON_LATEST ?= $(call find,(3, 12))
+VENV := .venv
+LATEST := .venv-latest
+RUN := $(VENV)/bin/python
+PYTEST := -m pytest -q -n 2 --dist loadfile
+
+.PHONY: install test test-latest test-full lint demo clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --upgrade pip
+	$(RUN) -m pip install -q -e ".[video]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) -m pip install -q -e ".[video,test]"
+	touch $@
+
+test: $(VENV)/.installed-test lint
+	$(RUN) $(PYTEST)
+
+test-full: $(VENV)/.installed-test
+	$(RUN) $(PYTEST) -m "slow or not slow"
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test-latest: $(LATEST)/.installed
+	$(LATEST)/bin/python $(PYTEST)
+
+$(LATEST)/.installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON_LATEST)" || { echo "no Python 3.12 or later found: make PYTHON_LATEST=/path/to/python"; exit 1; }
+	$(PYTHON_LATEST) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install -q --upgrade pip
+	$(LATEST)/bin/python -m pip install -q -e ".[video,test]"
+	touch $@
+
+demo: $(VENV)/.installed
+	test -e data/demo || $(RUN) -m prophy_jax.prepare --config=configs/wan.py:demo
+	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo_backbone --workdir=runs/demo_backbone
+	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo --workdir=runs/demo
+	$(RUN) -m prophy_jax.evaluate --config=configs/wan.py:demo --workdir=runs/demo
+
+clean:
+	rm -rf data/demo runs/demo runs/demo_backbone

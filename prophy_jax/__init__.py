@@ -1,0 +1,3 @@
+"""ProPhy in JAX: physics-aware video diffusion (a physical branch beside a frozen video DiT)."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,164 @@
+"""Orbax behind one small file: training checkpoints that resume, and parameter trees on disk.
+
+A training checkpoint holds the train state (trainable parameters, EMA, optimizer, step), the position of
+the data iterator and the configuration. The frozen backbone is not copied into it: the configuration
+names it, and its hash is checked.
+
+A parameter tree is a folder with an Orbax tree and `manifest.json` (hash, shapes, where it came from).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import grain.checkpoint
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from prophy_jax.errors import UserError
+
+
+class TrainCheckpoints:
+    """Asynchronous, atomic checkpoints under WORKDIR/checkpoints, one folder per step."""
+
+    def __init__(self, workdir: str, keep: int):
+        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_names=("state", "data", "config"),
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: Any, config: Mapping[str, Any]) -> None:
+        """Starts a save; it appears under its final name when it is whole."""
+        if step == self.latest():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(data),
+                config=ocp.args.JsonSave(dict(config)),
+            ),
+        )
+
+    def restore(self, step: int, state: Any, data: Any) -> Any:
+        """The state of `step`, laid out like the abstract `state` (shapes, dtypes, shardings).
+
+        `data`, a Grain iterator, is set to where it was. Raises UserError on another shape or dtype.
+        """
+        folder = os.path.join(self.folder, str(step))
+        check_shapes(_saved_shapes(os.path.join(folder, "state")), state, folder)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(state),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+        return restored["state"]
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+    """Leaves by path, with the same spelling for dicts, tuples, named tuples and dataclasses."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(folder).item_metadata.tree
+        except (FileNotFoundError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
+    return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
+
+
+def check_shapes(
+    saved: Mapping[str, tuple[tuple[int, ...], str]], wanted: Any, where: str, dtypes: bool = True
+) -> None:
+    """Raises one UserError that names every missing, unknown and mis-shaped parameter of `where`."""
+    wanted = {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(wanted).items()}
+    faults = [f"missing {path}" for path in sorted(wanted.keys() - saved.keys())]
+    faults += [f"unknown {path}" for path in sorted(saved.keys() - wanted.keys())]
+    for path in sorted(wanted.keys() & saved.keys()):
+        if saved[path][0] != wanted[path][0] or (dtypes and saved[path][1] != wanted[path][1]):
+            faults.append(f"{path} is {saved[path]}, the configuration wants {wanted[path]}")
+    if faults:
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise UserError(
+            f"checkpoint {where} does not fit the configuration: {shown}. "
+            "Use the configuration it was made with, or another checkpoint"
+        )
+
+
+def tree_hash(params: Mapping[str, Any]) -> str:
+    """sha256 over paths, dtypes, shapes and bytes of a tree of arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
+        array = np.asarray(leaf)
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Writes a parameter tree and its manifest; replaces an earlier one at the end. Returns the hash."""
+    folder = os.path.abspath(folder)
+    temporary = folder + ".writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(os.path.join(temporary, "tree"), params)
+    manifest = {
+        **about,
+        "sha256": tree_hash(params),
+        "shapes": {
+            path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flatten_dict(params, sep="/").items()
+        },
+    }
+    with open(os.path.join(temporary, "manifest.json"), "w") as file:
+        json.dump(manifest, file, indent=1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+    return manifest["sha256"]
+
+
+def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
+    """The manifest of a parameter tree. Raises UserError with `remedy` when there is none."""
+    path = os.path.join(folder, "manifest.json")
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {folder}: {remedy}")
+    with open(path) as file:
+        return json.load(file)
+
+
+def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
+    """Reads a parameter tree laid out like `wanted` (a tree of ShapeDtypeStructs, with shardings if any).
+
+    Values are cast to the wanted dtypes. Raises UserError when the folder is missing or does not fit.
+    """
+    manifest = read_manifest(folder, remedy)
+    saved = {path: (tuple(shape), dtype) for path, (shape, dtype) in manifest["shapes"].items()}
+    check_shapes(saved, wanted, folder, dtypes=False)
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(os.path.join(os.path.abspath(folder), "tree"), wanted)
+    return unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
+
+
+def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an array: what a restore needs to know."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,0 +1,46 @@
+"""How every command reads its configuration and answers bad input: one line on stderr, exit status 1."""
+
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from prophy_jax.errors import UserError, one_line_errors
+
+HELP = ("--help", "-h", "-help", "--helpfull")
+
+
+def run(main: Callable[[ConfigDict], None], description: str) -> None:
+    """Parses `--config=FILE.py[:variant]` and `--config.KEY=VALUE` overrides, then calls main(config).
+
+    A command defines its own further absl flags before it calls this.
+    """
+    config_flags.DEFINE_config_file("config", None, "The run: file.py[:variant].", lock_config=True)
+    if set(HELP) & set(sys.argv[1:]):
+        print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        return
+    with one_line_errors():
+        main(_parse())
+
+
+def _parse() -> ConfigDict:
+    try:
+        arguments = flags.FLAGS(sys.argv)[1:]
+        config = flags.FLAGS.config
+        if config is not None:
+            config.keys()  # a file that could not be read raises at its first use
+    except OSError as error:
+        path = next((word.split("=")[-1] for word in sys.argv if word.startswith("--config=")), "")
+        raise UserError(f"cannot read the configuration {path}: name a file.py[:variant]") from error
+    except (AttributeError, KeyError) as error:
+        key = str(error.args[0]).strip("\"'").splitlines()[0]
+        override = next((word for word in sys.argv if f".{key}" in word.split("=")[0]), key)
+        raise UserError(f"the configuration has no such key: {override}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{error}; see --help") from error
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
+    if config is None:
+        raise UserError("no configuration: name one with --config=configs/wan.py[:variant]")
+    return config

@@ -1,0 +1,1 @@
+"""A procedural physics sandbox: short clips with exact masks and state (docs/sandbox.md)."""

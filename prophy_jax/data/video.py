@@ -1,0 +1,215 @@
+"""Video files in and out, through PyAV (FFmpeg in a wheel; the optional extra "video").
+
+Decoding streams: `read_clip` keeps only the frames it returns and stops at the last one it needs.
+
+Legend: F frames, H W pixels. Frames are uint8 RGB (F,H,W,3), upright (rotation metadata applied),
+whatever the bit depth and the chroma format of the file. Rates are frames per second.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prophy_jax.errors import UserError
+
+
+def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """Decodes a whole file into memory.
+
+    Returns:
+        Frames uint8 (F,H,W,3) and the average frame rate.
+
+    Raises:
+        UserError: no such file, not a video, no video stream, no frames, damaged or cut short. Only
+            formats with an index, such as MP4, show a clean cut; a cut Matroska file gives the
+            frames it still holds.
+    """
+    with _open_video(path) as (rate, frames):
+        decoded = [_to_rgb(frame) for _, frame in frames]
+        if not decoded:
+            raise UserError(f"{path}: the video holds no frames")
+        return np.stack(decoded), float(rate)
+
+
+def sample_frames(frames: np.ndarray, fps: float, num_frames: int, target_fps: float) -> np.ndarray:
+    """Selects frames (num_frames,H,W,3) at a new rate, from the first frame on, by nearest time.
+
+    Frame k of the result is source frame floor(k fps / target_fps + 1/2), of two equally near ones
+    the later. A target rate above the source's repeats frames.
+
+    Raises:
+        UserError: the source is too short; nothing is padded.
+    """
+    index = np.floor(np.arange(num_frames) * fps / target_fps + 0.5).astype(int)
+    if index[-1] >= len(frames):
+        raise UserError(
+            f"a clip of {num_frames} frames at {target_fps:g} fps needs {index[-1] + 1} frames "
+            f"of a {fps:g} fps video, found {len(frames)}"
+        )
+    return frames[index]
+
+
+def center_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes (F,H,W,3) to cover (height, width) at its own aspect ratio, and crops the centre.
+
+    Both happen in one antialiased pass of Pillow's bicubic filter over the largest centred window
+    of the target's aspect ratio.
+
+    Returns:
+        uint8 (F,height,width,3).
+    """
+    source_height, source_width = frames.shape[1:3]
+    scale = min(source_height / height, source_width / width)  # source pixels per target pixel
+    left = (source_width - scale * width) / 2
+    top = (source_height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    resized = [
+        np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box))
+        for frame in frames
+    ]
+    return np.stack(resized)
+
+
+def read_clip(
+    path: str | os.PathLike, num_frames: int, target_fps: float, height: int, width: int
+) -> np.ndarray:
+    """Reads the first num_frames at target_fps, cropped and resized; decodes no more than it needs.
+
+    At a constant frame rate the same as `read_video`, `sample_frames`, `center_crop_resize`; at a
+    varying one the frames are chosen by their presentation times.
+
+    Returns:
+        uint8 (num_frames,height,width,3).
+
+    Raises:
+        UserError: as `read_video` and `sample_frames`, always naming the file.
+    """
+    wanted = [Fraction(k) / Fraction(target_fps) for k in range(num_frames)]  # seconds
+    clip: list[np.ndarray] = []
+    with _open_video(path) as (rate, frames):
+        last_time, last_frame, found = None, None, 0
+        for time, frame in frames:
+            found += 1
+            while len(clip) < num_frames and wanted[len(clip)] <= time:
+                target = wanted[len(clip)]
+                earlier = last_frame is not None and target - last_time < time - target
+                clip.append(_prepare(last_frame if earlier else frame, height, width))
+            last_time, last_frame = time, frame
+            if len(clip) == num_frames:
+                return np.stack(clip)
+        # Past the last frame, it stays the nearest for half a frame.
+        while len(clip) < num_frames and found and wanted[len(clip)] - last_time < 1 / (2 * rate):
+            clip.append(_prepare(last_frame, height, width))
+    if len(clip) < num_frames:
+        raise UserError(
+            f"{path}: too short: {num_frames} frames at {target_fps:g} fps needed, "
+            f"{len(clip)} found ({found} frames at {float(rate):g} fps)"
+        )
+    return np.stack(clip)
+
+
+def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
+    """Writes uint8 RGB frames (F,H,W,3) as H.264 (yuv420p, BT.709, visually lossless).
+
+    yuv420p needs even sizes: an odd height or width is padded by repeating its last row or column.
+    The file appears under its name only when it is complete, replacing an older one.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: frames of another shape or dtype, or none.
+    """
+    av = _import_av()
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"frames must be uint8 (F,H,W,3), got {frames.dtype} {frames.shape}")
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # "faststart" puts the index first, so that a browser can play before it has all.
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 30000/1001
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+            stream.height, stream.width, stream.pix_fmt = (
+                frames.shape[1],
+                frames.shape[2],
+                "yuv420p",
+            )
+            _tag_bt709(stream.codec_context)
+            for array in frames:
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _tag_bt709(context) -> None:
+    """Labels a codec context BT.709 with limited range; untagged files are guessed by size."""
+    context.colorspace = context.color_primaries = context.color_trc = 1
+    context.color_range = 1
+
+
+def _import_av():
+    try:
+        import av
+    except ImportError as error:
+        raise UserError('reading and writing video needs PyAV: pip install "prophy_jax[video]"') from error
+    return av
+
+
+@contextlib.contextmanager
+def _open_video(path: str | os.PathLike) -> Iterator[tuple[Fraction, Iterator]]:
+    """Yields the average rate and an iterator of (seconds after the first frame, PyAV frame)."""
+    av = _import_av()
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such video file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: the file has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise UserError(f"{path}: the video holds no frames or no frame rate")
+            yield rate, _frames(path, container, stream, rate)
+    except av.error.FFmpegError as error:
+        raise UserError(
+            f"{path}: cannot be decoded; it is empty, damaged, cut short or not a video ({error.strerror})"
+        ) from error
+
+
+def _frames(path: str | os.PathLike, container, stream, rate: Fraction) -> Iterator:
+    """Pairs each frame with its exact time; a raw stream without times counts frames instead."""
+    start = None
+    for index, frame in enumerate(container.decode(stream)):
+        if frame.pts is None:
+            yield index / rate, frame
+            continue
+        time = frame.pts * frame.time_base
+        start = time if start is None else start
+        yield time - start, frame
+    # FFmpeg often ends a shortened file without an error, but its index still points past the end.
+    size = os.path.getsize(path)
+    if any(entry.pos + entry.size > size for entry in stream.index_entries):
+        raise UserError(f"{path}: the video is cut short: its index goes on after the file ends")
+
+
+def _to_rgb(frame) -> np.ndarray:
+    """uint8 (H,W,3), upright. FFmpeg gives the rotation counterclockwise, as np.rot90 takes it."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _prepare(frame, height: int, width: int) -> np.ndarray:
+    return center_crop_resize(_to_rgb(frame)[None], height, width)[0]

@@ -1,0 +1,278 @@
+"""Samplers for flow matching: UniPC, DPM-Solver++ (2M) and Euler as tables of one linear update.
+
+Every solver here is linear in the current state and the last predictions of the clean sample, with
+coefficients that depend on the noise levels alone. They are computed once, on the host, in float64;
+what runs on the device is one step, the same for every solver:
+
+    m      = d0 x + d1 v(x, t)                         the clean sample predicted at x
+    x_c    = c0 x + c1 x_c' + c2 m + c3 m' + c4 m''    corrector
+    x_next = p0 x_c + p1 m + p2 m'                     predictor
+
+where ' marks the step before and '' the one before that.
+
+Sigmas are rounded to float32 before the coefficients are computed, as the reference implementations
+do: near sigma = 1 the rounding moves log((1-sigma)/sigma) by up to 1%.
+
+Legend: N solver steps, B batch; states are (B, ...), usually latents (B,T,h,w,16).
+Sources: UniPC (arXiv 2302.04867, variant B2, data prediction, order 2) and DPM-Solver++ (arXiv
+2211.01095); grids and timesteps of the Wan2.1 reference code, of diffusers and of DiffSynth-Studio.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prophy_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, shift_sigma
+from prophy_jax.errors import UserError
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B,...), t scalar) -> v (B,...)
+
+
+class Step(NamedTuple):
+    """What one step reads. All float32; with a leading N axis it is the whole table of a solver."""
+
+    timestep: Any  # () handed to the network, 0..1000
+    data: Any  # (2,) of x, v
+    corrector: Any  # (5,) of x, x_c', m, m', m''
+    predictor: Any  # (3,) of x_c, m, m'
+
+
+class State(NamedTuple):
+    """What one step passes on. All (B, ...) float32."""
+
+    x: jax.Array  # predicted state
+    corrected: jax.Array  # x_c' of the update
+    data1: jax.Array  # m'
+    data2: jax.Array  # m''
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solver:
+    """A noise schedule and its coefficients: a pytree, so equal N share one compiled program."""
+
+    sigmas: np.ndarray  # (N+1,) float32, falling, the last is 0
+    steps: Step  # leading axis N
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """(N,) float32, as handed to the network."""
+        return self.steps.timestep
+
+
+# ---- running a solver ----------------------------------------------------------------------------
+
+
+def start(noise: jax.Array) -> State:
+    """The state before the first step, from standard normal noise (B, ...)."""
+    x = jnp.asarray(noise, jnp.float32)
+    zeros = jnp.zeros_like(x)
+    return State(x, zeros, zeros, zeros)
+
+
+def step(row: Step, state: State, velocity: Velocity) -> State:
+    """One solver step.
+
+    To show progress, jit this and loop over the rows of `solver.steps` on the host:
+
+        advance = jax.jit(lambda params, row, state: step(row, state, partial(model, params)))
+        for i in range(solver.num_steps):
+            state = advance(params, jax.tree.map(lambda table: table[i], solver.steps), state)
+    """
+    x, corrected, data1, data2 = state
+    d, c, p = row.data, row.corrector, row.predictor
+    data = d[0] * x + d[1] * velocity(x, row.timestep).astype(jnp.float32)
+    corrected = c[0] * x + c[1] * corrected + c[2] * data + c[3] * data1 + c[4] * data2
+    return State(p[0] * corrected + p[1] * data + p[2] * data1, corrected, data, data1)
+
+
+def sample(solver: Solver, velocity: Velocity, noise: jax.Array) -> jax.Array:
+    """Integrates from noise to data with one network call per step, as one `lax.scan`.
+
+    Args:
+        solver: schedule and coefficients.
+        velocity: (x (B,...) float32, t float32 scalar) -> velocity (B,...).
+        noise: (B,...) standard normal.
+
+    Returns:
+        The clean sample (B,...) float32.
+    """
+
+    def body(state, row):
+        return step(row, state, velocity), None
+
+    steps = jax.tree.map(jnp.asarray, solver.steps)
+    return jax.lax.scan(body, start(noise), steps)[0].x
+
+
+def guided(
+    model: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    condition: Any,
+    unconditional: Any,
+    guidance: float,
+) -> Velocity:
+    """Classifier-free guidance, v_uncond + guidance (v_cond - v_uncond), in one call of 2B samples.
+
+    Args:
+        model: (x (B,...), t (B,) float32, condition) -> velocity (B,...).
+        condition: pytree of arrays with leading B, e.g. (text, text_mask).
+        unconditional: the same for the negative prompt. Wan encodes a negative or an empty prompt,
+            never zeros. Not read when guidance is 1 or below.
+        guidance: a Python number. At 1 or below the unconditional half is not computed and the
+            result is the conditional velocity.
+    """
+    if guidance <= 1:
+        return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]), condition)
+
+    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, condition)  # (2B, ...)
+
+    def velocity(x, t):
+        twice = model(jnp.concatenate([x, x]), jnp.broadcast_to(t, (2 * x.shape[0],)), both)
+        v_uncond, v_cond = jnp.split(twice.astype(jnp.float32), 2)
+        return v_uncond + guidance * (v_cond - v_uncond)
+
+    return velocity
+
+
+# ---- building a solver ---------------------------------------------------------------------------
+
+
+def solver(name: str, num_steps: int, shift: float) -> Solver:
+    """The solver that a command's flag names.
+
+    Raises:
+        UserError: unknown name, fewer than one step, or a shift that is not positive.
+    """
+    match name:
+        case "unipc":
+            return unipc(num_steps, shift)
+        case "unipc-diffusers":
+            return unipc(num_steps, shift, grid="diffusers")
+        case "dpm++":
+            return dpmpp_2m(num_steps, shift)
+        case "euler":
+            return euler(num_steps, shift)
+        case "euler-diffusers":
+            return euler(num_steps, shift, grid="diffusers")
+    raise UserError(
+        f"unknown solver {name!r}; choose one of unipc, unipc-diffusers, dpm++, euler, euler-diffusers"
+    )
+
+
+def unipc(num_steps: int, shift: float, grid: str = "official") -> Solver:
+    """UniPC of order 2, the sampler that Wan2.1 recommends.
+
+    Args:
+        num_steps: N, one network call each.
+        shift: factor of the shift map; Wan2.1 recommends 8 for 1.3B at 480p, 5 for 14B.
+        grid: "official" (Wan2.1 reference code, from 0.999 before the shift) or "diffusers"
+            (0.37 and later, starts one millionth below 1). The two end up to a few 1e-3 apart.
+    """
+    _check(num_steps, shift)
+    if grid == "official":
+        # The reference code holds its largest sigma in float32.
+        sigmas = shift_sigma(np.linspace(float(np.float32(0.999)), 0.0, num_steps + 1)[:-1], shift)
+    elif grid == "diffusers":
+        sigmas = shift_sigma(np.linspace(1.0, 0.001, num_steps + 1)[:-1], shift)
+        sigmas[0] -= 1e-6  # sigma = 1 has no finite log((1-sigma)/sigma)
+    else:
+        raise ValueError(f"unknown grid {grid!r}")
+    return _solver(sigmas, np.trunc(NUM_TRAIN_TIMESTEPS * sigmas), multistep=True, corrected=True)
+
+
+def dpmpp_2m(num_steps: int, shift: float) -> Solver:
+    """DPM-Solver++ (2M, midpoint, no noise added) on the grid of the Wan2.1 reference code."""
+    _check(num_steps, shift)
+    sigmas = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1)[:-1], shift)
+    return _solver(sigmas, np.trunc(NUM_TRAIN_TIMESTEPS * sigmas), multistep=True, corrected=False)
+
+
+def euler(num_steps: int, shift: float, grid: str = "linear") -> Solver:
+    """Euler's method. Unlike the other solvers it hands the network fractional timesteps.
+
+    Args:
+        num_steps: N, one network call each.
+        shift: factor of the shift map.
+        grid: "linear" (DiffSynth-Studio: evenly spaced from 1 to 0, then shifted) or "diffusers"
+            (its FlowMatchEuler scheduler, which shifts its smallest sigma a second time, so it ends
+            with a shorter last step).
+    """
+    _check(num_steps, shift)
+    if grid == "linear":
+        sigmas = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1)[:-1], shift)
+    elif grid == "diffusers":
+        smallest = shift_sigma(np.float32(1.0 / NUM_TRAIN_TIMESTEPS), np.float32(shift))
+        sigmas = shift_sigma(np.linspace(1.0, float(smallest), num_steps), shift)
+    else:
+        raise ValueError(f"unknown grid {grid!r}")
+    timesteps = NUM_TRAIN_TIMESTEPS * sigmas.astype(np.float32)
+    return _solver(sigmas, timesteps, multistep=False, corrected=False)
+
+
+def _check(num_steps: int, shift: float) -> None:
+    if num_steps < 1:
+        raise UserError(f"the number of solver steps must be at least 1, got {num_steps}")
+    if not 0 < shift < math.inf:
+        raise UserError(f"the shift must be a positive number, got {shift}")
+
+
+def _solver(sigmas: np.ndarray, timesteps: np.ndarray, multistep: bool, corrected: bool) -> Solver:
+    """Tables for sigmas (N,) without the final 0: of order 2 if `multistep`, else of order 1."""
+    sigmas = np.append(sigmas, 0.0).astype(np.float32)
+    if not np.all(np.diff(sigmas) < 0):
+        raise UserError(
+            f"{len(timesteps)} solver steps at this shift repeat a noise level in float32; "
+            "lower the steps or the shift"
+        )
+    s = sigmas.astype(np.float64)
+    n = len(timesteps)
+    with np.errstate(divide="ignore"):
+        lam = np.log1p(-s) - np.log(s)  # (N+1,) log of signal to noise; -inf at 1, +inf at 0
+
+    data = np.stack([np.ones(n), -s[:-1]], axis=1)  # (N,2) m = x - sigma v
+    corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (n, 1))  # (N,5) none
+    predictor = np.zeros((n, 3))
+    for i in range(n):
+        if corrected and i > 0:
+            corrector[i] = _corrector(s, lam, i)
+        predictor[i] = _predictor(s, lam, i, order=2 if multistep and 0 < i < n - 1 else 1)
+
+    tables = (timesteps, data, corrector, predictor)
+    return Solver(sigmas, Step(*(np.asarray(table, np.float32) for table in tables)))
+
+
+def _predictor(s: np.ndarray, lam: np.ndarray, i: int, order: int) -> tuple[float, float, float]:
+    """Weights of (x_c, m, m') in the step from sigma_i to sigma_{i+1}. Order 1 is Euler's step."""
+    keep = s[i + 1] / s[i]
+    # Weight of the difference m - m'. It is 0 where the previous sigma is 1, infinitely far away in
+    # lambda.
+    slope = (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1])) if order == 2 else 0.0
+    return keep, (1 - keep) * (1 + slope), -(1 - keep) * slope
+
+
+def _corrector(s: np.ndarray, lam: np.ndarray, i: int) -> tuple[float, float, float, float, float]:
+    """Weights of (x, x_c', m, m', m'') that redo the step to sigma_i now that m is known there."""
+    keep = s[i] / s[i - 1]
+    if i == 1:
+        new, old = 0.5, 0.0  # order 1: weights of m - m' and of m'' - m'
+    else:
+        # The two moment conditions of UniPC at the nodes r < 0 (the step before) and 1 (the end of
+        # this step).
+        h = lam[i] - lam[i - 1]
+        r = (lam[i - 2] - lam[i - 1]) / h
+        b = np.expm1(-h)  # B(h)
+        b1 = (-b / h - 1) / b
+        b2 = 2 * ((b / h + 1) / h - 0.5) / b
+        at_old = (b1 - b2) / (1 - r)
+        new, old = b1 - at_old, at_old / r
+    rest = 1 - keep
+    return 0.0, keep, rest * new, rest * (1 - new - old), rest * old

@@ -1,0 +1,19 @@
+"""The one exception that commands show to the user as a single line."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Bad input: the message names the file or setting and the remedy, on one line."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Wraps a command's body: a `UserError` becomes one line on stderr and exit status 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,163 @@
+"""What a configuration describes, built: mesh, model, objective and parameters.
+
+Shared by the commands that train, sample and measure.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from prophy_jax import checkpoints, losses, models, optim, parallel
+from prophy_jax.errors import UserError
+from prophy_jax.models.physics import BranchConfig, ProPhy
+
+# These may differ between the run that wrote a workdir and the run that resumes it.
+MAY_CHANGE = ("mesh", "log", "checkpoint", "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    model: ProPhy
+    objective: Any  # see prophy_jax.diffusion.flow
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Builds what `config` names, on all devices or those given.
+
+    Raises UserError on parts that do not fit together.
+    """
+    unknown = set(config.losses) - set(losses.COARSE) - set(losses.FINE)
+    if unknown:
+        known = losses.COARSE + losses.FINE
+        raise UserError(f"config.losses names {sorted(unknown)}; choose from {known}")
+    if config.batch_size % config.accumulation:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide into "
+            f"config.accumulation={config.accumulation} microbatches"
+        )
+    microbatch = config.batch_size // config.accumulation
+    mesh = parallel.make_mesh(config.mesh, microbatch, devices or jax.devices())
+    backbone = models.build(config.backbone)
+    backbone = dataclasses.replace(backbone, attention=parallel.over_context(backbone.attention, mesh))
+    branch = BranchConfig.from_dict(config.branch) if config.branch else None
+    for names, part in ((losses.COARSE, "semantic"), (losses.FINE, "refinement")):
+        listed = sorted(set(config.losses) & set(names))
+        if listed and not (branch and getattr(branch, part)):
+            raise UserError(f"config.losses lists {listed} but config.branch.{part} is absent")
+    objective = models.build(config.objective, package="prophy_jax.diffusion")
+    return Experiment(config, mesh, ProPhy(backbone, branch), objective)
+
+
+def abstract_params(experiment: Experiment) -> dict[str, Any]:
+    """Shape, dtype and place of every parameter: one description for init, restore and sampling.
+
+    Trainable parameters are fp32 and split over fsdp; frozen ones are `config.frozen_dtype` and whole on
+    every device: gathering them in every step would cost more than it saves.
+    """
+    config, model, mesh = experiment.config, experiment.model, experiment.mesh
+    shapes = {"backbone": jax.eval_shape(model.backbone.init, jax.random.key(0))}
+    if model.branch:
+        shapes["branch"] = jax.eval_shape(model.init_branch, jax.random.key(0), shapes["backbone"])
+    trainable, frozen = optim.split(shapes, config.optimizer.groups)
+
+    def describe(tree, dtype, shardings):
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
+            tree,
+            shardings,
+        )
+
+    whole = jax.tree.map(lambda _: parallel.replicated(mesh), frozen)
+    return optim.merge(
+        describe(trainable, "float32", parallel.shard_largest(trainable, mesh)),
+        describe(frozen, config.frozen_dtype, whole),
+    )
+
+
+def init_params(experiment: Experiment) -> tuple[Any, Any]:
+    """(trainable, frozen) parameters at step 0.
+
+    The backbone is read from `config.backbone_params`, or drawn at random when that is empty; the branch
+    starts from the backbone. Raises UserError when the backbone is missing or does not fit.
+    """
+    config, model = experiment.config, experiment.model
+    layout = abstract_params(experiment)
+    backbone_key, branch_key = jax.random.split(jax.random.key(config.seed))
+
+    def place(init, target, *args):
+        def cast(*args):
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), init(*args), target)
+
+        return jax.jit(cast, out_shardings=jax.tree.map(lambda like: like.sharding, target))(*args)
+
+    if config.backbone_params:
+        params = {
+            "backbone": checkpoints.load_params(
+                config.backbone_params, layout["backbone"], config.backbone_remedy
+            )
+        }
+    else:
+        params = {"backbone": place(model.backbone.init, layout["backbone"], backbone_key)}
+    if model.branch:
+        params["branch"] = place(model.init_branch, layout["branch"], branch_key, params["backbone"])
+    return optim.split(params, config.optimizer.groups)
+
+
+def load_params(
+    experiment: Experiment, checkpoint: str | None = None, branch: str | None = None
+) -> dict[str, Any]:
+    """Trained parameters, as the model takes them.
+
+    `checkpoint` is a folder of backbone parameters (default: `config.backbone_params`), `branch` one of
+    branch parameters, WORKDIR/branch of a finished run. Raises UserError when one is missing.
+    """
+    config, layout = experiment.config, abstract_params(experiment)
+    folders = {"backbone": (checkpoint or config.backbone_params, config.backbone_remedy)}
+    if experiment.model.branch:
+        folders["branch"] = (branch, "name WORKDIR/branch of a finished run of prophy_jax.train")
+    return {
+        part: checkpoints.load_params(folder or "(none)", layout[part], remedy)
+        for part, (folder, remedy) in folders.items()
+    }
+
+
+def config_as_json(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
+
+
+def claim_workdir(workdir: str, config: ConfigDict, references: Mapping[str, str]) -> None:
+    """Writes WORKDIR/config.json, or checks that it is of this configuration and frozen backbone.
+
+    Raises UserError when the folder belongs to something else; nothing is overwritten.
+    """
+    own = {"config": config_as_json(config), "references": dict(references)}
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            old = json.load(file)
+        different = [
+            f"{part}.{key} was {old[part].get(key)}, is {own[part].get(key)}"
+            for part in own
+            for key in sorted(old[part].keys() | own[part].keys())
+            if key not in MAY_CHANGE and old[part].get(key) != own[part].get(key)
+        ]
+        if different:
+            raise UserError(
+                f"{path} is of another configuration ({'; '.join(different)}): name another "
+                "--workdir, or the configuration it was made with"
+            )
+        return
+    os.makedirs(workdir, exist_ok=True)
+    if os.listdir(workdir):
+        raise UserError(f"{workdir} is not empty and holds no config.json: name another --workdir")
+    with open(path + ".tmp", "w") as file:
+        json.dump(own, file, indent=1)
+    os.replace(path + ".tmp", path)

@@ -1,0 +1,49 @@
+"""Training metrics as JSON lines, always, and as TensorBoard events."""
+
+import json
+import os
+from collections.abc import Mapping
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
+
+    A run that resumes at `first_step` drops the lines that a killed run wrote past its checkpoint, so that
+    every step stands once.
+    """
+
+    def __init__(self, workdir: str, first_step: int):
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        with open(self._path + ".tmp", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(self._path + ".tmp", self._path)
+        self._file = open(self._path, "a")
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+    """All whole lines of WORKDIR/metrics.jsonl; a line that a kill cut short is left out."""
+    path = os.path.join(workdir, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    lines = []
+    with open(path) as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return lines

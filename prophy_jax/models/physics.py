@@ -1,0 +1,278 @@
+"""ProPhy's physical branch beside a video DiT (ProPhy, CVPR 2026).
+
+    X~ = X + sum_e rho_s[e] B_e                 Semantic Expert Block: which physics the prompt implies
+    c_0 = embed(X~),  c_i = PB_i(c_{i-1})       Physical Blocks: copies of the backbone's own blocks
+    c_K = sum_{e in topk rho_r} rho_r[e] W_e c_K    Refinement Expert Block: which physics each token shows
+    x <- x + scale * exit_i(c_i)                added to the video stream after backbone block layers[i]
+
+The branch is written against the backbone's seam (embed -> blocks -> head on a `Stream`) and never reads
+the backbone's running state, so it sits beside any backbone that offers that seam. Every exit starts at
+zero: at step 0 the model is the backbone, bit for bit.
+
+B batch, T h w latent grid, N video tokens, L text length, D text width, C model width,
+E_s semantic experts, E_r refinement experts, E_a aligned categories, K physical blocks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from prophy_jax.errors import UserError
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticConfig:
+    """Semantic Expert Block. `basis_space` "latent": B_e is (T, h, w, 16), "token": (N, C)."""
+
+    basis_grid: tuple[int, int, int]  # (T, h, w) in latents, or the token grid for "token"
+    experts: int = 17
+    hidden: int = 512
+    basis_space: str = "latent"
+
+    def __post_init__(self):
+        if self.basis_space not in ("latent", "token"):
+            raise UserError(f'branch.semantic.basis_space={self.basis_space!r}: choose "latent" or "token"')
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinementConfig:
+    """Refinement Expert Block: `top_k` of `experts` linear experts per token."""
+
+    experts: int = 8
+    top_k: int = 2
+    categories: int = 17
+    align_hidden: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchConfig:
+    """Which parts the branch has; a part that is None does not exist.
+
+    layers: backbone blocks that are copied, and after which the copies' hints are added; ascending.
+    """
+
+    layers: tuple[int, ...]
+    semantic: SemanticConfig | None = None
+    refinement: RefinementConfig | None = None
+
+    def __post_init__(self):
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"branch.layers={self.layers}: list at least one block, ascending")
+
+    @classmethod
+    def from_dict(cls, spec: Mapping[str, Any]) -> "BranchConfig":
+        """From a configuration's nested dicts, in which an absent part is None or missing."""
+        semantic, refinement = spec.get("semantic"), spec.get("refinement")
+        return cls(
+            layers=tuple(spec["layers"]),
+            semantic=SemanticConfig(**semantic) if semantic else None,
+            refinement=RefinementConfig(**refinement) if refinement else None,
+        )
+
+
+@flax.struct.dataclass
+class Routing:
+    """What the routers decided; None where the branch lacks that part. All fp32."""
+
+    semantic_logits: jax.Array | None = None  # (B, E_s); rho_s is their softmax
+    refinement: jax.Array | None = None  # (B, N, E_r) rho_r, all experts, sums to 1
+    alignment: jax.Array | None = None  # (B, N, E_a) P'_r = MLP(rho_r)
+
+
+@flax.struct.dataclass
+class Output:
+    velocity: jax.Array  # (B, T, h, w, 16), the backbone's prediction
+    routing: Routing
+
+
+class SemanticRouter(nn.Module):
+    """Masked mean of the text -> MLP -> (B, E_s) logits, in fp32."""
+
+    config: SemanticConfig
+
+    @nn.compact
+    def __call__(self, text: jax.Array, text_mask: jax.Array) -> jax.Array:
+        mask = text_mask.astype(jnp.float32)[..., None]  # (B, L, 1)
+        pooled = (text.astype(jnp.float32) * mask).sum(1) / jnp.maximum(mask.sum(1), 1.0)
+        hidden = nn.gelu(nn.Dense(self.config.hidden, name="hidden")(pooled))
+        return nn.Dense(self.config.experts, name="logits")(hidden)
+
+
+class RefinementExperts(nn.Module):
+    """(B, N, C) tokens -> refined tokens, rho_r (B, N, E_r), P'_r (B, N, E_a).
+
+    Every expert is computed for every token and the unchosen ones are weighted by zero: for a few linear
+    experts that is one well-shaped matrix product. The weights are the chosen rho_r as they are, not
+    renormalised, as in the paper's equation. The router sees normalised tokens, in fp32.
+    """
+
+    config: RefinementConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        experts, width = self.config.experts, tokens.shape[-1]
+        normed = nn.LayerNorm(use_bias=False, use_scale=False, use_fast_variance=False, name="router_norm")(
+            tokens.astype(jnp.float32)
+        )
+        rho = jax.nn.softmax(nn.Dense(experts, name="router")(normed))  # (B, N, E_r)
+        weights = (rho * top_k_mask(rho, self.config.top_k)).astype(self.dtype)
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(batch_axis=0), (experts, width, width)
+        ).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (experts, width)).astype(self.dtype)
+        every = jnp.einsum("bnc,ecd->bned", tokens.astype(self.dtype), kernel) + bias
+        refined = jnp.einsum("bned,bne->bnd", every, weights)
+        hidden = nn.gelu(nn.Dense(self.config.align_hidden, name="align_hidden")(rho))
+        return refined, rho, nn.Dense(self.config.categories, name="align")(hidden)
+
+
+def top_k_mask(rho: jax.Array, k: int) -> jax.Array:
+    """(..., E) -> 1.0 at the k largest entries, 0.0 elsewhere; ties go to the lower index."""
+    _, chosen = jax.lax.top_k(rho, k)  # (..., k)
+    return jax.nn.one_hot(chosen, rho.shape[-1], dtype=rho.dtype).sum(-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProPhy:
+    """A backbone and, unless `branch` is None, its physical branch.
+
+    Parameters are one plain dict: {"backbone": ..., "branch": {"semantic", "blocks", "exits", "refinement"}}.
+    """
+
+    backbone: Any
+    branch: BranchConfig | None = None
+
+    def init_branch(self, key: jax.Array, backbone_params: Params) -> Params:
+        """Branch parameters in fp32: blocks copied from their own layers, exits and bases zero."""
+        config = self.branch
+        stacked = backbone_params["blocks"]
+        depth, layers = jax.tree.leaves(stacked)[0].shape[0], jnp.array(config.layers)
+        if config.layers[-1] >= depth:
+            raise UserError(f"branch.layers={config.layers}: the backbone has {depth} blocks")
+        width = self.backbone.config.dim
+        blocks = len(config.layers)
+        params = {
+            "blocks": jax.tree.map(lambda leaf: leaf[layers].astype(jnp.float32), stacked),
+            "exits": {
+                "kernel": jnp.zeros((blocks, width, width)),
+                "bias": jnp.zeros((blocks, width)),
+            },
+        }
+        semantic_key, refinement_key = jax.random.split(key)
+        if config.semantic:
+            router = SemanticRouter(config.semantic)
+            text = jnp.zeros((1, 1, self.backbone.config.text_dim))
+            params["semantic"] = {
+                "router": router.init(semantic_key, text, jnp.ones((1, 1), bool))["params"],
+                "basis": jnp.zeros((config.semantic.experts, *self._basis_shape())),
+            }
+        if config.refinement:
+            experts = RefinementExperts(config.refinement)
+            tokens = jnp.zeros((1, 1, width))
+            params["refinement"] = experts.init(refinement_key, tokens)["params"]
+        return params
+
+    def _basis_shape(self) -> tuple[int, ...]:
+        semantic = self.branch.semantic
+        if semantic.basis_space == "token":
+            return (math.prod(semantic.basis_grid), self.backbone.config.dim)
+        return (*semantic.basis_grid, self.backbone.config.in_channels)
+
+    def semantic_logits(self, params: Params, text: jax.Array, text_mask: jax.Array) -> jax.Array:
+        """(B, L, D) text -> (B, E_s) logits. Needs neither latents nor noise."""
+        router = SemanticRouter(self.branch.semantic)
+        return router.apply({"params": params["branch"]["semantic"]["router"]}, text, text_mask)
+
+    def __call__(
+        self,
+        params: Params,
+        latents: jax.Array,
+        t: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        scale: float | jax.Array = 1.0,
+    ) -> Output:
+        """Predicts the velocity of noisy latents.
+
+        Args:
+          params: see the class.
+          latents: (B, T, h, w, 16) noisy latents, normalised.
+          t: (B,) model time in the backbone's units (Wan: 0..1000).
+          text: (B, L, D) text embeddings, zero after the last valid row.
+          text_mask: (B, L) bool, read by the semantic router alone.
+          scale: multiplies every hint; 0 is the backbone alone.
+        """
+        backbone, weights = self.backbone, params["backbone"]
+        stream, cond = backbone.embed(weights, latents, t, text)
+        routing = Routing()
+        start = 0
+        if self.branch is not None:
+            branch = params["branch"]
+            hidden, logits = self._enter(params, stream, latents, t, text, text_mask)
+            routing = routing.replace(semantic_logits=logits)
+            for index, layer in enumerate(self.branch.layers):
+                hidden = backbone.blocks(branch["blocks"], hidden, cond, index, index + 1)
+                tokens = hidden.video
+                if self.branch.refinement and layer == self.branch.layers[-1]:
+                    experts = RefinementExperts(self.branch.refinement, dtype=tokens.dtype)
+                    tokens, rho, aligned = experts.apply({"params": branch["refinement"]}, tokens)
+                    routing = routing.replace(refinement=rho, alignment=aligned)
+                kernel = branch["exits"]["kernel"][index].astype(tokens.dtype)
+                bias = branch["exits"]["bias"][index].astype(tokens.dtype)
+                hint = scale * (tokens @ kernel + bias)
+                stream = backbone.blocks(weights["blocks"], stream, cond, start, layer + 1)
+                stream = stream.replace(video=stream.video + hint.astype(stream.video.dtype))
+                start = layer + 1
+        stream = backbone.blocks(weights["blocks"], stream, cond, start, None)
+        return Output(backbone.head(weights, stream, cond), routing)
+
+    def _enter(self, params, stream, latents, t, text, text_mask):
+        """The branch's own token stream, embed(X~), and the semantic logits (None without SEB)."""
+        semantic = self.branch.semantic
+        if semantic is None:
+            return stream, None
+        logits = self.semantic_logits(params, text, text_mask)
+        rho = jax.nn.softmax(logits)  # (B, E_s)
+        basis = params["branch"]["semantic"]["basis"]
+        prior = jnp.einsum("be,e...->b...", rho, basis)  # (B, T, h, w, 16) or (B, N, C)
+        if semantic.basis_space == "token":
+            if prior.shape[1] != stream.video.shape[1]:
+                raise UserError(
+                    f"branch.semantic.basis_grid={semantic.basis_grid} has {prior.shape[1]} tokens, "
+                    f'the clip {stream.video.shape[1]}: a "token" basis fits one clip size only'
+                )
+            return stream.replace(video=stream.video + prior.astype(stream.video.dtype)), logits
+        if prior.shape != latents.shape:
+            prior = jax.image.resize(prior, latents.shape, "linear")
+        return self.backbone.embed(params["backbone"], latents + prior, t, text)[0], logits
+
+    def train_flops(self, tokens: int) -> int:
+        """Floating-point operations of one training step on one clip: 2 per multiply-add.
+
+        Matrix products and attention, nothing recomputed. Trained parts count their forward pass three
+        times. The frozen blocks after the first hint add the gradient with respect to their input; those
+        up to it have no backward pass at all.
+        """
+        backbone, forward = self.backbone, self.backbone.forward_flops(tokens)
+        if self.branch is None:
+            return 3 * forward
+        layers, width = self.branch.layers, backbone.config.dim
+        frozen_backward = backbone.config.num_layers - layers[0] - 1
+        linear = len(layers)  # the exits
+        if self.branch.refinement:
+            linear += self.branch.refinement.experts
+        return (
+            forward
+            + frozen_backward * backbone.frozen_backward_flops(tokens)
+            + 3 * len(layers) * backbone.block_flops(tokens)
+            + 3 * linear * 2 * tokens * width**2
+        )

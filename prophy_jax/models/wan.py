@@ -1,0 +1,401 @@
+"""The Wan2.1 text-to-video transformer as three pure functions: embed, blocks, head.
+
+A parameter tree is a plain dict {"embed", "blocks", "head"}; the leaves of "blocks" carry a leading
+layer axis. `Wan.blocks` runs any such stack, the backbone's own or copies of some of its blocks.
+
+Legend: B batch, T h w latent grid, c latent channels, T' H' W' token grid, N = T' H' W' tokens
+(frame-major), C width, L text length, D text feature width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from prophy_jax.errors import UserError
+from prophy_jax.models import layers
+from prophy_jax.models.layers import Stream
+
+Params = Mapping[str, Any]
+Rope = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan2.1 transformer (Wan2.1 model cards)."""
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def patch_volume(self) -> int:
+        frames, rows, columns = self.patch_size
+        return frames * rows * columns
+
+
+WAN_1_3B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+WAN_14B = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """What every block and the head need besides the stream."""
+
+    modulation: jax.Array  # (B, 6, C) fp32: shift, scale, gate of self-attention, then of the MLP
+    temb: jax.Array  # (B, C) fp32: the time embedding, read by the head
+    rope: Rope  # cos, sin: (N, head_dim / 2) fp32
+    grid: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # (T', H', W')
+
+
+_xavier = nn.initializers.xavier_uniform()
+# The reference code draws N(0, 0.02^2) here. This is close to it at Wan's widths, and right at small ones.
+_lecun = nn.initializers.lecun_normal()
+
+
+def _table_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+
+
+def _fp32_dense(features: int, init: Callable, name: str) -> nn.Dense:
+    # The time path and the head stay in fp32, as in the reference code; both are cheap.
+    return nn.Dense(features, dtype=jnp.float32, precision="highest", kernel_init=init, name=name)
+
+
+class WanEmbed(nn.Module):
+    """Patch, time and text embeddings."""
+
+    config: WanConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, latents: jax.Array, t: jax.Array, text: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Returns video (B, N, C), text (B, L, C), modulation (B, 6, C) and temb (B, C)."""
+        config = self.config
+        b, frames, rows, columns, c = latents.shape
+        pt, ph, pw = config.patch_size
+        # (B, T, h, w, c) -> (B, T', pt, H', ph, W', pw, c) -> (B, N, pt ph pw c)
+        patches = latents.reshape(b, frames // pt, pt, rows // ph, ph, columns // pw, pw, c)
+        patches = patches.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+        patches = patches.reshape(b, -1, config.patch_volume * c)
+        video = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="patch")(patches)
+
+        temb = layers.time_sinusoid(t, config.freq_dim)
+        temb = nn.silu(_fp32_dense(config.dim, _lecun, "time_in")(temb))
+        temb = _fp32_dense(config.dim, _lecun, "time_out")(temb)
+        modulation = _fp32_dense(6 * config.dim, _xavier, "time_modulation")(nn.silu(temb))
+        modulation = modulation.reshape(b, 6, config.dim)
+
+        text = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_lecun, name="text_in")(text)
+        text = nn.gelu(text, approximate=True)
+        text = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_lecun, name="text_out")(text)
+        return video, text, modulation, temb
+
+
+class WanAttention(nn.Module):
+    """Multi-head attention whose queries and keys are RMS-normed over the full width C."""
+
+    config: WanConfig
+    dtype: Any
+    attention: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array, rope: Rope | None) -> jax.Array:
+        """x (B, N, C), context (B, M, C) -> (B, N, C)."""
+        config = self.config
+
+        def project(name: str, inputs: jax.Array) -> jax.Array:
+            return nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name=name)(inputs)
+
+        def heads(y: jax.Array) -> jax.Array:
+            # (B, N, C) -> (B, N, heads, head_dim)
+            return y.reshape(*y.shape[:2], config.num_heads, config.head_dim)
+
+        q = heads(layers.RMSNorm(epsilon=config.eps, name="norm_q")(project("q", x)))
+        k = heads(layers.RMSNorm(epsilon=config.eps, name="norm_k")(project("k", context)))
+        v = heads(project("v", context))
+        if rope is not None:
+            q, k = layers.apply_rope(q, *rope), layers.apply_rope(k, *rope)
+        out = self.attention(q.astype(self.dtype), k.astype(self.dtype), v)
+        return project("o", out.reshape(x.shape))  # (B, N, heads, head_dim) -> (B, N, C)
+
+
+class WanMLP(nn.Module):
+    """Two layers with the tanh form of GELU."""
+
+    config: WanConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (B, N, C) -> (B, N, C)."""
+        config = self.config
+        x = nn.Dense(config.ffn_dim, dtype=self.dtype, kernel_init=_xavier, name="up")(x)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="down")(x)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention to the text, MLP.
+
+    The time modulates the first and the last; cross-attention has an affine norm instead.
+    """
+
+    config: WanConfig
+    dtype: Any
+    attention: Callable
+
+    @nn.compact
+    def __call__(self, video: jax.Array, text: jax.Array, modulation: jax.Array, rope: Rope) -> jax.Array:
+        """video (B, N, C), text (B, L, C), modulation (B, 6, C) -> video (B, N, C)."""
+        config = self.config
+        table = self.param("modulation", _table_init, (6, config.dim))
+        # Six pieces (B, 1, C), in fp32.
+        pieces = jnp.split(table.astype(jnp.float32) + modulation, 6, axis=1)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = pieces
+
+        def norm(x: jax.Array) -> jax.Array:
+            return layers.LayerNorm(epsilon=config.eps, use_bias=False, use_scale=False)(x)
+
+        x = layers.modulate(norm(video), shift_attn, scale_attn).astype(self.dtype)
+        x = WanAttention(config, self.dtype, self.attention, name="self_attn")(x, x, rope)
+        video = (video + gate_attn * x).astype(self.dtype)
+
+        x = layers.LayerNorm(epsilon=config.eps, name="cross_norm")(video)
+        x = WanAttention(config, self.dtype, self.attention, name="cross_attn")(x, text, None)
+        video = video + x
+
+        x = layers.modulate(norm(video), shift_ffn, scale_ffn)
+        x = WanMLP(config, self.dtype, name="ffn")(x)
+        return (video + gate_ffn * x).astype(self.dtype)
+
+
+class WanHead(nn.Module):
+    """Modulated norm and the projection of every token to its latent patch."""
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, video: jax.Array, temb: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        """video (B, N, C), temb (B, C) -> (B, T, h, w, c) fp32."""
+        config = self.config
+        table = self.param("modulation", _table_init, (2, config.dim))
+        shift, scale = jnp.split(table.astype(jnp.float32) + temb[:, None], 2, axis=1)  # (B, 1, C)
+        x = layers.LayerNorm(epsilon=config.eps, use_bias=False, use_scale=False)(video)
+        x = layers.modulate(x, shift, scale)
+        c = config.out_channels
+        x = _fp32_dense(config.patch_volume * c, nn.initializers.zeros, "out")(x)
+        pt, ph, pw = config.patch_size
+        frames, rows, columns = grid
+        # (B, N, pt ph pw c) -> (B, T', H', W', pt, ph, pw, c) -> (B, T, h, w, c)
+        x = x.reshape(-1, *grid, pt, ph, pw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return x.reshape(-1, frames * pt, rows * ph, columns * pw, c)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wan:
+    """Pure functions of a parameter tree.
+
+    Attributes:
+        config: Sizes.
+        dtype: Of the token stream and the large matrix products. Norms, modulation, softmax, the
+            time embedding and the output are fp32 whatever it is.
+        remat: What the backward pass recomputes, see `layers.remat`.
+        attention: (q, k, v) -> out, see `layers.attention`.
+    """
+
+    config: WanConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: Callable = layers.attention
+
+    def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Draws parameters much as the Wan2.1 reference code does; the head's projection is zero."""
+        config = self.config
+        embed_key, blocks_key, head_key = jax.random.split(key, 3)
+        latents = jnp.zeros((1, *config.patch_size, config.in_channels))
+        one_text = jnp.zeros((1, 1, config.text_dim))
+        token, modulation = jnp.zeros((1, 1, config.dim)), jnp.zeros((1, 6, config.dim))
+        rope = layers.rope_tables((1, 1, 1), config.head_dim)
+
+        def init_block(block_key: jax.Array) -> Params:
+            return self._block.init(block_key, token, token, modulation, rope)["params"]
+
+        params = {
+            "embed": self._embed.init(embed_key, latents, jnp.zeros((1,)), one_text)["params"],
+            "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers)),
+            "head": self._head.init(head_key, token, token[:, 0], (1, 1, 1))["params"],
+        }
+        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+
+    def embed(
+        self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array
+    ) -> tuple[Stream, Conditioning]:
+        """Turns latents, times and text features into tokens.
+
+        Args:
+            params: The whole tree.
+            latents: (B, T, h, w, c), normalised.
+            t: (B,), 1000 sigma, in 0..1000.
+            text: (B, L, D). The model attends to every row it is given, zero rows included. Wan was
+                trained on L = `config.text_len` rows, zero after the last valid one: fewer rows are
+                a different input.
+
+        Raises:
+            ValueError: on shapes that do not fit the model.
+        """
+        config = self.config
+        grid = self.grid(latents.shape)
+        batch = latents.shape[0]
+        if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
+            raise ValueError(f"latents must be (B, T, h, w, {config.in_channels}), got {latents.shape}")
+        if t.shape != (batch,):
+            raise ValueError(f"t must be ({batch},), one time per sample, got {t.shape}")
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[-1] != config.text_dim:
+            raise ValueError(f"text must be ({batch}, L, {config.text_dim}), got {text.shape}")
+        video, text, modulation, temb = self._embed.apply({"params": params["embed"]}, latents, t, text)
+        rope = layers.rope_tables(grid, config.head_dim)
+        return Stream(video, text), Conditioning(modulation, temb, rope, grid)
+
+    def blocks(
+        self,
+        stacked_params: Params,
+        stream: Stream,
+        cond: Conditioning,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Stream:
+        """Runs blocks start..stop-1 of a stack, whose leaves have a leading layer axis.
+
+        Raises:
+            ValueError: when the stack has no such range.
+        """
+        length = jax.tree.leaves(stacked_params)[0].shape[0]
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"no blocks {start}..{stop} in a stack of {length}")
+        if (start, stop) != (0, length):
+            stacked_params = jax.tree.map(lambda leaf: leaf[start:stop], stacked_params)
+
+        def body(video: jax.Array, params: Params) -> tuple[jax.Array, None]:
+            inputs = (video, stream.text, cond.modulation, cond.rope)
+            return self._block.apply({"params": params}, *inputs), None
+
+        video = stream.video.astype(self.dtype)  # The caller may have added fp32 hints.
+        video, _ = jax.lax.scan(layers.remat(body, self.remat), video, stacked_params)
+        return stream.replace(video=video)
+
+    def head(self, params: Params, stream: Stream, cond: Conditioning) -> jax.Array:
+        """Tokens -> the predicted velocity (B, T, h, w, c) fp32. params is the whole tree."""
+        return self._head.apply({"params": params["head"]}, stream.video, cond.temb, cond.grid)
+
+    def __call__(self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
+        """embed, all blocks, head: the velocity noise - x0, (B, T, h, w, c) fp32."""
+        stream, cond = self.embed(params, latents, t, text)
+        stream = self.blocks(params["blocks"], stream, cond)
+        return self.head(params, stream, cond)
+
+    def grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The token grid (T', H', W') of latents (..., T, h, w, c).
+
+        Raises:
+            ValueError: when a side is not a multiple of the patch.
+        """
+        sides = tuple(latent_shape[-4:-1])
+        patch = self.config.patch_size
+        if len(sides) != 3 or any(side % p for side, p in zip(sides, patch, strict=True)):
+            raise ValueError(
+                f"latents of shape {tuple(latent_shape)}: (T, h, w) must be multiples of {patch}"
+            )
+        frames, rows, columns = (side // p for side, p in zip(sides, patch, strict=True))
+        return frames, rows, columns
+
+    def block_flops(self, tokens: int, batch: int = 1) -> int:
+        """Floating-point operations of one block's forward pass: 2 per multiply-add.
+
+        Counts matrix products and attention, with `config.text_len` rows of text.
+        """
+        n, s, d, f = tokens, self.config.text_len, self.config.dim, self.config.ffn_dim
+        projections = 12 * n * d * d + 4 * s * d * d  # self q k v o, cross q o; cross k v
+        scores = 4 * n * n * d + 4 * n * s * d
+        return batch * (projections + scores + 4 * n * d * f)
+
+    def frozen_backward_flops(self, tokens: int, batch: int = 1) -> int:
+        """Of one block's backward pass when only its input has a gradient.
+
+        Linear layers count once, self-attention twice, cross-attention once (queries alone).
+        """
+        n, s, d, f = tokens, self.config.text_len, self.config.dim, self.config.ffn_dim
+        return batch * (12 * n * d * d + 4 * n * d * f + 8 * n * n * d + 4 * n * s * d)
+
+    def forward_flops(self, tokens: int, batch: int = 1) -> int:
+        """Floating-point operations of a whole forward pass, counted as in `block_flops`."""
+        config = self.config
+        n, s, d = tokens, config.text_len, config.dim
+        patches = 2 * n * d * config.patch_volume * (config.in_channels + config.out_channels)
+        text = 2 * s * d * (config.text_dim + d)
+        time = 2 * d * (config.freq_dim + 7 * d)
+        blocks = config.num_layers * self.block_flops(tokens)
+        return batch * (blocks + patches + text + time)
+
+    @property
+    def _embed(self) -> WanEmbed:
+        return WanEmbed(self.config, self.dtype)
+
+    @property
+    def _block(self) -> WanBlock:
+        return WanBlock(self.config, self.dtype, self.attention)
+
+    @property
+    def _head(self) -> WanHead:
+        return WanHead(self.config)
+
+
+def build(variant: str | None = None, dtype: str = "float32", remat: str = "none", **overrides: Any) -> Wan:
+    """Builds a Wan from a public variant, from sizes, or from a variant with some sizes changed.
+
+    Args:
+        variant: "1.3b", "14b" or None.
+        dtype: Compute dtype, "float32" or "bfloat16".
+        remat: See `layers.remat`.
+        **overrides: Fields of `WanConfig`.
+
+    Raises:
+        UserError: on an unknown variant, dtype, remat policy or field.
+    """
+    variants = {"1.3b": WAN_1_3B, "14b": WAN_14B}
+    if variant is not None and variant not in variants:
+        raise UserError(f"unknown Wan variant {variant!r}: choose one of {', '.join(variants)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
+    layers.remat(build, remat)  # Rejects an unknown name now rather than at the first step.
+    if "patch_size" in overrides:
+        overrides["patch_size"] = tuple(overrides["patch_size"])
+    try:
+        if variant is None:
+            config = WanConfig(**overrides)
+        else:
+            config = dataclasses.replace(variants[variant], **overrides)
+    except TypeError as error:
+        raise UserError(f"Wan sizes {sorted(overrides)} do not fit WanConfig: {error}") from error
+    if config.dim % config.num_heads or config.head_dim % 2:
+        raise UserError(f"Wan width {config.dim} does not split into {config.num_heads} heads of even width")
+    return Wan(config, jnp.dtype(dtype), remat)

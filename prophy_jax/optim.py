@@ -1,0 +1,109 @@
+"""Which parameters train, with which learning rate, and the optimizer over them.
+
+A configuration lists groups as (pattern, learning rate) pairs; None freezes. A parameter belongs to the
+first pattern that matches its path ("branch/blocks/ffn/up/kernel") from the start. Every parameter must
+be claimed and every pattern must claim something, so that a renamed layer cannot silently stop training.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from prophy_jax.errors import UserError
+
+Tree = dict[str, Any]
+Groups = Sequence[tuple[str, float | None]]
+
+
+def claim(params: Mapping[str, Any], groups: Groups) -> dict[str, str]:
+    """Path -> the pattern that claims it. Raises UserError naming unclaimed paths and idle patterns."""
+    owner: dict[str, str] = {}
+    unclaimed = []
+    for path in flatten_dict(params, sep="/"):
+        pattern = next((pattern for pattern, _ in groups if re.match(pattern, path)), None)
+        if pattern is None:
+            unclaimed.append(path)
+        else:
+            owner[path] = pattern
+    idle = [pattern for pattern, _ in groups if pattern not in owner.values()]
+    if unclaimed or idle:
+        raise UserError(
+            "optimizer.groups must claim every parameter and waste no pattern: "
+            f"{len(unclaimed)} unclaimed {unclaimed[:5]}, patterns without a parameter {idle}"
+        )
+    return owner
+
+
+def split(params: Mapping[str, Any], groups: Groups) -> tuple[Tree, Tree]:
+    """(trainable, frozen) trees; `merge` puts them together again."""
+    owner, rate = claim(params, groups), dict(groups)
+    trainable, frozen = {}, {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        (frozen if rate[owner[path]] is None else trainable)[path] = leaf
+    return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def merge(*trees: Mapping[str, Any]) -> Tree:
+    """One tree out of trees with disjoint paths."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        merged |= flatten_dict(tree, sep="/")
+    return unflatten_dict(merged, sep="/")
+
+
+def labels(trainable: Mapping[str, Any], groups: Groups) -> Tree:
+    """A tree shaped like `trainable` with the claiming pattern at each leaf."""
+    paths = flatten_dict(trainable, sep="/")
+    pattern_of = {path: next(pattern for pattern, _ in groups if re.match(pattern, path)) for path in paths}
+    return unflatten_dict(pattern_of, sep="/")
+
+
+def make_optimizer(
+    trainable: Mapping[str, Any],
+    groups: Groups,
+    steps: int,
+    warmup: int,
+    clip: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    decay: str = "constant",
+) -> optax.GradientTransformation:
+    """AdamW with one learning rate per group, after clipping by the global norm over all groups.
+
+    The rate warms up linearly over `warmup` steps, then stays ("constant") or falls to 0 at `steps`
+    ("cosine").
+    """
+
+    def schedule(peak: float) -> optax.Schedule:
+        after = {
+            "constant": optax.constant_schedule(peak),
+            "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+        }
+        if decay not in after:
+            raise UserError(f"optimizer.decay={decay!r}: choose one of {sorted(after)}")
+        ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+        return optax.join_schedules([ramp, after[decay]], [warmup])
+
+    pattern_of = labels(trainable, groups)
+    used = set(jax.tree.leaves(pattern_of))
+    adam = {
+        pattern: optax.adamw(schedule(peak), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        for pattern, peak in groups
+        if pattern in used
+    }
+    return optax.chain(optax.clip_by_global_norm(clip), optax.partition(adam, pattern_of))
+
+
+def group_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Gradient norm of each part of the trainable tree, two levels deep ("branch/blocks")."""
+    norms = {}
+    for top, parts in gradients.items():
+        for name, part in parts.items():
+            norms[f"{top}/{name}"] = optax.tree.norm(part)
+    return norms

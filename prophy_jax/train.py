@@ -1,0 +1,399 @@
+"""Trains a backbone, or the physical branch beside a frozen one, as its configuration says.
+
+    python -m prophy_jax.train --config=configs/wan.py[:variant] --workdir=DIR [--config.KEY=VALUE ...]
+
+Run the same command again to resume: WORKDIR holds the checkpoints (trainable parameters, EMA, optimizer,
+data position), metrics.jsonl, TensorBoard events, sample clips and, at the end, the parameters to use.
+SIGTERM saves and exits; a loss that is not finite stops the run with the step and the clips named.
+
+B global batch, A microbatches per step, T h w latent grid, N video tokens, L text length, D text width.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from prophy_jax import losses, optim, parallel
+from prophy_jax.errors import UserError
+from prophy_jax.models.physics import ProPhy
+
+Batch = Mapping[str, jax.Array]  # see `prophy_jax.data.loader`
+MODEL_INPUTS = ("latents", "text", "text_mask", "category", "alignment", "alignment_present")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes. Trees of the trainable parameters alone, fp32."""
+
+    step: jax.Array  # () int32, steps done
+    params: Any
+    ema: Any
+    optimizer: Any
+    bad_step: jax.Array  # () int32, first step whose loss or gradient was not finite, -1 if none
+
+
+# --- The objective ---------------------------------------------------------------------------------
+
+
+def draw_inputs(key, objective, batch: Batch, empty: Batch, caption_dropout: float) -> Batch:
+    """Adds what is random in a step, for the whole batch: noise, time, and which captions are dropped."""
+    noise_key, time_key, drop_key = jax.random.split(key, 3)
+    size = batch["latents"].shape[0]
+    dropped = jax.random.bernoulli(drop_key, caption_dropout, (size, 1))  # (B, 1)
+    return dict(batch) | {
+        "noise": jax.random.normal(noise_key, batch["latents"].shape),
+        "time": objective.sample_time(time_key, size),
+        "input_text": jnp.where(dropped[..., None], empty["text"], batch["text"]),
+        "input_text_mask": jnp.where(dropped, empty["text_mask"], batch["text_mask"]),
+    }
+
+
+def coarse_losses(model: ProPhy, params, batch: Batch, config) -> dict[str, jax.Array]:
+    """The losses that compare clips with each other. They read the text alone, captions never dropped."""
+    terms = {}
+    if set(config.losses) & set(losses.COARSE):
+        logits = model.semantic_logits(params, batch["text"], batch["text_mask"])
+        if "relative" in config.losses:
+            reduction = config.reduction.relative
+            terms["relative"] = losses.relative(logits, batch["category"], reduction)
+        if "bce" in config.losses:
+            terms["bce"] = losses.bce(logits, batch["category"])
+    return terms
+
+
+def alignment_masks(batch: Batch, config) -> dict[str, jax.Array]:
+    """The entries (B, N, E_a) that each alignment loss of the configuration looks at."""
+    return {
+        name: losses.alignment_mask(
+            batch["alignment"], batch["alignment_present"], positive=name == "alignment"
+        )
+        for name in ("alignment", "absolute_alignment")
+        if name in config.losses
+    }
+
+
+def token_losses(model: ProPhy, objective, params, batch: Batch, counts, config):
+    """The losses that need a forward pass, and router statistics, of one microbatch.
+
+    `counts` are the sizes of the alignment masks over the whole batch: what this microbatch contributes
+    is its share of a sum over all of them.
+    """
+    output = model(
+        params,
+        objective.add_noise(batch["latents"], batch["noise"], batch["time"]),
+        objective.model_time(batch["time"]),
+        batch["input_text"],
+        batch["input_text_mask"],
+    )
+    per_clip = objective.per_sample_loss(output.velocity, batch["latents"], batch["noise"], batch["time"])
+    share = 1 / config.accumulation
+    terms, statistics = {"diffusion": share * per_clip.mean()}, {}
+    routing = output.routing
+    if routing.semantic_logits is not None:
+        rho = jax.nn.softmax(routing.semantic_logits)
+        statistics |= losses.router_statistics("semantic", rho)
+    if routing.refinement is not None:
+        top_k = model.branch.refinement.top_k
+        for name, mask in alignment_masks(batch, config).items():
+            terms[name] = losses.alignment(routing.alignment, batch["alignment"], mask, counts[name])
+        if "balance" in config.losses:
+            terms["balance"] = share * losses.balance(routing.refinement, top_k)
+        statistics |= losses.router_statistics("refinement", routing.refinement, top_k)
+    return terms, {name: share * value for name, value in statistics.items()}
+
+
+# --- One step --------------------------------------------------------------------------------------
+
+
+def make_train_step(model: ProPhy, objective, optimizer: optax.GradientTransformation, config):
+    """step(state, frozen, empty_text, batch) -> (state, metrics). Frozen parameters get no gradient."""
+
+    def weighted(terms: Mapping[str, jax.Array]) -> jax.Array:
+        return sum(config.losses.get(name, 1.0) * value for name, value in terms.items())
+
+    @functools.partial(jax.grad, has_aux=True)
+    def coarse_gradient(trainable, frozen, batch):
+        terms = coarse_losses(model, optim.merge(trainable, frozen), batch, config)
+        return jnp.float32(weighted(terms)), terms
+
+    @functools.partial(jax.grad, has_aux=True)
+    def token_gradient(trainable, frozen, batch, counts):
+        params = optim.merge(trainable, frozen)
+        terms, statistics = token_losses(model, objective, params, batch, counts, config)
+        return weighted(terms), (terms, statistics)
+
+    def step(state: TrainState, frozen, empty, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        batch = draw_inputs(key, objective, batch, empty, config.caption_dropout)
+        counts = {
+            name: jnp.float32(mask.sum() if config.reduction.alignment == "mean" else 1)
+            for name, mask in alignment_masks(batch, config).items()
+        }
+
+        def one(microbatch):
+            return token_gradient(state.params, frozen, microbatch, counts)
+
+        if config.accumulation == 1:
+            gradient, (terms, statistics) = one(batch)
+        else:
+            microbatches = split_microbatches(batch, config.accumulation)
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, first))
+            (gradient, (terms, statistics)), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None),
+                zeros,
+                microbatches,
+            )
+        coarse, coarse_terms = coarse_gradient(state.params, frozen, batch)
+        gradient = jax.tree.map(jnp.add, gradient, coarse)
+
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = config.optimizer.ema
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+
+        terms |= coarse_terms
+        total, norm = weighted(terms), optax.tree.norm(gradient)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+        metrics = {"loss/total": total, "gradient/all": norm}
+        metrics |= {f"loss/{name}": value for name, value in terms.items()}
+        metrics |= {f"gradient/{name}": value for name, value in optim.group_norms(gradient).items()}
+        metrics |= {f"router/{name}": value for name, value in statistics.items()}
+        return TrainState(state.step + 1, params, ema, optimizer_state, bad_step), metrics
+
+    return step
+
+
+def split_microbatches(batch: Batch, parts: int) -> Batch:
+    """(B, ...) -> (A, B/A, ...). Rows are strided, so that each device keeps its own rows."""
+    return {
+        name: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1)  # via (B/A, A, ...)
+        for name, value in batch.items()
+    }
+
+
+# --- The run ---------------------------------------------------------------------------------------
+
+
+def train(config, workdir: str) -> None:
+    """Trains from the configuration, or resumes WORKDIR. Raises UserError on bad input."""
+    from tqdm import tqdm  # Here and below: the step above needs none of these.
+
+    from prophy_jax import checkpoints, experiment, metrics, sample
+    from prophy_jax.data import loader, records
+
+    # 1. What to train, on what. Everything that can be wrong is found before the workdir is touched.
+    run = experiment.build(config)
+    mesh, model = run.mesh, run.model
+    references = {}
+    if config.backbone_params:
+        manifest = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
+        references["backbone_sha256"] = manifest["sha256"]
+    data = loader.make_loader(
+        config.data.dir,
+        "train",
+        config.batch_size,
+        config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    text, text_mask = loader.load_empty_text(config.data.dir)
+    empty = {"text": jnp.asarray(text), "text_mask": jnp.asarray(text_mask)}
+    latent_shape = records.read_manifest(config.data.dir)["latent_shape"]
+
+    with jax.set_mesh(mesh):
+        # 2. Parameters, optimizer, state; all laid out on the mesh.
+        trainable, frozen = experiment.init_params(run)
+        adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
+        optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
+        state = init_state(trainable, optimizer, mesh)
+        del trainable
+        experiment.claim_workdir(workdir, config, references)
+
+        # 3. Where a former run of this workdir stopped.
+        saved = checkpoints.TrainCheckpoints(workdir, config.checkpoint.keep)
+        first_step = saved.latest() or 0
+        if first_step:
+            state = saved.restore(first_step, jax.tree.map(checkpoints.abstract, state), data)
+        writer = metrics.MetricsWriter(workdir, first_step)
+
+        # 4. Compiled functions.
+        train_step = jax.jit(
+            make_train_step(model, run.objective, optimizer, config),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        )
+        validate = make_validation(run)
+        tokens = math.prod(model.backbone.grid(latent_shape))
+
+        # 5. The loop. The state and the data position are saved together, before the data advances.
+        stop = _StopSignal()
+        recent_ids: deque = deque(maxlen=config.log.every)
+        window = _Window(first_step)
+        bar = tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True)
+        step = first_step
+        while step < config.steps and not stop.requested:
+            with window.waiting():
+                batch = next(data)
+                inputs = parallel.put_batch({name: batch[name] for name in MODEL_INPUTS}, mesh)
+            recent_ids.append((step, batch["id"]))
+            state, values = train_step(state, frozen, empty, inputs)
+            step += 1
+            bar.update()
+
+            last = step == config.steps or stop.requested
+            due = {
+                name: last or step % config[name].every == 0
+                for name in ("log", "validation", "samples", "checkpoint")
+            }
+            if not any(due.values()):
+                continue
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
+            _stop_if_not_finite(int(state.bad_step), recent_ids, saved)
+            values |= window.close(step, config.batch_size, tokens, model.train_flops(tokens))
+            bar.set_postfix_str(f"loss {values['loss/total']:.4f}", refresh=False)
+            if due["validation"]:
+                values |= validate(optim.merge(state.ema, frozen))
+            if due["samples"]:
+                path = os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
+                sample.write_validation_clips(run, optim.merge(state.ema, frozen), path)
+            writer.write(step, values)
+            if due["checkpoint"]:
+                saved.save(step, state, data, experiment.config_as_json(config))
+            window.open(step)
+
+        # 6. What remains: the last checkpoint, and the parameters to sample with.
+        saved.close()
+        writer.close()
+        bar.close()
+        if step < config.steps:
+            print(f"stopped by a signal, saved at step {step}: run the same command to go on")
+            return
+        for part, tree in state.ema.items():
+            about = {"part": part, "step": step, **references}
+            checkpoints.save_params(os.path.join(workdir, part), tree, about)
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh) -> TrainState:
+    """Step 0, laid out on the mesh: large leaves over fsdp, the rest on every device."""
+
+    def create(params):
+        step, none = jnp.int32(0), jnp.int32(-1)
+        return TrainState(step, params, jax.tree.map(jnp.copy, params), optimizer.init(params), none)
+
+    shapes = jax.eval_shape(create, trainable)
+    return jax.jit(create, out_shardings=parallel.shard_largest(shapes, mesh))(trainable)
+
+
+def make_validation(run):
+    """validate(params) -> mean diffusion loss on validation clips, at fixed times and fixed noise."""
+    from prophy_jax.data import loader
+
+    config, model, objective = run.config, run.model, run.objective
+    times = tuple(config.validation.times)
+
+    @jax.jit
+    def losses_at(params, batch):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(batch["index"])
+        noise = jax.vmap(lambda key: jax.random.normal(key, batch["latents"].shape[1:]))(keys)
+
+        def at(sigma):
+            time = jnp.full((batch["latents"].shape[0],), sigma)
+            noisy = objective.add_noise(batch["latents"], noise, time)
+            output = model(params, noisy, objective.model_time(time), batch["text"], batch["text_mask"])
+            return objective.per_sample_loss(output.velocity, batch["latents"], noise, time).mean()
+
+        return jax.lax.map(at, jnp.float32(times))  # (len(times),)
+
+    def validate(params) -> dict[str, float]:
+        batches = loader.make_loader(
+            config.data.dir, "val", config.validation.batch_size, 0, shuffle=False, repeat=False
+        )
+        results = []
+        for _, batch in zip(range(config.validation.batches), batches, strict=False):
+            inputs = {name: batch[name] for name in ("latents", "text", "text_mask", "index")}
+            results.append(jax.device_get(losses_at(params, parallel.put_batch(inputs, run.mesh))))
+        mean = np.mean(results, axis=0)
+        values = {f"validation/sigma_{t:g}": float(v) for t, v in zip(times, mean, strict=True)}
+        return values | {"validation/loss": float(mean.mean())}
+
+    return validate
+
+
+class _Window:
+    """Wall time between two looks at the metrics, so that no other step waits for the device."""
+
+    def __init__(self, step: int):
+        self.open(step)
+
+    def open(self, step: int) -> None:
+        self._step, self._start, self._wait = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        before = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - before
+
+    def close(self, step: int, batch: int, tokens: int, clip_flops: int) -> dict[str, float]:
+        steps = step - self._step
+        seconds = (time.perf_counter() - self._start) / steps
+        return {
+            "time/step_s": seconds,
+            "time/data_wait_s": self._wait / steps,
+            "speed/tokens_per_s": batch * tokens / seconds,
+            "speed/model_tflop_per_s": batch * clip_flops / seconds / 1e12,
+        }
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can save between two steps."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, *_):
+        self.requested = True
+
+
+def _stop_if_not_finite(bad_step: int, recent_ids, saved) -> None:
+    if bad_step < 0:
+        return
+    saved.close()
+    ids = next((", ".join(ids) for step, ids in recent_ids if step == bad_step), "unknown")
+    latest = saved.latest()
+    raise UserError(
+        f"the loss was not finite at step {bad_step + 1}, clips {ids}; last good checkpoint: "
+        f"{os.path.join(saved.folder, str(latest)) if latest else 'none yet'}. "
+        "Lower the learning rates or mend these clips, then run again to resume from it"
+    )
+
+
+def main(config) -> None:
+    if not flags.FLAGS.workdir:
+        raise UserError("name a folder for the run: --workdir=DIR")
+    train(config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from prophy_jax import cli
+
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
+    cli.run(main, __doc__)

@@ -1,0 +1,54 @@
+"""Token maps as pictures over a clip.
+
+F H W video, T' H' W' token grid, N = T' H' W' tokens, E categories. Causal timing: latent 0 is frame 0,
+latent k is frames 4k-3 to 4k.
+"""
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+
+def tokens_to_frames(
+    tokens: np.ndarray, grid: tuple[int, int, int], shape: tuple[int, int, int]
+) -> np.ndarray:
+    """(N,) token values -> (F, H, W) float32, each token repeated over the pixels and frames it covers."""
+    frames, height, width = shape
+    maps = np.asarray(tokens, np.float32).reshape(grid)  # (N,) -> (T', H', W')
+    maps = maps.repeat(height // grid[1], axis=1).repeat(width // grid[2], axis=2)
+    latent_of_frame = (np.arange(frames) + 3) // 4
+    return maps[latent_of_frame]
+
+
+def overlay(frames: np.ndarray, heat: np.ndarray, opacity: float = 0.65) -> np.ndarray:
+    """uint8 frames (F, H, W, 3) under a heat map (F, H, W) in [0, 1]; what is cold stays visible."""
+    colour = matplotlib.colormaps["inferno"](np.clip(heat, 0, 1))[..., :3] * 255  # (F, H, W, 3)
+    alpha = opacity * np.clip(heat, 0, 1)[..., None]
+    grey = frames.mean(-1, keepdims=True)  # the clip in grey, so that the colours are the map's
+    return ((1 - alpha) * grey + alpha * colour).astype(np.uint8)
+
+
+def overlay_strongest(frames: np.ndarray, alignment: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """Frames under the map of the category whose P'_r (N, E) peaks highest, over its own range."""
+    strongest = alignment[:, alignment.max(0).argmax()]
+    return overlay(frames, tokens_to_frames(stretch(strongest), grid, frames.shape[:3]))
+
+
+def stretch(tokens: np.ndarray) -> np.ndarray:
+    """Token values over their own range: the median and below become 0, the 99th percentile becomes 1."""
+    low, high = np.quantile(tokens, (0.5, 0.99))
+    return np.clip((tokens - low) / max(high - low, 1e-6), 0, 1)
+
+
+def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Each pixel `factor` times as large in both directions."""
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_webp(file, frames: np.ndarray, fps: float) -> None:
+    """Writes frames (F, H, W, 3) as a lossless animated WebP, endlessly repeated, to a path or file."""
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(
+        file, "WEBP", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0,
+        lossless=True, method=4,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Parameter trees on disk: round trip, cast, placement, and what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prophy_jax import checkpoints
+from prophy_jax.errors import UserError
+
+TREE = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "b": jnp.zeros((), jnp.int32)}
+
+
+def like(tree, dtype=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
+
+
+def test_round_trip_is_bit_equal_and_replaces_the_old_tree(tmp_path):
+    folder = str(tmp_path / "tree")
+    first = checkpoints.save_params(folder, TREE, {"step": 1})
+    changed = {**TREE, "b": TREE["b"] + 1}
+    second = checkpoints.save_params(folder, changed, {"step": 2})
+    assert first != second
+    loaded = checkpoints.load_params(folder, like(TREE), "")
+    assert checkpoints.tree_hash(loaded) == second == checkpoints.read_manifest(folder, "")["sha256"]
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(changed), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert not (tmp_path / "tree.writing").exists()
+
+
+def test_values_are_cast_to_the_wanted_dtype(tmp_path):
+    folder = str(tmp_path / "tree")
+    checkpoints.save_params(folder, {"a": TREE["a"]}, {})
+    loaded = checkpoints.load_params(folder, like({"a": TREE["a"]}, jnp.bfloat16), "")
+    assert loaded["a"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(loaded["a"]["kernel"].astype(jnp.float32), TREE["a"]["kernel"])
+
+
+def test_everything_that_does_not_fit_is_named_at_once(tmp_path):
+    folder = str(tmp_path / "tree")
+    checkpoints.save_params(folder, TREE, {})
+    wanted = like({"a": {"kernel": jnp.zeros((3, 2)), "scale": jnp.zeros(3)}, "b": TREE["b"]})
+    with pytest.raises(UserError) as error:
+        checkpoints.load_params(folder, wanted, "")
+    message = str(error.value)
+    assert "missing a/scale" in message and "unknown a/bias" in message
+    assert "a/kernel is ((2, 3), 'float32'), the configuration wants ((3, 2), 'float32')" in message
+
+
+def test_missing_tree_names_the_remedy(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at .*nowhere: convert it"):
+        checkpoints.load_params(str(tmp_path / "nowhere"), like(TREE), "convert it")
+
+
+def test_hash_sees_values_shapes_dtypes_and_names():
+    base = checkpoints.tree_hash({"a": np.zeros(4, np.float32)})
+    for other in (
+        {"a": np.array([0, 0, 0, -0.0], np.float32)},
+        {"a": np.zeros((2, 2), np.float32)},
+        {"a": np.zeros(4, np.int32)},
+        {"b": np.zeros(4, np.float32)},
+    ):
+        assert checkpoints.tree_hash(other) != base

@@ -1,0 +1,52 @@
+"""Eight simulated CPU devices for every test, and what several test files need."""
+
+import importlib.util
+import os
+import pathlib
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile much and compute little: half the compile time without LLVM's optimizations, and test
+# processes share what they compiled.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"prophy_jax_tests_{os.getuid()}")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def get_config(arg: str):
+    """configs/wan.py:ARG, as the commands read it."""
+    spec = importlib.util.spec_from_file_location("wan_config", ROOT / "configs" / "wan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> str:
+    """The sandbox of configs/wan.py:tiny, prepared."""
+    from prophy_jax.prepare import prepare
+
+    folder = str(tmp_path_factory.mktemp("data") / "tiny")
+    prepare(get_config("tiny"), out=folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_data):
+    """configs/wan.py:tiny, a few steps, on prepared data."""
+    config = get_config("tiny")
+    config.data.dir = tiny_data
+    config.steps = 6
+    config.log.every = 2
+    config.checkpoint.every = 3
+    config.samples.every = config.validation.every = 1000  # also at the last step
+    return config

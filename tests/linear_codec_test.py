@@ -1,0 +1,108 @@
+"""The fixed codec: what it loses, and that it is linear, orthonormal and causal."""
+
+import numpy as np
+import pytest
+
+from prophy_jax import models
+from prophy_jax.data.sandbox.clip import make_clip
+from prophy_jax.errors import UserError
+from prophy_jax.models import linear_codec
+
+
+@pytest.fixture(scope="module")
+def codec() -> linear_codec.LinearCodec:
+    return models.build({"module": "linear_codec"})
+
+
+@pytest.fixture(scope="module")
+def held_out() -> np.ndarray:
+    return np.stack([make_clip(0, "test", index).frames for index in range(96)])
+
+
+def test_psnr_on_held_out_clips(codec, held_out):
+    decoded = codec.decode(codec.encode(held_out))
+    scores = [linear_codec.psnr(a, b) for a, b in zip(held_out, decoded, strict=True)]
+    assert np.mean(scores) >= 28
+    assert np.min(scores) >= 25
+
+
+def test_latents_are_normalised(codec, held_out):
+    latents = codec.encode(held_out)  # (96, 4, 16, 16, 16)
+    assert latents.shape == (96, 4, 16, 16, 16) and latents.dtype == np.float32
+    for part in (latents[:, 0], latents[:, 1:].reshape(-1, 16, 16, 16)):
+        # 96 clips hold 200 scenes: sampling errors of a mean or deviation are 5 to 10 percent.
+        assert np.all(np.abs(part.mean((0, 1, 2))) < 0.15)
+        assert np.all(np.abs(part.std((0, 1, 2)) - 1) < 0.25)
+
+
+def test_basis_is_orthonormal(codec):
+    for basis in (codec.first, codec.later):
+        np.testing.assert_allclose(basis @ basis.T, np.eye(16), atol=1e-5)  # float32 rounding
+
+
+def test_decode_inverts_encode_on_smooth_clips(codec):
+    y, x = np.mgrid[:16, :24]
+    grey = (90 + 2 * x + 3 * y).astype(np.uint8)
+    clip = np.broadcast_to(grey[None, ..., None], (9, 16, 24, 3))
+    error = codec.decode(codec.encode(clip)).astype(int) - clip
+    assert np.abs(error).max() <= 2  # two grey levels: the dropped cosines of a ramp
+
+
+def test_is_linear_but_for_the_mean(codec, held_out):
+    a, b = held_out[0] // 2, held_out[1] // 2  # halves, so that the sum stays a uint8
+    zero = codec.encode(np.zeros_like(a))
+    total = codec.encode(a) + codec.encode(b) - zero
+    np.testing.assert_allclose(codec.encode(a + b), total, atol=1e-3)  # float32, values up to 25
+
+
+def test_timing_is_causal(codec, held_out):
+    clip = held_out[0].copy()
+    before = codec.encode(clip)
+    clip[5:] = 255 - clip[5:]  # frames 5..8 are latent 2
+    after = codec.encode(clip)
+    np.testing.assert_array_equal(before[:2], after[:2])
+    assert np.abs(before[2] - after[2]).max() > 1
+    np.testing.assert_allclose(codec.encode(clip[:1]), after[:1], atol=1e-5)
+
+
+def test_one_frame_is_a_clip(codec, held_out):
+    picture = held_out[0, :1]
+    decoded = codec.decode(codec.encode(picture))
+    assert decoded.shape == picture.shape
+    assert linear_codec.psnr(picture, decoded) > 30
+
+
+def test_batch_equals_one_by_one(codec, held_out):
+    batch = codec.encode(held_out[:2])
+    np.testing.assert_allclose(batch[1], codec.encode(held_out[1]), atol=1e-5)
+    np.testing.assert_array_equal(codec.decode(batch)[1], codec.decode(batch[1]))
+
+
+def test_tables_match_the_sandbox():
+    clips = [make_clip(0, "train", index).frames for index in range(24)]
+    tables = linear_codec.measure_tables(clips)
+    # 24 clips rank the weakest coefficients differently than the 400 of the tables.
+    for name in ("FIRST", "LATER"):
+        assert len(set(tables[name]) & set(getattr(linear_codec, name))) >= 13
+    assert np.shape(tables["MEAN"]) == np.shape(linear_codec.STD) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((12, 16, 16, 3), np.uint8),
+        ((5, 20, 16, 3), np.uint8),
+        ((5, 16, 12, 3), np.uint8),
+        ((5, 16, 16, 4), np.uint8),
+        ((16, 16, 3), np.uint8),
+        ((5, 16, 16, 3), np.float32),
+    ],
+)
+def test_wrong_frames_raise(codec, shape, dtype):
+    with pytest.raises(UserError, match="linear codec"):
+        codec.encode(np.zeros(shape, dtype))
+
+
+def test_wrong_latents_raise(codec):
+    with pytest.raises(UserError, match="16"):
+        codec.decode(np.zeros((2, 4, 4, 8), np.float32))

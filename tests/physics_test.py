@@ -1,0 +1,309 @@
+"""The branch: identity at step 0, copies, routing, gradients, ablations, frozen parameters."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prophy_jax import optim
+from prophy_jax.errors import UserError
+from prophy_jax.models import build
+from prophy_jax.models.physics import (
+    BranchConfig,
+    ProPhy,
+    RefinementConfig,
+    RefinementExperts,
+    SemanticConfig,
+    top_k_mask,
+)
+
+LATENT, TEXT = (3, 4, 6, 16), (12, 16)  # 18 tokens
+SEMANTIC, REFINEMENT = SemanticConfig((3, 4, 6), hidden=8), RefinementConfig()
+BRANCHES = {
+    "full": BranchConfig((0, 2), SEMANTIC, REFINEMENT),
+    "pb": BranchConfig((0, 2)),
+    "pb+seb": BranchConfig((1, 3), SEMANTIC),
+    "pb+reb": BranchConfig((0, 1, 2, 3), None, REFINEMENT),
+    "token basis": BranchConfig((0, 2), SemanticConfig((3, 2, 3), basis_space="token"), REFINEMENT),
+    "other basis size": BranchConfig((0, 2), SemanticConfig((2, 8, 8)), REFINEMENT),
+}
+
+
+def make(branch: BranchConfig | None, **sizes):
+    sizes = dict(dim=48, num_heads=2, num_layers=4, ffn_dim=96) | sizes
+    backbone = build(dict(module="wan", text_dim=TEXT[1], text_len=TEXT[0], freq_dim=32, **sizes))
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"backbone": backbone.init(keys[0])}
+    # Wan's head starts at zero, which would hide everything.
+    head = params["backbone"]["head"]["out"]
+    head["kernel"] = 0.1 * jax.random.normal(keys[1], head["kernel"].shape)
+    model = ProPhy(backbone, branch)
+    if branch:
+        params["branch"] = model.init_branch(jax.random.key(1), params["backbone"])
+    return model, params
+
+
+def inputs(batch=2):
+    keys = jax.random.split(jax.random.key(2), 2)
+    mask = jnp.arange(TEXT[0])[None] < jnp.array([5, 12])[:batch, None]
+    text = jax.random.normal(keys[1], (batch, *TEXT)) * mask[..., None]
+    return jax.random.normal(keys[0], (batch, *LATENT)), jnp.array([37.0, 800.0])[:batch], text, mask
+
+
+def away_from_zero(params, key=3):
+    """Every parameter moved, so that no zero initialisation hides a path."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    moved = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("jit", [True, False])
+def test_step_zero_is_the_backbone_bit_for_bit(name, jit):
+    model, params = make(BRANCHES[name])
+    wrap = jax.jit if jit else lambda f: f
+    x, t, text, mask = inputs()
+    with_branch = wrap(lambda p: model(p, x, t, text, mask).velocity)(params)
+    alone = wrap(lambda p: model.backbone(p, x, t, text))(params["backbone"])
+    assert with_branch.dtype == alone.dtype
+    assert np.asarray(with_branch).tobytes() == np.asarray(alone).tobytes()
+    # The same comparison must be able to fail: a hint that is not zero changes the output.
+    params["branch"]["exits"]["bias"] += 1e-3
+    changed = wrap(lambda p: model(p, x, t, text, mask).velocity)(params)
+    assert np.asarray(changed).tobytes() != np.asarray(alone).tobytes()
+
+
+def test_scale_zero_is_the_backbone_and_scale_moves_the_output():
+    model, params = make(BRANCHES["full"])
+    params = away_from_zero(params)
+    x, t, text, mask = inputs()
+    alone = model.backbone(params["backbone"], x, t, text)
+    np.testing.assert_array_equal(model(params, x, t, text, mask, scale=0.0).velocity, alone)
+    half, full = (model(params, x, t, text, mask, scale=s).velocity for s in (0.5, 1.0))
+    assert np.abs(half - alone).max() > 1e-3 and np.abs(full - half).max() > 1e-3
+
+
+def test_blocks_are_copies_of_their_own_layers_in_fp32():
+    model, params = make(BRANCHES["pb+seb"])  # layers 1, 3
+    backbone = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["backbone"])
+    branch = model.init_branch(jax.random.key(1), backbone)
+    for copy, source in zip(
+        jax.tree.leaves(branch["blocks"]), jax.tree.leaves(backbone["blocks"]), strict=True
+    ):
+        assert copy.dtype == jnp.float32
+        np.testing.assert_array_equal(copy, source[jnp.array([1, 3])].astype(jnp.float32))
+    assert not np.array_equal(*np.asarray(branch["blocks"]["ffn"]["up"]["kernel"]))
+
+
+def test_semantic_basis_by_hand():
+    """X~ = X + sum_e rho_e B_e, seen through a branch whose input is X~."""
+    model, params = make(BRANCHES["full"])
+    params = away_from_zero(params)
+    x, t, text, mask = inputs()
+    logits = model.semantic_logits(params, text, mask)
+    rho = np.asarray(jax.nn.softmax(logits), np.float64)
+    basis = np.asarray(params["branch"]["semantic"]["basis"], np.float64)
+    enhanced = np.asarray(x, np.float64) + sum(
+        rho[:, e, None, None, None, None] * basis[e] for e in range(17)
+    )
+    without = dataclasses.replace(model, branch=dataclasses.replace(model.branch, semantic=None))
+    # Both branches get X~; only their backbones differ in input, so compare the routing.
+    expected = without(params, jnp.float32(enhanced), t, text, mask).routing.refinement
+    got = model(params, x, t, text, mask).routing.refinement
+    np.testing.assert_allclose(got, expected, atol=1e-5)  # fp32 against one fp64 sum
+
+
+def test_semantic_router_reads_valid_text_alone():
+    model, params = make(BRANCHES["full"])
+    x, t, text, mask = inputs()
+    logits = model.semantic_logits(params, text, mask)
+    noisy = jnp.where(mask[..., None], text, 7.0)
+    np.testing.assert_array_equal(model.semantic_logits(params, noisy, mask), logits)
+    other = model.semantic_logits(params, text.at[0, 0].add(1.0), mask)
+    assert np.abs(other - logits)[0].max() > 0 and np.abs(other - logits)[1].max() == 0
+    assert logits.shape == (2, 17) and logits.dtype == jnp.float32
+    none = model.semantic_logits(params, text, jnp.zeros_like(mask))
+    assert np.isfinite(none).all()
+
+
+def test_top_k_mask():
+    rho = jnp.array([[0.1, 0.4, 0.4, 0.1], [0.7, 0.1, 0.1, 0.1]])
+    np.testing.assert_array_equal(top_k_mask(rho, 1), [[0, 1, 0, 0], [1, 0, 0, 0]])  # ties: lower index
+    np.testing.assert_array_equal(top_k_mask(rho, 2), [[0, 1, 1, 0], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(top_k_mask(rho, 4), 1)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_refinement_experts_against_float64(top_k):
+    config = RefinementConfig(top_k=top_k)
+    experts = RefinementExperts(config)
+    tokens = jax.random.normal(jax.random.key(0), (2, 5, 12)) * 3 + 1
+    params = away_from_zero(experts.init(jax.random.key(1), tokens)["params"])
+    refined, rho, aligned = experts.apply({"params": params}, tokens)
+
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x = np.asarray(tokens, np.float64)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    logits = normed @ p["router"]["kernel"] + p["router"]["bias"]
+    want_rho = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    want = np.zeros_like(x)
+    for b, n in np.ndindex(2, 5):
+        for e in np.argsort(-want_rho[b, n], kind="stable")[:top_k]:
+            want[b, n] += want_rho[b, n, e] * (x[b, n] @ p["kernel"][e] + p["bias"][e])
+    h = want_rho @ p["align_hidden"]["kernel"] + p["align_hidden"]["bias"]
+    want_aligned = np.asarray(nn.gelu(h)) @ p["align"]["kernel"] + p["align"]["bias"]
+    np.testing.assert_allclose(rho, want_rho, atol=1e-5)  # fp32 products of width 12
+    np.testing.assert_allclose(refined, want, atol=2e-5)
+    np.testing.assert_allclose(aligned, want_aligned, atol=1e-5)
+
+
+def test_every_branch_parameter_and_every_expert_gets_gradient():
+    model, params = make(BRANCHES["full"])
+    params["branch"] = away_from_zero(params["branch"])
+    x, t, text, mask = inputs()
+
+    def loss(branch):
+        output = model({**params, "branch": branch}, x, t, text, mask)
+        return (output.velocity**2).mean() + (output.routing.alignment**2).mean()
+
+    gradient = jax.grad(loss)(params["branch"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    for name in ("kernel", "bias"):
+        assert (np.abs(gradient["refinement"][name]).reshape(8, -1).max(1) > 0).all()
+    assert (np.abs(gradient["semantic"]["basis"]).reshape(17, -1).max(1) > 0).all()
+
+
+def test_at_step_zero_exits_learn_from_the_diffusion_loss_and_routers_from_theirs():
+    model, params = make(BRANCHES["full"])
+    x, t, text, mask = inputs()
+    diffusion = jax.grad(lambda b: (model({**params, "branch": b}, x, t, text, mask).velocity ** 2).mean())(
+        params["branch"]
+    )
+    assert np.abs(diffusion["exits"]["kernel"]).max() > 0
+    assert max(float(np.abs(g).max()) for g in jax.tree.leaves(diffusion["blocks"])) == 0
+    aligned = jax.grad(
+        lambda b: (model({**params, "branch": b}, x, t, text, mask).routing.alignment ** 2).mean()
+    )(params["branch"])
+    assert np.abs(aligned["refinement"]["router"]["kernel"]).max() > 0
+    assert np.abs(aligned["blocks"]["ffn"]["up"]["kernel"]).max() > 0
+    assert np.abs(aligned["semantic"]["basis"]).max() > 0
+
+
+def _backward_scans(jaxpr):
+    """Lengths of the scans that run backwards (reverse=True), in all nested jaxprs."""
+    lengths = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["reverse"]:
+            lengths.append(equation.params["length"])
+        for value in equation.params.values():
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    lengths += _backward_scans(inner)
+    return lengths
+
+
+def test_frozen_parameters_get_no_gradient():
+    """By the jaxpr: only what lies after the first hint runs backwards, and no output has the shape of a
+    stacked frozen weight's gradient."""
+    branch = BranchConfig((2, 4), SEMANTIC, REFINEMENT)
+    model, params = make(branch, num_layers=7)
+    x, t, text, mask = inputs()
+    trainable, frozen = optim.split(params, (("branch/", 1.0), ("backbone/", None)))
+
+    def loss(trainable):
+        output = model(optim.merge(trainable, frozen), x, t, text, mask)
+        return (output.velocity**2).mean() + output.routing.alignment.mean()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr
+    # Blocks 0..2 are before the first hint. After it: 3..4 and 5..6, and the two copies, one by one.
+    assert sorted(_backward_scans(jaxpr)) == [1, 1, 2, 2]
+
+    stacked = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen["backbone"]["blocks"]) if leaf.ndim > 2}
+
+    def made_shapes(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan" and equation.params["reverse"]:
+                yield from (variable.aval.shape for variable in equation.outvars)
+            for value in equation.params.values():
+                for item in value if isinstance(value, (tuple, list)) else (value,):
+                    inner = getattr(item, "jaxpr", item)
+                    if hasattr(inner, "eqns"):
+                        yield from made_shapes(inner)
+
+    shapes = list(made_shapes(jaxpr))
+    # The copies (stacks of 1) have weight gradients; the frozen segments (stacks of 2) have none.
+    assert {s for s in shapes if s[:1] == (1,) and s[1:] in stacked}
+    assert not {s for s in shapes if s[:1] == (2,) and s[1:] in stacked}
+
+
+def test_bf16_backbone_keeps_routers_in_fp32():
+    model, params = make(BRANCHES["full"], dtype="bfloat16")
+    x, t, text, mask = inputs()
+    output = model(away_from_zero(params), x, t, text, mask)
+    assert output.velocity.dtype == jnp.float32
+    assert output.routing.refinement.dtype == output.routing.alignment.dtype == jnp.float32
+    np.testing.assert_allclose(output.routing.refinement.sum(-1), 1.0, atol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
+
+
+def test_batch_of_one_equals_its_row_in_a_batch():
+    model, params = make(BRANCHES["full"])
+    params = away_from_zero(params)
+    x, t, text, mask = inputs()
+    both = model(params, x, t, text, mask)
+    one = model(params, x[1:], t[1:], text[1:], mask[1:])
+    np.testing.assert_allclose(one.velocity, both.velocity[1:], atol=1e-5)  # other matmul shapes
+
+
+def test_train_flops_by_hand():
+    model, _ = make(BRANCHES["full"])  # layers 0, 2 of 4; 8 experts
+    wan, n = model.backbone, 18
+    d, f, s = 48, 96, TEXT[0]
+    frozen = 12 * n * d * d + 4 * n * d * f + 8 * n * n * d + 4 * n * s * d
+    expected = wan.forward_flops(n) + 3 * frozen + 3 * 2 * wan.block_flops(n) + 3 * 10 * 2 * n * d * d
+    assert model.train_flops(n) == expected
+    assert ProPhy(wan).train_flops(n) == 3 * wan.forward_flops(n)
+
+
+def test_paper_size_parameter_counts():
+    """Wan-1.3B, K=10: the blocks and exits, 36 M of latent bases, 8 experts of 1536 x 1536."""
+    backbone = build(dict(module="wan", variant="1.3b"))
+    branch = BranchConfig(tuple(range(0, 30, 3)), SemanticConfig((21, 60, 104)), REFINEMENT)
+    model = ProPhy(backbone, branch)
+    shapes = jax.eval_shape(
+        model.init_branch, jax.random.key(0), jax.eval_shape(backbone.init, jax.random.key(0))
+    )
+    count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
+    d, f = 1536, 8960
+    block = 8 * (d * d + d) + 4 * d + 2 * d * f + f + d + 2 * d + 6 * d
+    assert count["blocks"] == 10 * block
+    assert count["exits"] == 10 * (d * d + d)
+    assert shapes["semantic"]["basis"].size == 17 * 21 * 60 * 104 * 16 == 35_642_880
+    assert shapes["refinement"]["kernel"].size == 8 * d * d
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        (dict(layers=()), "branch.layers"),
+        (dict(layers=(2, 0)), "ascending"),
+        (dict(layers=(0,), semantic=dict(basis_grid=(1, 1, 1), basis_space="pixel")), "basis_space"),
+    ],
+)
+def test_wrong_configurations_are_refused(spec, word):
+    with pytest.raises(UserError, match=word):
+        BranchConfig.from_dict(spec)
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(UserError, match="has 4 blocks"):
+        make(BranchConfig((0, 4)))
+    model, params = make(BranchConfig((0,), SemanticConfig((1, 1, 1), basis_space="token")))
+    with pytest.raises(UserError, match="one clip size"):
+        model(params, *inputs())

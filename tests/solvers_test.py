@@ -1,0 +1,295 @@
+"""Solvers against golden schedules, golden coefficients and golden end points of a toy equation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prophy_jax.diffusion import solvers
+from prophy_jax.errors import UserError
+
+NAMES = ("unipc", "unipc-diffusers", "dpm++", "euler", "euler-diffusers")
+START = np.array([1.0, -0.5, 2.0], np.float32)
+
+
+def toy_velocity(x, t):
+    return 1.2 * jnp.tanh(1.7 * x + 0.3) - 0.8 * x + 0.001 * t * x - 0.2
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+# 50 integer timesteps as the reference schedulers print them.
+TIMESTEPS = {
+    ("unipc", 3.0): """999 992 985 978 971 963 956 948 939 931 922 913 904 894 884 874 864 853 841
+        829 817 805 792 778 764 749 734 718 701 684 666 647 627 606 585 562 538 512 486 458 428 396
+        363 327 290 249 206 160 111 57""",
+    ("unipc-diffusers", 3.0): """999 993 986 979 971 964 956 948 940 931 923 914 904 895 885 875 864
+        853 842 830 818 805 792 779 765 750 735 719 702 685 667 648 628 607 586 563 539 514 487 459
+        429 398 365 329 292 251 208 162 113 60""",
+    ("unipc", 5.0): """999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898
+        890 882 873 863 854 843 833 821 809 796 783 768 753 737 720 701 681 660 636 611 584 555 522
+        487 448 405 356 302 241 172 92""",
+    ("unipc", 8.0): """999 997 994 991 989 986 983 979 976 973 969 965 961 957 953 948 944 939 934
+        928 922 916 910 903 896 888 880 871 862 852 841 830 817 804 789 773 756 737 716 692 666 636
+        603 565 521 470 409 337 249 140""",
+    ("unipc-diffusers", 8.0): """999 997 994 992 989 986 983 980 976 973 969 965 962 957 953 949 944
+        939 934 928 923 917 910 903 896 889 880 872 863 853 842 830 818 805 790 774 757 738 717 693
+        667 638 605 567 523 473 413 341 254 146""",
+}
+
+
+@pytest.mark.parametrize(("name", "shift"), TIMESTEPS)
+def test_integer_timesteps(name, shift):
+    golden = [int(t) for t in TIMESTEPS[name, shift].split()]
+    assert len(golden) == 50
+    np.testing.assert_array_equal(solvers.solver(name, 50, shift).timesteps, golden)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("unipc", 0.99987489, 0.14022775),
+        ("unipc-diffusers", 0.99999899, 0.14634742),
+        ("dpm++", 1.0, 0.14035088),
+        ("euler", 1.0, 0.14035088),
+        ("euler-diffusers", 1.0, 0.06020697),
+    ],
+)
+def test_first_and_last_sigma(name, first, last):
+    sigmas = solvers.solver(name, 50, 8.0).sigmas
+    assert sigmas.shape == (51,) and sigmas.dtype == np.float32 and sigmas[-1] == 0
+    # The golden values carry 8 digits; a float32 near 1 is good to 6e-8.
+    np.testing.assert_allclose(sigmas[[0, -2]], [first, last], rtol=0, atol=6e-8)
+
+
+def test_euler_hands_the_network_fractional_times_and_dpmpp_starts_at_1000():
+    linear = solvers.euler(50, 8.0)
+    # 1000 sigma in float32: relative rounding 6e-8.
+    np.testing.assert_allclose(linear.timesteps, 1000 * linear.sigmas[:-1], rtol=1e-7)
+    assert solvers.dpmpp_2m(50, 8.0).timesteps[0] == 1000
+
+
+# ---- coefficients --------------------------------------------------------------------------------
+
+
+def test_unipc_coefficients_at_five_steps():
+    table = solvers.unipc(5, 8.0)
+    corrector = [  # of x, x_c', m, m', m''
+        [1, 0, 0, 0, 0],
+        [0, 0.9696712, 0.0151644, 0.0151644, 0],
+        [0, 0.9518842, 0.0267320, 0.0215940, -0.0002103],
+        [0, 0.9122160, 0.0431985, 0.0500139, -0.0054284],
+        [0, 0.7915451, 0.1022660, 0.1288514, -0.0226625],
+    ]
+    predictor = [  # of x_c, m, m'
+        [0.9696712, 0.0303288, 0],
+        [0.9518842, 0.0523755, -0.0042597],
+        [0.9122160, 0.1241282, -0.0363442],
+        [0.7915451, 0.3345951, -0.1261402],
+        [0, 1, 0],
+    ]
+    # Seven digits were recorded; 1.5e-7 is one unit of the last digit and float32 rounding.
+    np.testing.assert_allclose(table.steps.corrector, corrector, rtol=0, atol=1.5e-7)
+    np.testing.assert_allclose(table.steps.predictor, predictor, rtol=0, atol=1.5e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 20, 50, 200, 1000])
+def test_coefficients_are_finite_and_keep_a_constant(name, num_steps):
+    for shift in (0.5, 1.0, 3.0, 12.0, 20.0):
+        table = solvers.solver(name, num_steps, shift)
+        steps = table.steps
+        assert all(np.all(np.isfinite(leaf)) for leaf in (table.sigmas, *steps))
+        # A perfect prediction m of a point is a fixed point: every row's weights sum to 1.
+        np.testing.assert_allclose(steps.corrector.sum(-1), 1, atol=5e-7)  # five float32 terms
+        np.testing.assert_allclose(steps.predictor.sum(-1), 1, atol=5e-7)
+        np.testing.assert_array_equal(steps.predictor[-1], [0, 1, 0])  # ends at m
+
+
+# ---- trajectories --------------------------------------------------------------------------------
+
+END_POINTS = {  # at N=5 shift 8, and at N=20 shift 3
+    "unipc": ([0.1530095, -0.0305266, 1.1176475], [0.3131768, -0.1713599, 1.4356699]),
+    "unipc-diffusers": ([0.1522289, -0.0296860, 1.1163380], [0.3126463, -0.1711544, 1.4344543]),
+    "dpm++": ([0.1498462, -0.0312730, 1.1105359], [0.3134226, -0.1721716, 1.4351918]),
+    "euler-diffusers": ([0.1326944, -0.0198788, 1.0643048], [0.2911614, -0.1600513, 1.3772355]),
+}
+
+
+@pytest.mark.parametrize("name", END_POINTS)
+@pytest.mark.parametrize(("setting", "num_steps", "shift"), [(0, 5, 8.0), (1, 20, 3.0)])
+def test_end_points_of_the_toy_equation(name, setting, num_steps, shift):
+    end = solvers.sample(solvers.solver(name, num_steps, shift), toy_velocity, START)
+    # Golden values are float32 runs of the reference code: both sides round every step, 20 steps of
+    # 6e-8.
+    np.testing.assert_allclose(end, END_POINTS[name][setting], rtol=0, atol=1.5e-6)
+
+
+def test_euler_is_the_textbook_step():
+    table = solvers.euler(20, 3.0)
+    x, s = START.astype(np.float64), table.sigmas.astype(np.float64)
+    for i, t in enumerate(table.timesteps):
+        x = x + (s[i + 1] - s[i]) * np.asarray(toy_velocity(x, t), np.float64)
+    end = solvers.sample(table, toy_velocity, START)
+    np.testing.assert_allclose(end, x, rtol=0, atol=2e-6)  # 20 float32 steps
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("unipc", 6, 32), ("dpm++", 6, 32), ("euler", 3, 6)])
+def test_order_of_convergence(name, low, high):
+    def end(num_steps):
+        table = solvers.solver(name, num_steps, 1.0)
+        return np.asarray(solvers.sample(table, lambda x, t: jnp.sin(2 * x) + 0.5, START))
+
+    # The official UniPC grid starts at 0.999, so each solver is compared with its own fine limit.
+    limit = end(1280)
+    coarse, fine = (np.abs(end(n) - limit).max() for n in (20, 80))
+    # A quarter of the step divides the error by 4 at order 1 and by 16 at order 2, less what the
+    # first and the last step cost, which have order 1 in every solver.
+    assert low < coarse / fine < high
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_is_the_predicted_sample(name):
+    table = solvers.solver(name, 1, 8.0)
+    end = solvers.sample(table, toy_velocity, START)
+    expected = START - table.sigmas[0] * toy_velocity(START, table.timesteps[0])
+    np.testing.assert_allclose(end, expected, atol=5e-7)  # float32 rounding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_are_two_euler_steps(name):
+    # Both steps have order 1, and the corrector of the last step cannot reach the result.
+    table = solvers.solver(name, 2, 8.0)
+    s = table.sigmas
+    x = START + (s[1] - s[0]) * toy_velocity(START, table.timesteps[0])
+    x = x + (s[2] - s[1]) * toy_velocity(x, table.timesteps[1])
+    end = solvers.sample(table, toy_velocity, START)
+    np.testing.assert_allclose(end, x, atol=1e-6)  # float32 rounding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_point_mass_is_reached_from_any_noise(name):
+    # Data at one point c: v = (x - c) / sigma, and the path is a straight line that every solver
+    # follows.
+    table = solvers.solver(name, 7, 5.0)
+    if name in ("euler", "euler-diffusers"):  # fractional times are 1000 sigma
+        end = solvers.sample(table, lambda x, t: (x - 0.3) * 1000 / t, START)
+        np.testing.assert_allclose(end, np.full(3, 0.3), atol=2e-6)  # float32 rounding
+    # Truncated times are off by up to 1, so there sigma is looked up beside the time.
+    sigma_of = dict(zip(table.timesteps.tolist(), table.sigmas.tolist(), strict=False))
+    state = solvers.start(START)
+    for i in range(table.num_steps):
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
+        sigma = sigma_of[float(row.timestep)]
+        state = solvers.step(row, state, lambda x, t, sigma=sigma: (x - 0.3) / sigma)
+    np.testing.assert_allclose(state.x, np.full(3, 0.3), atol=2e-6)
+
+
+def test_repeated_timesteps_are_separate_steps():
+    table = solvers.unipc(100, 12.0)
+    assert len(np.unique(table.timesteps)) < 100  # truncation makes some equal
+    assert np.all(np.diff(table.sigmas) < 0)  # the steps are not
+    # With fractional times nothing repeats. Times move by less than 1, so the toy velocity by less
+    # than 0.001 x; a skipped or a doubled step would move the end by more.
+    fractional = table.steps._replace(timestep=1000 * table.sigmas[:-1])
+    end = solvers.sample(table, toy_velocity, START)
+    unique = solvers.sample(dataclasses.replace(table, steps=fractional), toy_velocity, START)
+    np.testing.assert_allclose(end, unique, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scan_equals_the_loop_over_one_compiled_step(name):
+    table = solvers.solver(name, 12, 5.0)
+    traces = []
+
+    @jax.jit
+    def advance(row, state):
+        traces.append(row)
+        return solvers.step(row, state, toy_velocity)
+
+    state = solvers.start(START)
+    for i in range(table.num_steps):
+        state = advance(jax.tree.map(lambda leaf, i=i: leaf[i], table.steps), state)
+    scanned = jax.jit(lambda table, noise: solvers.sample(table, toy_velocity, noise))(table, START)
+    # XLA may fuse the two programs differently: 12 steps of float32 rounding.
+    np.testing.assert_allclose(scanned, state.x, rtol=0, atol=1e-6)
+    assert len(traces) == 1
+
+
+def test_solvers_of_equal_length_share_one_program():
+    traces = []
+
+    @jax.jit
+    def run(table, noise):
+        traces.append(table)
+        return solvers.sample(table, toy_velocity, noise)
+
+    for name in NAMES:
+        run(solvers.solver(name, 6, 3.0), START)
+    assert len(traces) == 1
+
+
+def test_state_stays_float32_with_a_half_precision_network():
+    end = solvers.sample(
+        solvers.unipc(4, 5.0), lambda x, t: x.astype(jnp.bfloat16), START.astype(jnp.bfloat16)
+    )
+    assert end.dtype == jnp.float32 and np.all(np.isfinite(end))
+
+
+# ---- guidance ------------------------------------------------------------------------------------
+
+
+def _model(calls):
+    def model(x, t, condition):
+        assert t.shape == x.shape[:1] == condition["text"].shape[:1]
+        calls.append(x.shape[0])
+        return x * 0.001 * t[:, None] + condition["text"]
+
+    return model
+
+
+def test_guidance_batches_both_halves_and_extrapolates():
+    x = jnp.ones((2, 3))
+    cond, uncond = {"text": jnp.full((2, 3), 2.0)}, {"text": jnp.array([[0.5] * 3, [1.0] * 3])}
+    calls = []
+    v = solvers.guided(_model(calls), cond, uncond, 5.0)(x, jnp.float32(500))
+    assert calls == [4]
+    np.testing.assert_allclose(v[:, 0], [0.5 + 0.5 + 5 * 1.5, 0.5 + 1.0 + 5 * 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.0])
+def test_guidance_of_one_or_less_runs_the_conditional_half_alone(guidance):
+    x, cond = jnp.ones((2, 3)), {"text": jnp.full((2, 3), 2.0)}
+    calls = []
+    v = solvers.guided(_model(calls), cond, None, guidance)(x, jnp.float32(500))
+    assert calls == [2]
+    np.testing.assert_allclose(v, 2.5)
+
+
+def test_guided_sampling_runs_inside_the_scan():
+    cond, uncond = {"text": jnp.ones((1, 3))}, {"text": jnp.zeros((1, 3))}
+    velocity = solvers.guided(_model([]), cond, uncond, 3.0)
+    table = solvers.unipc(8, 5.0)
+    end = solvers.sample(table, velocity, START[None])
+    alone = solvers.sample(table, lambda x, t: x * 0.001 * t + 3.0, START[None])
+    np.testing.assert_allclose(end, alone, atol=2e-6)  # float32 rounding of 0 + 3 (1 - 0)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def test_unknown_solver_lists_the_names():
+    with pytest.raises(UserError) as error:
+        solvers.solver("heun", 10, 3.0)
+    assert all(name in str(error.value) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("num_steps", "shift"), [(0, 3.0), (10, 0.0), (10, -1.0), (10, float("nan")), (100, 1e9)]
+)
+def test_bad_steps_and_shift(name, num_steps, shift):
+    with pytest.raises(UserError, match="step|shift"):
+        solvers.solver(name, num_steps, shift)

@@ -1,0 +1,276 @@
+"""The train step: equal on every mesh, equal under accumulation, exact randomness, frozen stays frozen."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prophy_jax import experiment, losses, optim, parallel, train
+from prophy_jax.errors import UserError
+from tests.conftest import ROOT, get_config
+
+BATCH, TOKENS = 8, 3 * 4 * 4
+
+
+def tiny(**changes):
+    config = get_config("tiny")
+    config.backbone.update(dim=24, num_heads=2, ffn_dim=32, text_dim=8, text_len=6, freq_dim=16)
+    config.branch.semantic.hidden = 8
+    config.optimizer.groups = (("branch/blocks/", 2e-3), ("branch/", 1e-2), ("backbone/", None))
+    config.optimizer.warmup = 1
+    config.batch_size = BATCH
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+def make_batch(seed=0, size=BATCH):
+    rng = np.random.default_rng(seed)
+    present = (rng.random((size, 17)) < 0.3).astype(np.float32)
+    present[-1] = 0  # a clip without labels
+    return {
+        "latents": rng.normal(size=(size, 3, 8, 8, 16)).astype(np.float32),
+        "text": rng.normal(size=(size, 6, 8)).astype(np.float32),
+        "text_mask": np.arange(6) < rng.integers(1, 7, (size, 1)),
+        "category": present,
+        "alignment": rng.uniform(-1, 1, (size, TOKENS, 17)).astype(np.float32) * present[:, None],
+        "alignment_present": present,
+    }
+
+
+def run_steps(config, devices=None, steps=2, batch=None):
+    """Metrics of each step, trained parameters, frozen parameters. Exits start away from zero."""
+    run = experiment.build(config, devices)
+    with jax.set_mesh(run.mesh):
+        trainable, frozen = experiment.init_params(run)
+        if "branch" in trainable:
+            exits = trainable["branch"]["exits"]
+            exits["kernel"] = exits["kernel"] + 0.05 * jax.random.normal(
+                jax.random.key(9), exits["kernel"].shape
+            )
+        head = (frozen if "backbone" in frozen else trainable)["backbone"]["head"]["out"]
+        head["kernel"] = head["kernel"] + 0.1 * jax.random.normal(jax.random.key(8), head["kernel"].shape)
+        adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
+        optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
+        state = train.init_state(trainable, optimizer, run.mesh)
+        step = jax.jit(train.make_train_step(run.model, run.objective, optimizer, config))
+        empty = {"text": jnp.zeros((6, 8)), "text_mask": jnp.arange(6) < 1}
+        placed = parallel.put_batch(batch or make_batch(), run.mesh)
+        history = []
+        for _ in range(steps):
+            state, metrics = step(state, frozen, empty, placed)
+            history.append({name: float(value) for name, value in metrics.items()})
+        return history, jax.device_get(state), frozen
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run_steps(tiny(), jax.devices()[:1])
+
+
+def losses_of(metrics):
+    return {name: value for name, value in metrics.items() if name.startswith("loss/")}
+
+
+@pytest.mark.parametrize(
+    "mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=lambda mesh: "x".join(map(str, mesh))
+)
+def test_losses_and_parameters_are_equal_on_every_mesh(whole, mesh, monkeypatch):
+    monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)  # so that small parameters are split too
+    config = tiny(mesh=dict(zip(parallel.AXES, mesh, strict=True)))
+    history, state, _ = run_steps(config)
+    for got, expected in zip(history, whole[0], strict=True):
+        assert losses_of(got).keys() == losses_of(expected).keys()
+        for name, value in losses_of(expected).items():
+            assert got[name] == pytest.approx(value, rel=1e-5), name
+    # Adam turns rounding of a gradient near zero into a visible step; 1e-4 of a 1e-2 step remains.
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole[1].params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_fsdp_splits_the_trained_parameters(monkeypatch):
+    monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
+    run = experiment.build(tiny(mesh=dict(data=1, fsdp=8, context=1)))
+    trainable, frozen = experiment.init_params(run)
+    kernel = trainable["branch"]["blocks"]["ffn"]["up"]["kernel"]  # (2, 24, 32)
+    assert kernel.addressable_shards[0].data.shape == (2, 24, 4)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(frozen))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_accumulation_is_exact(reduction):
+    """Every loss but `balance`, which is a product of means and is taken per microbatch."""
+    changes = dict(reduction=dict(relative="sum", alignment=reduction))
+    changes["losses"] = dict(relative=0.1, alignment=0.02)
+    one, whole_state, _ = run_steps(tiny(**changes), jax.devices()[:1], steps=1)
+    four, state, _ = run_steps(tiny(accumulation=4, **changes), jax.devices()[:1], steps=1)
+    for name, value in losses_of(one[0]).items():
+        assert four[0][name] == pytest.approx(value, rel=1e-5), name
+    for name, value in one[0].items():
+        if name.startswith("gradient/"):
+            assert four[0][name] == pytest.approx(value, rel=1e-4), name  # norms of small sums
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole_state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_coarse_loss_is_of_the_whole_batch_however_it_is_split(whole):
+    batch = make_batch()
+    run = experiment.build(tiny(), jax.devices()[:1])
+    trainable, frozen = experiment.init_params(run)
+    logits = run.model.semantic_logits(
+        optim.merge(trainable, frozen), jnp.asarray(batch["text"]), jnp.asarray(batch["text_mask"])
+    )
+    expected = float(losses.relative(logits, jnp.asarray(batch["category"])))
+    assert expected > 0.1
+    sharded, _, _ = run_steps(tiny(mesh=dict(data=8, fsdp=1, context=1)), steps=1)
+    split, _, _ = run_steps(tiny(accumulation=4), jax.devices()[:1], steps=1)
+    for history in (whole[0], sharded, split):
+        assert history[0]["loss/relative"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(whole):
+    _, state, frozen = whole
+    before = experiment.init_params(experiment.build(tiny(), jax.devices()[:1]))[1]
+    before["backbone"]["head"] = frozen["backbone"]["head"]  # moved by the test itself
+    for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert set(state.params) == {"branch"}
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert moments == 2 * trained
+
+
+def test_every_part_of_the_branch_moves(whole):
+    start = experiment.init_params(experiment.build(tiny(), jax.devices()[:1]))[0]["branch"]
+    for name, part in whole[1].params["branch"].items():
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), part, start[name])
+        assert max(jax.tree.leaves(moved)) > 1e-4, name
+
+
+def test_ema_by_hand():
+    config = tiny()
+    config.optimizer.ema = 0.75
+    _, first, _ = run_steps(config, jax.devices()[:1], steps=1)
+    _, second, _ = run_steps(config, jax.devices()[:1], steps=2)
+    for ema1, ema2, params in zip(*map(jax.tree.leaves, (first.ema, second.ema, second.params)), strict=True):
+        np.testing.assert_allclose(ema2, 0.75 * ema1 + 0.25 * params, atol=1e-6)
+
+
+def test_a_step_depends_on_its_number_and_the_seed_alone(whole):
+    again, _, _ = run_steps(tiny(), jax.devices()[:1])
+    assert again == whole[0]
+    other, _, _ = run_steps(tiny(seed=1), jax.devices()[:1], steps=1)
+    assert other[0]["loss/diffusion"] != whole[0][0]["loss/diffusion"]
+    assert whole[0][0]["loss/diffusion"] != whole[0][1]["loss/diffusion"]
+
+
+def test_caption_dropout_replaces_text_and_mask_but_not_for_the_coarse_loss(whole):
+    batch = {name: jnp.asarray(value) for name, value in make_batch().items()}
+    empty = {"text": jnp.full((6, 8), 7.0), "text_mask": jnp.arange(6) < 1}
+    objective = experiment.build(tiny(), jax.devices()[:1]).objective
+    key = jax.random.key(0)
+    for share, rows in ((0.0, batch["text"]), (1.0, jnp.full((BATCH, 6, 8), 7.0))):
+        drawn = train.draw_inputs(key, objective, batch, empty, share)
+        np.testing.assert_array_equal(drawn["input_text"], rows)
+        np.testing.assert_array_equal(drawn["text"], batch["text"])
+    np.testing.assert_array_equal(drawn["input_text_mask"].sum(1), 1)
+    half = train.draw_inputs(key, objective, batch, empty, 0.5)
+    dropped = np.asarray((half["input_text"] == 7).all((1, 2)))
+    assert 0 < dropped.sum() < BATCH
+    all_dropped, _, _ = run_steps(tiny(caption_dropout=1.0), jax.devices()[:1], steps=1)
+    assert all_dropped[0]["loss/relative"] == pytest.approx(whole[0][0]["loss/relative"], rel=1e-6)
+
+
+@pytest.mark.parametrize("ablation", ["pb", "pb+seb", "pb+reb", "bce", "absolute"])
+def test_ablations_lack_the_parts_and_losses_they_name(ablation):
+    config = get_config(f"tiny,{ablation}")
+    reference = tiny()
+    config.backbone, config.batch_size = reference.backbone, BATCH
+    if config.branch.semantic:
+        config.branch.semantic.hidden = 8
+    history, state, _ = run_steps(config, jax.devices()[:1], steps=1)
+    parts = {"blocks", "exits"}
+    parts |= set() if ablation in ("pb", "pb+reb") else {"semantic"}
+    parts |= set() if ablation in ("pb", "pb+seb") else {"refinement"}
+    assert set(state.params["branch"]) == parts
+    expected = {
+        "pb": set(),
+        "pb+seb": {"relative"},
+        "pb+reb": {"alignment", "balance"},
+        "bce": {"bce", "alignment", "balance"},
+        "absolute": {"relative", "absolute_alignment"},
+    }[ablation]
+    names = {name.removeprefix("loss/") for name in losses_of(history[0])}
+    assert names == expected | {"diffusion", "total"}
+    weights = {"diffusion": 1.0, **config.losses}
+    total = sum(weights[name] * history[0][f"loss/{name}"] for name in expected | {"diffusion"})
+    assert history[0]["loss/total"] == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("labels", ["none", "one category", "nothing positive"])
+def test_edge_labels_stay_finite(labels):
+    batch = make_batch()
+    if labels == "none":
+        for name in ("category", "alignment", "alignment_present"):
+            batch[name][:] = 0
+    elif labels == "one category":
+        batch["category"][:] = np.eye(17)[3]
+    else:
+        batch["alignment"][:] = -1
+    history, state, _ = run_steps(tiny(), jax.devices()[:1], batch=batch)
+    assert all(np.isfinite(value) for metrics in history for value in metrics.values())
+    assert state.bad_step == -1
+    if labels != "one category":
+        assert history[0]["loss/alignment"] == 0
+    if labels == "none":
+        assert history[0]["loss/relative"] == 0
+
+
+def test_first_bad_step_is_kept():
+    batch = make_batch()
+    batch["latents"][2, 0, 0, 0, 0] = np.nan
+    _, state, _ = run_steps(tiny(), jax.devices()[:1], steps=3, batch=batch)
+    assert state.bad_step == 0 and state.step == 3
+
+
+def test_configurations_that_do_not_fit_together_are_refused():
+    cases = [
+        (dict(losses=dict(relative=0.1, typo=1.0)), "typo"),
+        (dict(accumulation=3), "accumulation"),
+        (dict(mesh=dict(data=3, fsdp=1, context=1)), "does not fit 8 devices"),
+        (dict(mesh=dict(data=8, fsdp=1, context=1), accumulation=2), "does not divide"),
+    ]
+    for changes, word in cases:
+        with pytest.raises(UserError, match=word):
+            experiment.build(tiny(**changes))
+    config = tiny()
+    config.branch.semantic = None
+    with pytest.raises(UserError, match="branch.semantic is absent"):
+        experiment.build(config)
+
+
+def test_model_and_step_import_with_jax_flax_optax_numpy_alone():
+    """GPU machines often lack the data and checkpoint packages; the step must not need them."""
+    blocked = (
+        "absl.flags", "grain", "orbax", "tensorflow_datasets", "ml_collections", "tqdm",
+        "tensorboardX", "transformers", "torch", "av", "matplotlib", "PIL", "pymunk",
+    )  # fmt: skip
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        # Flax and optax bring some of these themselves; only our own imports count.
+        frame = sys._getframe(1)
+        while frame and 'importlib' in frame.f_code.co_filename:
+            frame = frame.f_back
+        if name.startswith({blocked!r}) and 'prophy_jax' in frame.f_code.co_filename:
+            raise ImportError('blocked ' + name)
+sys.meta_path.insert(0, Block())
+import prophy_jax.train, prophy_jax.losses, prophy_jax.models.physics, prophy_jax.models.wan
+import prophy_jax.diffusion.flow, prophy_jax.diffusion.solvers
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,200 @@
+"""The training command end to end: resume to the bit, signals, bad input, what it leaves behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from prophy_jax import checkpoints, experiment, metrics, train
+from prophy_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+def command(workdir, tiny_data, *more, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "prophy_jax.train",
+            "--config=configs/wan.py:tiny",
+            f"--workdir={workdir}",
+            f"--config.data.dir={tiny_data}",
+            "--config.steps=60",
+            "--config.checkpoint.every=5",
+            "--config.log.every=5",
+            "--config.samples.every=1000",
+            "--config.validation.every=1000",
+            *more,
+        ],  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def saved_steps(workdir):
+    folder = os.path.join(workdir, "checkpoints")
+    return (
+        sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.exists(folder) else []
+    )
+
+
+def wait_for_step(workdir, process, step):
+    while not [saved for saved in saved_steps(workdir) if saved >= step]:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def hashes(workdir):
+    return {
+        part: checkpoints.read_manifest(os.path.join(workdir, part), "")["sha256"]
+        for part in ("backbone", "branch")
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_data):
+    workdir = str(tmp_path_factory.mktemp("uninterrupted") / "run")
+    process = command(workdir, tiny_data)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return workdir
+
+
+def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, tiny_data):
+    workdir = str(tmp_path / "run")
+    process = command(workdir, tiny_data)
+    wait_for_step(workdir, process, random.randrange(5, 31, 5))
+    time.sleep(random.random() * 0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = saved_steps(workdir)[-1]
+    assert stopped_at < 60 and not os.path.exists(os.path.join(workdir, "branch"))
+
+    resumed = command(workdir, tiny_data)
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    assert hashes(workdir) == hashes(uninterrupted)
+    # Every step stands once in the metrics, with the same losses.
+    ours, theirs = metrics.read_metrics(workdir), metrics.read_metrics(uninterrupted)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if k.startswith("loss")} == {
+            k: v for k, v in b.items() if k.startswith("loss")
+        }
+
+
+def test_sigterm_saves_and_the_run_goes_on_on_another_mesh(uninterrupted, tmp_path, tiny_data):
+    workdir = str(tmp_path / "run")
+    process = command(workdir, tiny_data)
+    wait_for_step(workdir, process, 5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "saved at step" in output, output
+    stopped_at = saved_steps(workdir)[-1]
+    assert f"saved at step {stopped_at}" in output and stopped_at < 60
+
+    resumed = command(
+        workdir, tiny_data, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2",
+        devices=8,
+    )  # fmt: skip
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    ours, theirs = metrics.read_metrics(workdir)[-1], metrics.read_metrics(uninterrupted)[-1]
+    assert ours["step"] == theirs["step"] == 60
+    # Rounding differs between meshes and dozens of Adam steps amplify it.
+    assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-2)
+
+
+def test_metrics_and_files_of_a_finished_run(uninterrupted):
+    lines = metrics.read_metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(5, 61, 5))
+    expected = {
+        "loss/total", "loss/diffusion", "loss/relative", "loss/alignment", "loss/balance",
+        "gradient/all", "gradient/branch/blocks", "router/refinement/entropy",
+        "router/refinement/max_load", "router/semantic/entropy", "time/step_s", "time/data_wait_s",
+        "speed/tokens_per_s", "speed/model_tflop_per_s",
+    }  # fmt: skip
+    assert all(expected <= line.keys() for line in lines)
+    assert "validation/loss" in lines[-1] and "validation/sigma_0.5" in lines[-1]
+    assert np.mean([line["loss/diffusion"] for line in lines[-3:]]) < lines[0]["loss/diffusion"]
+    assert any(name.startswith("events") for name in os.listdir(os.path.join(uninterrupted, "tensorboard")))
+    assert os.path.exists(os.path.join(uninterrupted, "samples", "step_0000060.mp4"))
+    with open(os.path.join(uninterrupted, "config.json")) as file:
+        assert json.load(file)["config"]["steps"] == 60
+
+
+def test_finished_run_started_again_does_nothing(uninterrupted, tiny_data):
+    before = hashes(uninterrupted)
+    process = command(uninterrupted, tiny_data)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert hashes(uninterrupted) == before
+
+
+def test_workdir_of_another_configuration_is_refused(uninterrupted, tiny_data, tiny_config):
+    before = hashes(uninterrupted)
+    process = command(uninterrupted, tiny_data, "--config.seed=7")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "config.json" in line and "seed was 0, is 7" in line and "Traceback" not in output
+    assert hashes(uninterrupted) == before
+
+
+def test_checkpoint_of_another_shape_is_refused(uninterrupted, tiny_config):
+    tiny_config.backbone.dim = 24
+    tiny_config.backbone_params = os.path.join(uninterrupted, "backbone")
+    run = experiment.build(tiny_config, jax.devices()[:1])
+    with pytest.raises(UserError, match=r"backbone does not fit .* is \(\(2, 48\)"):
+        experiment.init_params(run)
+
+
+def test_not_finite_loss_names_step_clips_and_checkpoint(tmp_path, tiny_config):
+    tiny_config.optimizer.groups = (("branch/", 1e30), ("backbone/", 1e30))
+    tiny_config.optimizer.clip = 1e30
+    workdir = str(tmp_path / "run")
+    tiny_config.mesh.data = 4
+    tiny_config.mesh.fsdp = 2
+    tiny_config.batch_size = 8
+    with pytest.raises(UserError, match=r"not finite at step [2-4], clips train-.*last good.*none yet"):
+        train.train(tiny_config, workdir)
+    assert saved_steps(workdir) == []
+
+
+def test_bad_input_gets_one_line(tmp_path, tiny_data):
+    def run(*arguments):
+        result = subprocess.run(
+            [sys.executable, "-m", "prophy_jax.train", *arguments],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        (line,) = result.stderr.strip().splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    tiny = "--config=configs/wan.py:tiny"
+    assert "no variant 'large'" in run("--config=configs/wan.py:large")
+    assert "no such key: --config.stepz=1" in run(tiny, "--config.stepz=1")
+    assert "configs/none.py" in run("--config=configs/none.py")
+    assert "--workdir" in run(tiny)
+    missing = run(tiny, f"--workdir={tmp_path}/a", f"--config.data.dir={tmp_path}/none")
+    assert "prophy_jax.prepare" in missing
+    assert not os.path.exists(tmp_path / "a")
+    paper = run("--config=configs/wan.py", f"--workdir={tmp_path}/b")
+    assert "checkpoints/wan2.1-t2v-1.3b" in paper and "convert.wan" in paper
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    full = run(tiny, f"--workdir={tmp_path}/full", f"--config.data.dir={tiny_data}")
+    assert "not empty" in full
+    assert os.listdir(tmp_path / "full") == ["notes.txt"]

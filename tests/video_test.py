@@ -1,0 +1,322 @@
+"""Video files in and out: rates, sizes, colours, odd formats and damaged files, all made here."""
+
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from prophy_jax.data import video
+from prophy_jax.errors import UserError
+
+av = pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
+
+# H.264 and the YUV conversion move flat areas by up to 3 of 255 levels; frames differ by 6 or more.
+LEVELS = 3
+
+
+def counting_clip(num_frames, height=48, width=64, step=6):
+    """Frame i is flat grey of level 20 + step i, so that a decoded frame tells its index."""
+    levels = (20 + step * np.arange(num_frames)).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3))
+
+
+def indices(frames, step=6):
+    return np.rint((frames.mean(axis=(1, 2, 3)) - 20) / step).astype(int).tolist()
+
+
+def encode(path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", pts=None, rotation=0, **options):
+    """A clip written by PyAV directly, for what `write_mp4` does not write."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[i], Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def cut(path, target, share):
+    data = path.read_bytes()
+    target.write_bytes(data[: int(len(data) * share)])
+    return target
+
+
+# ---- write and read ------------------------------------------------------------------------------
+
+
+def test_round_trip_keeps_frames_size_rate_and_order(tmp_path):
+    path = tmp_path / "clip.mp4"
+    frames = counting_clip(12)
+    video.write_mp4(path, frames, 16)
+    back, fps = video.read_video(path)
+    assert back.shape == frames.shape and back.dtype == np.uint8 and fps == 16
+    assert indices(back) == list(range(12))
+    assert np.abs(back.astype(int) - frames).max() <= LEVELS
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert container.format.name.startswith("mov,mp4")
+
+
+@pytest.mark.parametrize("fps", [8, 16.0, 23.976, 29.97])
+def test_rate_survives(tmp_path, fps):
+    video.write_mp4(tmp_path / "clip.mp4", counting_clip(5), fps)
+    assert video.read_video(tmp_path / "clip.mp4")[1] == pytest.approx(fps, rel=1e-4)  # 24000/1001
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 200, 90)])
+def test_colours_survive(tmp_path, colour):
+    frames = np.full((3, 48, 64, 3), colour, np.uint8)
+    video.write_mp4(tmp_path / "clip.mp4", frames, 16)
+    back = video.read_video(tmp_path / "clip.mp4")[0].astype(int)
+    assert np.abs(back - frames).max() <= LEVELS  # a wrong YUV matrix moves green by 20 and more
+
+
+def test_odd_sizes_are_padded_by_their_edge(tmp_path):
+    frames = np.zeros((3, 47, 63, 3), np.uint8)
+    frames[:, 30:, 40:] = 200
+    video.write_mp4(tmp_path / "clip.mp4", frames, 16)
+    back = video.read_video(tmp_path / "clip.mp4")[0]
+    assert back.shape == (3, 48, 64, 3)
+    assert abs(int(back[1, -1, -1, 0]) - 200) <= LEVELS and back[1, 5, -1, 0] <= LEVELS
+
+
+def test_writing_replaces_whole_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    video.write_mp4(path, counting_clip(3), 16)
+    assert len(video.read_video(path)[0]) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_interrupted_writing_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        video.write_mp4(path, counting_clip(3), 16)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_unwritable_target_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="missing/clip.mp4: cannot be written"):
+        video.write_mp4(tmp_path / "missing" / "clip.mp4", counting_clip(3), 16)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((0, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3))])
+def test_wrong_frames_are_a_programming_error(tmp_path, bad):
+    with pytest.raises(ValueError, match="uint8"):
+        video.write_mp4(tmp_path / "clip.mp4", bad, 16)
+
+
+# ---- rates ---------------------------------------------------------------------------------------
+
+
+def test_nearest_frames_from_30_to_8_fps():
+    frames = counting_clip(30)
+    # k * 30/8 = 0, 3.75, 7.5, 11.25, 15, 18.75, 22.5, 26.25; halves go to the later frame.
+    chosen = video.sample_frames(frames, 30, 8, 8)
+    assert indices(chosen) == [0, 4, 8, 11, 15, 19, 23, 26]
+
+
+def test_same_rate_takes_the_first_frames_and_a_higher_rate_repeats():
+    frames = counting_clip(9)
+    assert indices(video.sample_frames(frames, 16.0, 9, 16)) == list(range(9))
+    assert indices(video.sample_frames(frames, 8, 5, 16)) == [0, 1, 1, 2, 2]
+
+
+def test_too_short_says_needed_and_found():
+    with pytest.raises(UserError, match="needs 31 frames.*found 30"):
+        video.sample_frames(counting_clip(30), 30, 9, 8)
+
+
+# ---- crop and resize -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (24, 48), (96, 32), (40, 64)])
+def test_crop_is_centred_and_keeps_the_aspect_ratio(height, width):
+    # Coordinates as colours: linear ramps stay linear under resizing and tell the window.
+    rows, columns = np.mgrid[:120, :160]
+    frame = np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8)[None]
+    result = video.center_crop_resize(frame, height, width)[0].astype(float)
+    assert result.shape == (height, width, 3)
+    scale = min(120 / height, 160 / width)
+    x = (160 - 1) / 2 + scale * (np.arange(width) - (width - 1) / 2)
+    y = (120 - 1) / 2 + scale * (np.arange(height) - (height - 1) / 2)
+    inner = slice(3, -3)  # the filter is one-sided at the borders
+    np.testing.assert_allclose(result[height // 2, inner, 0], x[inner], atol=1)  # uint8 rounding
+    np.testing.assert_allclose(result[inner, width // 2, 1], y[inner], atol=1)
+
+
+def test_resizing_is_antialiased_and_the_same_size_is_exact():
+    rows, columns = np.mgrid[:128, :128]
+    board = np.repeat(((rows + columns) % 2 * 255).astype(np.uint8)[..., None], 3, -1)[None]
+    # A one-pixel chessboard shrunk fourfold is grey; without a filter 0 and 255 would remain.
+    inner = video.center_crop_resize(board, 32, 32)[0, 2:-2, 2:-2].astype(int)
+    assert np.abs(inner - 127.5).max() <= 2
+    np.testing.assert_array_equal(video.center_crop_resize(board, 128, 128), board)
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_frames", "target_fps"),
+    [(30, 8, 8), (30, 5, 30), (25, 9, 16), (24, 12, 16), (8, 9, 16), (Fraction(30000, 1001), 8, 8)],
+)
+def test_read_clip_equals_the_three_calls(tmp_path, rate, num_frames, target_fps):
+    path = tmp_path / "clip.mp4"
+    encode(path, counting_clip(32), rate=rate)
+    frames, fps = video.read_video(path)
+    expected = video.center_crop_resize(video.sample_frames(frames, fps, num_frames, target_fps), 24, 24)
+    np.testing.assert_array_equal(video.read_clip(path, num_frames, target_fps, 24, 24), expected)
+
+
+@pytest.mark.parametrize("num_frames", [7, 8, 9, 10])
+def test_read_clip_ends_where_sample_frames_ends(tmp_path, num_frames):
+    path = tmp_path / "clip.mp4"
+    encode(path, counting_clip(30))  # 8 frames at 8 fps fit, the ninth would be source frame 30
+    if num_frames <= 8:
+        assert len(video.read_clip(path, num_frames, 8, 24, 24)) == num_frames
+    else:
+        with pytest.raises(UserError, match=rf"clip.mp4.*{num_frames} frames.*8 found \(30"):
+            video.read_clip(path, num_frames, 8, 24, 24)
+
+
+def test_last_frame_stays_nearest_for_half_a_frame(tmp_path):
+    path = tmp_path / "clip.mp4"
+    encode(path, counting_clip(4), rate=8)
+    # At 18 fps, frame 7 lies at 0.389 s; the last of 4 frames at 8 fps lies at 0.375 s.
+    assert indices(video.read_clip(path, 8, 18, 48, 64)) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_read_clip_stops_decoding_early(tmp_path):
+    path = tmp_path / "clip.mp4"
+    noise = np.random.RandomState(0).randint(0, 255, (60, 48, 64, 3), np.uint8)
+    encode(path, noise, movflags="faststart")
+    broken = cut(path, tmp_path / "broken.mp4", 0.6)
+    with pytest.raises(UserError):
+        video.read_video(broken)  # the damage is real,
+    assert len(video.read_clip(broken, 5, 30, 24, 24)) == 5  # and lies behind what is needed
+
+
+def test_read_clip_follows_presentation_times(tmp_path):
+    path = tmp_path / "clip.mp4"
+    # 12 frames: six at 30 fps, then six at 10 fps.
+    encode(path, counting_clip(12), pts=[0, 1, 2, 3, 4, 5, 8, 11, 14, 17, 20, 23])
+    # Every 0.1 s is every 3 ticks: 0 3 6 9 12 15 18 21; nearest of the ticks above, ties late.
+    assert indices(video.read_clip(path, 8, 10, 48, 64)) == [0, 3, 5, 6, 7, 8, 9, 10]
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "height", "width"),
+    [
+        ("ten_bit.mkv", "ffv1", "yuv420p10le", 48, 64),
+        ("odd.mkv", "ffv1", "yuv420p", 47, 63),
+        ("odd_444.mp4", "libx264", "yuv444p", 47, 63),
+        ("palette.gif", "gif", "rgb8", 48, 64),
+    ],
+)
+def test_other_formats_decode(tmp_path, name, codec, pix_fmt, height, width):
+    frames = counting_clip(10, height, width, step=20)
+    encode(tmp_path / name, frames, rate=25, codec=codec, pix_fmt=pix_fmt)
+    back, fps = video.read_video(tmp_path / name)
+    assert back.shape == frames.shape and fps == 25
+    assert indices(back, step=20) == list(range(10))
+    assert video.read_clip(tmp_path / name, 4, 8, 16, 16).shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_rotation_metadata_is_applied(tmp_path, rotation):
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    frames[:, :24, :32] = 255  # the top left quarter as stored
+    encode(tmp_path / "phone.mp4", frames, rotation=rotation)
+    back, _ = video.read_video(tmp_path / "phone.mp4")
+    expected = np.rot90(frames, rotation // 90, axes=(1, 2))  # counterclockwise
+    assert back.shape == expected.shape
+    for y, x in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
+        at = (2, int(y * back.shape[1]), int(x * back.shape[2]), 0)
+        assert abs(int(back[at]) - int(expected[at])) <= LEVELS
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        for i in range(16):
+            samples = np.zeros((1, 1024), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def no_frames(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        container.start_encoding()
+
+
+def truncated(path):
+    whole = path.with_name("whole.mp4")
+    encode(whole, np.random.RandomState(0).randint(0, 255, (30, 48, 64, 3), np.uint8))
+    cut(whole, path, 0.5)  # the index, at the end, is lost
+
+
+BAD = {
+    "audio.mp4": (audio_only, "no video stream"),
+    "empty_stream.mkv": (no_frames, "is empty"),
+    "empty_stream.avi": (no_frames, "no frames|0 frames"),
+    "truncated.mp4": (truncated, "cut short"),
+    "text.mp4": (lambda path: path.write_text("not a video\n" * 100), "not a video"),
+    "nothing.mp4": (lambda path: path.write_bytes(b""), "not a video"),
+    "missing.mp4": (lambda path: None, "no such"),
+    "folder.mp4": (lambda path: path.mkdir(), "no such"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("read", [video.read_video, lambda path: video.read_clip(path, 25, 30, 16, 16)])
+def test_bad_files_are_one_line_naming_the_file(tmp_path, capfd, name, read):
+    make, message = BAD[name]
+    make(tmp_path / name)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # FFmpeg's own log stays quiet
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
+def test_damage_behind_the_index_is_found_when_it_is_reached(tmp_path, share):
+    whole = tmp_path / "whole.mp4"
+    noise = np.random.RandomState(0).randint(0, 255, (30, 48, 64, 3), np.uint8)
+    encode(whole, noise, movflags="faststart")
+    broken = cut(whole, tmp_path / "cut.mp4", share)
+    # FFmpeg either reports the last packet as damaged or ends early without a word.
+    with pytest.raises(UserError, match="cut.mp4: .*cut short"):
+        video.read_video(broken)
+    with pytest.raises(UserError, match="cut.mp4: .*cut short"):
+        video.read_clip(broken, 31, 30, 16, 16)
+
+
+def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"pip install \"prophy_jax\[video\]\""):
+        video.read_video(tmp_path / "clip.mp4")
