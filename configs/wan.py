@@ -118,34 +118,47 @@ def tiny() -> ConfigDict:
 
 def demo_backbone() -> ConfigDict:
     """Stands in for Wan2.1's pretraining: a small Wan-shaped backbone learns to draw the sandbox."""
-    config = small("data/demo", size=64, frames=13)
+    config = small("data/demo", size=48, frames=13)
     config.backbone.update(dim=128, num_heads=2, num_layers=6, ffn_dim=512)
-    config.steps = 1500
+    config.steps = 2200
     config.batch_size = 16
     config.data.sandbox = dict(train=2000, val=96, test=96, seed=0)
-    config.optimizer.groups = (("backbone/", 2e-3),)
+    config.optimizer.groups = (("backbone/", 3e-3),)
     config.optimizer.warmup = 100
     config.optimizer.decay = "cosine"
-    config.optimizer.ema = 0.99
+    config.optimizer.ema = 0.995
     config.checkpoint = dict(every=250, keep=2)
     config.validation = dict(every=250, batches=4, batch_size=16, times=(0.2, 0.5, 0.8))
-    config.samples = dict(every=500, clips=4, solver="unipc", steps=20, shift=3.0, guidance=3.0)
+    config.samples = dict(every=1000, clips=4, solver="unipc", steps=20, shift=3.0, guidance=2.0)
     return config
 
 
 def demo() -> ConfigDict:
-    """The branch on the frozen demo backbone, with the paper's losses and coefficients."""
+    """The branch on the frozen demo backbone, with the paper's losses and coefficients.
+
+    Expected, on the test split: mean AUC of P'_r about 0.9 (0.5 before training), entropy of the mean
+    routing above 0.9, diffusion loss within 0.5% of that of the backbone alone.
+    """
     config = demo_backbone()
     config.backbone_params = "runs/demo_backbone/backbone"
     config.branch = dict(
         layers=(0, 2, 4),
-        semantic=dict(basis_grid=(4, 16, 16), hidden=128),
+        semantic=dict(basis_grid=(4, 12, 12), hidden=128),
         refinement=dict(experts=8, top_k=2),
     )
     config.losses = dict(PROPHY_LOSSES)
-    config.steps = 600
-    config.optimizer.groups = (("branch/blocks/", 2e-4), ("branch/", 1e-3), ("backbone/", None))
+    config.steps = 300
+    # More than the paper's run would take, which has far more steps.
+    config.optimizer.groups = (
+        ("branch/blocks/", 1e-4),
+        ("branch/exits/", 1e-4),
+        ("branch/", 1e-3),
+        ("backbone/", None),
+    )
     config.optimizer.warmup = 50
+    config.optimizer.ema = 0.99
+    config.validation.every = 100
+    config.samples.every = 300
     return config
 
 
@@ -158,7 +171,7 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     config.frozen_dtype = "float32"
     config.branch = None
     config.losses = dict()
-    config.objective = dict(module="flow", distribution="logit_normal", shift=1.0)
+    config.objective = dict(module="flow", distribution="logit_normal", shift=2.0)
     config.data = dict(dir=folder, height=size, width=size, frames=frames, fps=8)
     config.codec = dict(module="linear_codec")
     config.text_encoder = dict(module="hash_text", dim=64, length=64)

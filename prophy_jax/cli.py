@@ -1,9 +1,10 @@
 """How every command reads its configuration and answers bad input: one line on stderr, exit status 1."""
 
+import re
 import sys
 from collections.abc import Callable
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from prophy_jax.errors import UserError, one_line_errors
@@ -20,6 +21,7 @@ def run(main: Callable[[ConfigDict], None], description: str) -> None:
     if set(HELP) & set(sys.argv[1:]):
         print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
         return
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
         main(_parse())
 
@@ -34,7 +36,7 @@ def _parse() -> ConfigDict:
         path = next((word.split("=")[-1] for word in sys.argv if word.startswith("--config=")), "")
         raise UserError(f"cannot read the configuration {path}: name a file.py[:variant]") from error
     except (AttributeError, KeyError) as error:
-        key = str(error.args[0]).strip("\"'").splitlines()[0]
+        key = re.search(r"\w+", str(error)).group()
         override = next((word for word in sys.argv if f".{key}" in word.split("=")[0]), key)
         raise UserError(f"the configuration has no such key: {override}") from error
     except (flags.Error, TypeError, ValueError) as error:

@@ -30,7 +30,7 @@ from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.errors import UserError
 
 SIGMAS = (0.2, 0.5, 0.8)  # noise levels; headline numbers are of the first
-POSITIVE = 0.5  # label from which a token counts as covered; 0 is uncovered, between is left out
+POSITIVE = 0.25  # label from which a token counts as covered; 0 is uncovered, between is left out
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 MAPPED = (2, 3, 2, 3)  # phenomena in each clip whose routing is shown
 
@@ -188,11 +188,13 @@ def check_run(config, workdir: str) -> dict[str, Any]:
         raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
     with open(path) as file:
         trained = json.load(file)
-    own = experiment.config_as_json(config)
+    was, own = trained["config"], experiment.config_as_json(config)
+    parts = ("backbone", "branch", "objective", "losses", "reduction", "codec", "text_encoder")
     different = [
-        f"{key} was {trained['config'].get(key)}, is {own[key]}"
-        for key in ("backbone", "branch", "objective", "losses", "reduction", "codec", "text_encoder")
-        if trained["config"].get(key) != own[key]
+        f"{part}.{key} was {was[part].get(key)}, is {own[part].get(key)}"
+        for part in parts
+        for key in sorted(was[part].keys() | own[part].keys())
+        if was[part].get(key) != own[part].get(key)
     ]
     if different:
         raise UserError(f"{path} is of another configuration ({'; '.join(different)}): give that one")
@@ -285,7 +287,7 @@ def make_measure(run):
     """measure(before, after, batch, size) -> NumPy arrays of the batch's clips, leading B.
 
     Those of the batch, and: noise (B, T, h, w, 16), with_branch and without (B, S) diffusion losses, and
-    where the model has them: before and after (B, S, N, 17) P'_r, rho (B, S, N, E_r), semantic_logits
+    where the model has them before and after (B, S, N, 17) P'_r, rho (B, S, N, E_r), semantic_logits
     (B, S, E_s), the same at every noise level.
     """
     model, objective = run.model, run.objective
@@ -329,7 +331,12 @@ def make_measure(run):
 
 def summarise(run, seen: Mapping[str, np.ndarray], labelled: bool):
     """(results, cases by clip) from what `measure` saw of all clips."""
-    results: dict[str, Any] = {"sigmas": list(SIGMAS), "localisation": None, "routers": {}}
+    results: dict[str, Any] = {
+        "sigmas": list(SIGMAS),
+        "covered_from": POSITIVE,
+        "localisation": None,
+        "routers": {},
+    }
     cases: list[list[Case]] = []
     results["diffusion"] = loss_comparison(seen["with_branch"], seen["without"])
     if "semantic_logits" in seen:
@@ -347,7 +354,8 @@ def summarise(run, seen: Mapping[str, np.ndarray], labelled: bool):
                 find_cases(label[i], present[i], seen["before"][i], seen["after"][i])
                 for i in range(len(label))
             ]
-            results["localisation"] = localisation([case for clip in cases for case in clip])
+            flat = [case for clip in cases for case in clip]
+            results["localisation"] = localisation(flat) if flat else None
     return results, cases
 
 

@@ -86,16 +86,16 @@ def router_statistics(name: str, rho: jax.Array, top_k: int = 0) -> dict[str, ja
     """What to watch in a router's probabilities rho (..., E), all in [0, 1].
 
     entropy: of one decision, on average; mean_entropy: of the average decision, whose fall is collapse;
-    max_load: the largest share of an expert in the top-k choices, or in rho when `top_k` is 0.
+    load_e: the share of expert e in the top-k choices, or in rho when `top_k` is 0.
     """
     experts, axes = rho.shape[-1], tuple(range(rho.ndim - 1))
 
     def entropy(p: jax.Array) -> jax.Array:
         return -(p * jnp.log(jnp.maximum(p, 1e-9))).sum(-1) / math.log(experts)
 
-    load = top_k_mask(rho, top_k) / top_k if top_k else rho
+    load = (top_k_mask(rho, top_k) / top_k if top_k else rho).mean(axes)  # (E,)
     return {
         f"{name}/entropy": entropy(rho).mean(),
         f"{name}/mean_entropy": entropy(rho.mean(axes)),
-        f"{name}/max_load": load.mean(axes).max(),
+        **{f"{name}/load_{expert}": load[expert] for expert in range(experts)},
     }

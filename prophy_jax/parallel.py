@@ -68,12 +68,18 @@ def shard_largest(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays split over data and fsdp on their leading axis."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
+    """This process's rows -> global arrays split over data and fsdp on their leading axis.
+
+    Rows that do not divide, the end of a validation split, are placed whole on every device.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(rows: np.ndarray) -> jax.Array:
+        divides = len(rows) * jax.process_count() % ways == 0
+        sharding = NamedSharding(mesh, BATCH if divides else PartitionSpec())
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return {name: put(np.asarray(rows)) for name, rows in batch.items()}
 
 
 def over_context(attention: Callable, mesh: Mesh) -> Callable:

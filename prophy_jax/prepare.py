@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
 import prophy_jax
 from prophy_jax import cli
@@ -50,9 +50,7 @@ def _record_sandbox(data: "ConfigDict", folder: Path, recorder: "Recorder") -> d
     settings = {"size": data.height, "frames": data.frames, "fps": data.fps, **data.sandbox}
     total = sum(data.sandbox[split] for split in records.SPLITS)
     print(f"drawing {total} sandbox clips", flush=True)
-    # TFDS would speak of downloads; only its errors matter here.
-    tfds.disable_progress_bar()
-    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()  # it would speak of downloads
     with contextlib.redirect_stdout(io.StringIO()):
         sandbox = builder.PhysicsSandbox(
             data_dir=folder / "drawing",

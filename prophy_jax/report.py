@@ -45,9 +45,10 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.sum td { font-weight: 600; border-top: 2px solid #c3cad3; }
 img.clip { image-rendering: pixelated; width: 100%; display: block; border-radius: 3px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 24px 32px; }
+.pair > div { display: flex; flex-direction: column; justify-content: space-between; }
 .strip { display: grid; gap: 8px; } .strip figure { margin: 0; }
-.prompt { font-size: 14px; margin: 0 0 6px; min-height: 42px; }
-.map { margin: 16px 0 28px; } .map .prompt { min-height: 0; }
+.prompt { font-size: 14px; margin: 0 0 6px; }
+.map { margin: 16px 0 24px; } .map .prompt { margin-top: 10px; } .map figure + figure { margin-top: 8px; }
 details { margin-top: 12px; } pre { font-size: 12px; line-height: 1.4; overflow-x: auto; }
 """
 
@@ -71,10 +72,9 @@ def write(
         under the label, AUC.
       curves: per run its title and the lines of metrics.jsonl.
     """
-    fps = config["data"]["fps"]
     parts = [
         _head(config, results),
-        _localisation(results, maps, fps),
+        _localisation(config, results, maps),
         _routers(results),
         _semantic(results),
         _diffusion(results),
@@ -104,13 +104,14 @@ there. This report measures a branch trained for {results["steps"]} steps on the
 ({frames} frames of {height}&times;{width} pixels) of the
 {"test" if results["split"] == "test" else "validation"} split, which it was not trained on.</p>"""
     tiles = []
-    located = results["localisation"]
-    if located:
-        auc = located["mean"]["auc_after"][0]
-        first = located["mean"]["auc_before"][0]
+    if results["localisation"]:
+        mean = {key: values[0] for key, values in results["localisation"]["mean"].items()}
+        auc = mean["auc_after"]
         tiles.append(
             _tile("Finds where each physics happens", _number(auc), auc is not None and auc >= AIM_AUC,
-                  f"mean ROC AUC, {_number(first)} before training. Aim: at least {AIM_AUC:.2f}")
+                  f"mean AUC of covered against uncovered tokens, {_number(mean['auc_before'])} before "
+                  "training; against tokens of other phenomena (specificity) "
+                  f"{_number(mean['specificity_after'])}. Aim: AUC at least {AIM_AUC:.2f}")
         )  # fmt: skip
     routers = results["routers"]
     entropies = [value for name, value in routers.items() if name.endswith("mean_entropy")]
@@ -138,7 +139,7 @@ def _tile(title: str, value: str, met: bool, text: str) -> str:
     return f'<div class="tile">{title}<b>{value}</b><span class="note">{text}: {verdict}.</span></div>'
 
 
-def _localisation(results: Mapping[str, Any], maps: Sequence[tuple], fps: float) -> str:
+def _localisation(config: Mapping[str, Any], results: Mapping[str, Any], maps: Sequence[tuple]) -> str:
     located, sigmas = results["localisation"], results["sigmas"]
     if not located:
         why = (
@@ -150,15 +151,17 @@ def _localisation(results: Mapping[str, Any], maps: Sequence[tuple], fps: float)
         return _section("Localisation", f"<p>{why}</p>")
     rows, mean = located["categories"], located["mean"]
     text = f"""<p>For each token the branch predicts how much of each category happens there,
-P&prime;<sub>r</sub>. A token is <em>covered</em> when its label, the exact share of it that the
-phenomenon covers, is at least one half, and uncovered when it is 0; tokens in between are left out.
-<b>AUC</b> is the chance that a covered token has a higher value than an uncovered one, over all tokens of
-the clips that show the category: 0.5 is guessing, 1 is perfect. The branch reads the clip under noise,
-here sigma = {sigmas[0]:g} (0 is clean, 1 is pure noise), with the same noise before and after
-training.</p>
-<p>Finding <em>anything</em> that moves would also give a good AUC. <b>Specificity</b> rules that out: it
-is the AUC of tokens of the category against tokens of the <em>other</em> categories in the same clip. A
-map that merely shows where something happens scores 0.5.</p>"""
+P&prime;<sub>r</sub>. A token is <em>covered</em> when its label, the share of it that the phenomenon
+covers, is at least {results["covered_from"]:.0%}, and uncovered when it is 0; tokens in between are left
+out. <b>AUC</b> is the chance that a covered token has a higher value than an uncovered one, over all tokens of the clips that
+show the category: 0.5 is guessing, 1 is perfect. The branch reads the clip under noise, here sigma =
+{sigmas[0]:g} (0 is clean, 1 is pure noise), with the same noise before and after training.</p>
+<p>Finding <em>anything</em> that moves would also give a good AUC. <b>Specificity</b> tells the two apart:
+it is the AUC of tokens that the category covers against tokens that the <em>other</em> categories of the
+same clips cover. A map that merely shows where something happens scores 0.5.</p>"""
+    if "alignment" in config["losses"]:
+        text += """<p>ProPhy's alignment loss looks only at tokens that a category touches. Nothing teaches
+its map to be low elsewhere, on other phenomena least of all: expect specificity to be below AUC.</p>"""
     chart = _image(_auc_chart(rows), "AUC per category before and after training, and specificity")
     heads = ["category", "clips", "covered tokens", "AUC before", "after"]
     heads += ["specificity before", "after"] + [f"AUC after, sigma {sigma:g}" for sigma in sigmas[1:]]
@@ -174,20 +177,21 @@ map that merely shows where something happens scores 0.5.</p>"""
     shown = ""
     if maps:
         shown = """<h3>What the routing looks like</h3>
-<p>Real held-out clips. Above: P&prime;<sub>r</sub> of each category present, over its own range (grey: the
-clip's median and below; yellow: its highest values). Below: the exact label (yellow: covered).</p>"""
-        shown += "".join(_map(caption, frames, tracks, fps) for caption, frames, tracks in maps)
+<p>Real held-out clips. Above: P&prime;<sub>r</sub> of each category present, each over its own range
+(grey: the median and below; yellow: the highest values). Below: the label (yellow: covered).</p>"""
+        shown += "".join(_map(*clip, config["data"]["fps"]) for clip in maps)
     return _section("Localisation: where does each physics happen?", text + chart + table + shown)
 
 
 def _map(caption: str, frames: np.ndarray, tracks: Sequence[tuple], fps: float) -> str:
-    cells = [_clip(frames, "the clip", fps)]
-    for category, predicted, exact, auc in tracks:
+    prompt = f'<p class="prompt">{html.escape(caption)}</p>'
+    cells = [f"<div>{_clip(frames, 'the clip', fps)}{prompt}</div>"]
+    for category, predicted, label, auc in tracks:
         cells.append(
-            f"<div>{_clip(predicted, f'{category}: predicted (AUC {_number(auc)})', fps)}"
-            f"{_clip(exact, f'{category}: exact', fps)}</div>"
+            f"<div>{_clip(predicted, f'{category}, predicted<br>AUC in this clip {_number(auc)}', fps)}"
+            f"{_clip(label, f'{category}, label', fps)}</div>"
         )
-    return f'<div class="map"><p class="prompt">{html.escape(caption)}</p>{_strip(cells, 192)}</div>'
+    return f'<div class="map">{_strip(cells, 192)}</div>'
 
 
 def _routers(results: Mapping[str, Any]) -> str:
@@ -198,15 +202,16 @@ def _routers(results: Mapping[str, Any]) -> str:
         "semantic": "semantic (one decision per prompt, all experts)",
         "refinement": "refinement (one decision per token, the top experts)",
     }
-    rows = [
-        [title, *(_number(routers[f"{name}/{key}"]) for key in ("entropy", "mean_entropy", "max_load"))]
-        for name, title in names.items()
-        if f"{name}/entropy" in routers
-    ]
+    rows = []
+    for name, title in names.items():
+        if f"{name}/entropy" in routers:
+            largest = max(value for key, value in routers.items() if key.startswith(f"{name}/load_"))
+            shown = routers[f"{name}/entropy"], routers[f"{name}/mean_entropy"], largest
+            rows.append([title, *map(_number, shown)])
     text = """<p>A mixture of experts fails when its router sends everything to one expert. Entropies are
 in shares of the largest possible one: low for one decision means that the router is sure; low for the
 mean decision means that it has collapsed. The largest load is the share of all choices that the busiest
-expert gets.</p>"""
+expert gets. All tokens count, and most of them are background.</p>"""
     text += _table(["router", "entropy of one decision", "entropy of the mean load", "largest load"], rows)
     if results.get("experts"):
         table = results["experts"]
@@ -215,8 +220,8 @@ expert gets.</p>"""
         chart = _heat_chart(values, list(table), experts, "viridis", 0, values.max(), "refinement expert")
         text += _figure(
             _image(chart, "Mean routing probability per category and refinement expert"),
-            f"Mean routing probability over the tokens that each category covers. Even routing would be "
-            f"{1 / values.shape[1]:.2f} everywhere; rows that differ are experts that specialise. "
+            "Mean routing probability over the tokens that each category covers. Even routing would be "
+            f"{1 / values.shape[1]:.3g} everywhere; where rows differ, experts specialise. "
             "Background: tokens that no category touches.",
         )
     return _section("Router health: are the experts used?", text)
@@ -303,7 +308,7 @@ def _configuration(config: Mapping[str, Any]) -> str:
             f"{refinement.get('experts', 8)}, top {refinement.get('top_k', 2)}" if refinement else "none",
         ],
         ["losses", "diffusion 1" + "".join(f", {key} {value:g}" for key, value in config["losses"].items())],
-        ["steps, batch", f"{config['steps']}, {config['batch_size']}"],
+        ["batch", config["batch_size"]],
         ["seed", config["seed"]],
     ]
     body = "".join(
@@ -343,11 +348,12 @@ def _strip(cells: Sequence[str], width: int | None = None) -> str:
 
 
 def _clip(frames: np.ndarray, caption: str, fps: float) -> str:
+    """An animation with its caption, which is HTML."""
     file = io.BytesIO()
     visualize.save_webp(file, frames, fps)
-    data, text = base64.b64encode(file.getvalue()).decode(), html.escape(caption)
-    picture = f'<img class="clip" alt="{text}" src="data:image/webp;base64,{data}">'
-    return _figure(picture, text)
+    data = base64.b64encode(file.getvalue()).decode()
+    text = caption.replace("<br>", ", ")
+    return _figure(f'<img class="clip" alt="{text}" src="data:image/webp;base64,{data}">', caption)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -390,7 +396,9 @@ def _auc_chart(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("0.5 is guessing", fontsize=9)
-    axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    specificity, *aucs = axes.get_legend_handles_labels()[0]
+    place = dict(loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(handles=[*aucs, specificity], fontsize=8, frameon=False, ncols=3, **place)
     return figure
 
 
@@ -444,6 +452,7 @@ def _curve_chart(lines: Sequence[Mapping[str, float]]) -> Figure:
         axes = _axes(figure, rows, 3, index + 1)
         axes.set_title(title, fontsize=10, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlim(0, max(line["step"] for line in lines) * 1.02)
         for name in series:
             points = np.array([(line["step"], line[name]) for line in lines if name in line])
             if title == "validation":

@@ -240,6 +240,8 @@ def train(config, workdir: str) -> None:
         tokens = math.prod(model.backbone.grid(latent_shape))
 
         # 5. The loop. The state and the data position are saved together, before the data advances.
+        if first_step == 0:
+            writer.write(0, validate(optim.merge(state.ema, frozen)))
         stop = _StopSignal()
         recent_ids: deque = deque(maxlen=config.log.every)
         window = _Window(first_step)

@@ -201,11 +201,14 @@ def test_extreme_logits_stay_finite():
 def test_router_statistics_at_their_ends():
     even, collapsed = jnp.full((6, 8), 1 / 8), jnp.eye(8)[jnp.zeros(6, int)]
     spread = jnp.eye(8)  # every decision sure, each expert once
-    for rho, entropy, mean_entropy, load in [
+    for rho, entropy, mean_entropy, first_load in [
         (even, 1, 1, 1 / 8),
         (collapsed, 0, 0, 1),
         (spread, 0, 1, 1 / 8),
     ]:
         values = losses.router_statistics("r", rho)
-        got = [values["r/entropy"], values["r/mean_entropy"], values["r/max_load"]]
-        np.testing.assert_allclose(got, [entropy, mean_entropy, load], atol=1e-6)
+        got = [values["r/entropy"], values["r/mean_entropy"], values["r/load_0"]]
+        np.testing.assert_allclose(got, [entropy, mean_entropy, first_load], atol=1e-6)
+        assert sum(values[f"r/load_{e}"] for e in range(8)) == pytest.approx(1)
+    top_2 = losses.router_statistics("r", jnp.array([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]), 2)
+    np.testing.assert_allclose([top_2[f"r/load_{e}"] for e in range(3)], [0.5, 0.25, 0.25])

@@ -68,3 +68,6 @@ def test_batches_are_split_over_data_and_fsdp():
     batch = parallel.put_batch({"x": np.arange(16.0).reshape(8, 2)}, mesh_of(2, 2, 2))
     assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(batch["x"], np.arange(16.0).reshape(8, 2))
+    odd = parallel.put_batch({"x": np.arange(3.0)}, mesh_of(2, 2, 2))["x"]
+    assert odd.sharding.is_fully_replicated
+    np.testing.assert_array_equal(odd, np.arange(3.0))

@@ -231,8 +231,8 @@ def test_command_refuses_in_one_line(tmp_path):
     (tmp_path / "wisa" / "labels.json").write_text("not json")
     config = "--config=configs/wan.py:tiny"
     for arguments, message in {
-        (f"--config={tmp_path}/none.py",): f"error: cannot read {tmp_path}/none.py\n",
-        (config, "stray"): "error: unexpected argument 'stray'; flags start with --\n",
+        (f"--config={tmp_path}/none.py",): f"error: cannot read the configuration {tmp_path}/none.py: ",
+        (config, "stray"): "error: unexpected argument 'stray': flags start with --\n",
         (config, f"--source={tmp_path}/wisa", f"--out={tmp_path}/out"): "is not a JSON file",
     }.items():
         result = _command(*arguments)
