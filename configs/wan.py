@@ -120,7 +120,8 @@ def demo_backbone() -> ConfigDict:
     """Stands in for Wan2.1's pretraining: a small Wan-shaped backbone learns to draw the sandbox."""
     config = small("data/demo", size=48, frames=13)
     config.backbone.update(dim=128, num_heads=2, num_layers=6, ffn_dim=512)
-    config.steps = 2200
+    config.backbone.text_len = config.text_encoder.length = 52  # the longest caption has 49 words
+    config.steps = 2600
     config.batch_size = 16
     config.data.sandbox = dict(train=2000, val=96, test=96, seed=0)
     config.optimizer.groups = (("backbone/", 3e-3),)

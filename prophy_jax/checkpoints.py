@@ -66,10 +66,8 @@ class TrainCheckpoints:
         )
         return restored["state"]
 
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
+        """Waits for saves under way."""
         self._manager.close()
 
 

@@ -228,7 +228,6 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
     backbone = os.path.join(workdir, "backbone")  # there, if the run trained it beside the branch
     backbone = backbone if os.path.exists(backbone) else config.backbone_params
     batch_size = config.batch_size // config.accumulation  # fits the mesh
-    batches = loader.make_loader(config.data.dir, split, batch_size, 0, shuffle=False, repeat=False)
 
     with jax.set_mesh(run.mesh):
         after = experiment.load_params(run, backbone, os.path.join(workdir, "branch"))
@@ -236,15 +235,22 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
         os.makedirs(out, exist_ok=True)
 
         # 2. Every clip at every noise level, through the model at step 0 and now.
-        parts = -(-len(stored) // batch_size) + 2 * config.samples.steps
+        splits = ("val", "test") if split == "test" else ("val",)
+        parts = sum(-(-counts[name] // batch_size) for name in splits) + 2 * config.samples.steps
         bar = tqdm(total=parts, desc="measuring", unit="part", dynamic_ncols=True)
-        measure = make_measure(run)
-        measured = []
-        for batch in batches:
-            measured.append(measure(before, after, batch, batch_size))
-            bar.update()
-        seen = {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}
+        measure, measured = make_measure(run), {}
+        for name in splits:
+            batches = loader.make_loader(config.data.dir, name, batch_size, 0, shuffle=False, repeat=False)
+            parts = []
+            for batch in batches:
+                parts.append(measure(before, after, batch, batch_size))
+                bar.update()
+            measured[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        seen = measured[split]
         results, cases = summarise(run, seen, labelled)
+        results["diffusion"] = {
+            name: loss_comparison(m["with_branch"], m["without"]) for name, m in measured.items()
+        }
 
         # 3. Held-out prompts, sampled with the branch and without.
         bar.set_description("sampling")
@@ -338,7 +344,6 @@ def summarise(run, seen: Mapping[str, np.ndarray], labelled: bool):
         "routers": {},
     }
     cases: list[list[Case]] = []
-    results["diffusion"] = loss_comparison(seen["with_branch"], seen["without"])
     if "semantic_logits" in seen:
         logits = seen["semantic_logits"][:, 0]
         results["routers"] |= losses.router_statistics("semantic", jax.nn.softmax(logits))
@@ -374,7 +379,7 @@ def routing_pictures(frames: np.ndarray, cases: Sequence[Case], grid: tuple[int,
     """(frames, tracks) of one clip; a track is (category, its P'_r and its label over the frames, AUC)."""
     tracks = []
     for case in cases:
-        heat = [visualize.stretch(case.after[0]), case.label]
+        heat = [visualize.stretch(case.after[0]), np.minimum(case.label / (2 * POSITIVE), 1)]
         pictures = [
             visualize.overlay(frames, visualize.tokens_to_frames(tokens, grid, frames.shape[:3]))
             for tokens in heat

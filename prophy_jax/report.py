@@ -20,6 +20,7 @@ from prophy_jax import visualize
 
 AIM_AUC = 0.8  # mean over categories, at the first noise level
 AIM_ENTROPY = 0.5  # entropy of the mean load, of its largest possible value
+SPLITS = {"val": "validation clips", "test": "test clips, whose prompts are worded in new ways"}
 BLUE, GREY, ORANGE = "#2563a8", "#b4bcc6", "#d9822b"
 
 STYLE = """
@@ -121,11 +122,12 @@ there. This report measures a branch trained for {results["steps"]} steps on the
                   "entropy of the mean load of the less even router; 1 is even, 0 is one expert. "
                   f"Aim: at least {AIM_ENTROPY:.1f}")
         )  # fmt: skip
-    whole = results["diffusion"][-1]
+    split, rows = next(iter(results["diffusion"].items()))
+    whole = rows[-1]
     tiles.append(
         _tile("Does the video model no harm", _number(whole["ratio"], 3), _no_worse(whole),
-              "diffusion loss with the branch, as a share of the loss without. Aim: not above 1 by more "
-              "than two standard errors")
+              f"diffusion loss with the branch on {SPLITS[split]}, as a share of the loss without. Aim: not "
+              "above 1 by more than two standard errors")
     )  # fmt: skip
     return text + f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -153,9 +155,9 @@ def _localisation(config: Mapping[str, Any], results: Mapping[str, Any], maps: S
     text = f"""<p>For each token the branch predicts how much of each category happens there,
 P&prime;<sub>r</sub>. A token is <em>covered</em> when its label, the share of it that the phenomenon
 covers, is at least {results["covered_from"]:.0%}, and uncovered when it is 0; tokens in between are left
-out. <b>AUC</b> is the chance that a covered token has a higher value than an uncovered one, over all tokens of the clips that
-show the category: 0.5 is guessing, 1 is perfect. The branch reads the clip under noise, here sigma =
-{sigmas[0]:g} (0 is clean, 1 is pure noise), with the same noise before and after training.</p>
+out. <b>AUC</b> is the chance that a covered token has a higher value than an uncovered one, over all tokens
+of the clips that show the category: 0.5 is guessing, 1 is perfect. The branch reads the clip under noise,
+here sigma = {sigmas[0]:g} (0 is clean, 1 is pure noise), with the same noise before and after training.</p>
 <p>Finding <em>anything</em> that moves would also give a good AUC. <b>Specificity</b> tells the two apart:
 it is the AUC of tokens that the category covers against tokens that the <em>other</em> categories of the
 same clips cover. A map that merely shows where something happens scores 0.5.</p>"""
@@ -178,7 +180,8 @@ its map to be low elsewhere, on other phenomena least of all: expect specificity
     if maps:
         shown = """<h3>What the routing looks like</h3>
 <p>Real held-out clips. Above: P&prime;<sub>r</sub> of each category present, each over its own range
-(grey: the median and below; yellow: the highest values). Below: the label (yellow: covered).</p>"""
+(grey: the median and below; yellow: the highest values). Below: the label (yellow: half a token or
+more).</p>"""
         shown += "".join(_map(*clip, config["data"]["fps"]) for clip in maps)
     return _section("Localisation: where does each physics happen?", text + chart + table + shown)
 
@@ -258,18 +261,20 @@ def _diffusion(results: Mapping[str, Any]) -> str:
     text = """<p>The error of the denoising model itself, on held-out clips under noise of strength sigma,
 with the branch and with its hints switched off. Clips and noise are the same, so the difference is paired
 clip by clip: below zero, the branch helps.</p>"""
-    rows = [
-        [
-            f"sigma {row['sigma']:g}" if row["sigma"] != "all" else "mean",
-            _number(row["with_branch"], 4),
-            _number(row["without_branch"], 4),
-            _number(row["ratio"], 4),
-            f"{row['difference']:+.5f} &plusmn; {_number(row['standard_error'], 5)}",
-        ]
-        for row in results["diffusion"]
-    ]
     heads = ["", "loss with the branch", "loss without", "ratio", "difference &plusmn; standard error"]
-    return _section("Diffusion loss: does the branch help or harm?", text + _table(heads, rows, total=True))
+    for split, measured in results["diffusion"].items():
+        rows = [
+            [
+                f"sigma {row['sigma']:g}" if row["sigma"] != "all" else "mean",
+                _number(row["with_branch"], 4),
+                _number(row["without_branch"], 4),
+                _number(row["ratio"], 4),
+                f"{row['difference']:+.5f} &plusmn; {_number(row['standard_error'], 5)}",
+            ]
+            for row in measured
+        ]
+        text += f"<h3>On {SPLITS[split]}</h3>" + _table(heads, rows, total=True)
+    return _section("Diffusion loss: does the branch help or harm?", text)
 
 
 def _clips(config: Mapping[str, Any], clips: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> str:

@@ -219,7 +219,7 @@ def train(config, workdir: str) -> None:
         trainable, frozen = experiment.init_params(run)
         adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
         optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
-        state = init_state(trainable, optimizer, mesh)
+        state = place_state(trainable, optimizer, mesh)
         del trainable
         experiment.claim_workdir(workdir, config, references)
 
@@ -289,15 +289,17 @@ def train(config, workdir: str) -> None:
             checkpoints.save_params(os.path.join(workdir, part), tree, about)
 
 
-def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh) -> TrainState:
-    """Step 0, laid out on the mesh: large leaves over fsdp, the rest on every device."""
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0 of these trainable parameters."""
+    none = jnp.int32(-1)
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params), none)
 
-    def create(params):
-        step, none = jnp.int32(0), jnp.int32(-1)
-        return TrainState(step, params, jax.tree.map(jnp.copy, params), optimizer.init(params), none)
 
-    shapes = jax.eval_shape(create, trainable)
-    return jax.jit(create, out_shardings=parallel.shard_largest(shapes, mesh))(trainable)
+def place_state(params: Any, optimizer: optax.GradientTransformation, mesh) -> TrainState:
+    """Step 0 on the mesh: large leaves over fsdp, the rest on every device."""
+    create = functools.partial(new_state, optimizer=optimizer)
+    layout = parallel.shard_largest(jax.eval_shape(create, params), mesh)
+    return jax.jit(create, out_shardings=layout)(params)
 
 
 def make_validation(run):

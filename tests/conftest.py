@@ -20,6 +20,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
+SAMPLE = ROOT.parent / "shared" / "data" / "wisa_sample"  # real clips, kept beside the project
 
 
 def get_config(arg: str):

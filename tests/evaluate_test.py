@@ -181,7 +181,8 @@ def measured(tiny_data, tmp_path_factory):
 def test_a_branch_at_step_0_changes_nothing(measured):
     _, _, results = measured
     assert results["split"] == "test" and results["clips"] == 8 and results["steps"] == 0
-    for row in results["diffusion"]:
+    assert list(results["diffusion"]) == ["val", "test"]
+    for row in sum(results["diffusion"].values(), []):
         assert row["ratio"] == 1 and row["difference"] == 0  # to the bit
         assert row["with_branch"] > 0
     mean = results["localisation"]["mean"]
@@ -225,7 +226,7 @@ def test_report_says_what_missed_its_aim(measured, tmp_path):
     results = json.loads(json.dumps(results))
     results["localisation"]["mean"]["auc_after"][0] = 0.6
     results["routers"]["refinement/mean_entropy"] = 0.1
-    results["diffusion"][-1] |= {"difference": 0.1, "standard_error": 0.01, "ratio": 1.1}
+    results["diffusion"]["val"][-1] |= {"difference": 0.1, "standard_error": 0.01, "ratio": 1.1}
     path = str(tmp_path / "report.html")
     report.write(path, experiment.config_as_json(config), results, [], [], {})
     text = open(path).read()

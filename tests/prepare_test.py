@@ -14,9 +14,7 @@ from ml_collections import ConfigDict
 from prophy_jax.data import loader, records, taxonomy, video
 from prophy_jax.errors import UserError
 from prophy_jax.prepare import prepare
-
-ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT.parent / "shared" / "data" / "wisa_sample"
+from tests.conftest import ROOT, SAMPLE
 
 
 class _Codec:

@@ -55,7 +55,7 @@ def run_steps(config, devices=None, steps=2, batch=None):
         head["kernel"] = head["kernel"] + 0.1 * jax.random.normal(jax.random.key(8), head["kernel"].shape)
         adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
         optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
-        state = train.init_state(trainable, optimizer, run.mesh)
+        state = train.place_state(trainable, optimizer, run.mesh)
         step = jax.jit(train.make_train_step(run.model, run.objective, optimizer, config))
         empty = {"text": jnp.zeros((6, 8)), "text_mask": jnp.arange(6) < 1}
         placed = parallel.put_batch(batch or make_batch(), run.mesh)
@@ -234,6 +234,40 @@ def test_first_bad_step_is_kept():
     batch["latents"][2, 0, 0, 0, 0] = np.nan
     _, state, _ = run_steps(tiny(), jax.devices()[:1], steps=3, batch=batch)
     assert state.bad_step == 0 and state.step == 3
+
+
+def test_the_paper_run_fits_together_at_its_real_size():
+    """configs/wan.py itself, by shapes: no weights, no data, no memory."""
+    config = get_config("")
+    config.batch_size = 2
+    run = experiment.build(config, jax.devices()[:1])
+    latent, text = (21, 60, 104, 16), (512, 4096)
+    tokens = 21 * 30 * 52
+    trainable, frozen = optim.split(experiment.abstract_params(run), config.optimizer.groups)
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) == 1_418_996_800
+    adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
+    optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
+    state = jax.eval_shape(lambda params: train.new_state(params, optimizer), trainable)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    batch = {
+        "latents": shape(2, *latent),
+        "text": shape(2, *text),
+        "text_mask": shape(2, 512, dtype=bool),
+        "category": shape(2, 17),
+        "alignment": shape(2, tokens, 17),
+        "alignment_present": shape(2, 17),
+    }
+    empty = {"text": shape(*text), "text_mask": shape(512, dtype=bool)}
+    step = train.make_train_step(run.model, run.objective, optimizer, config)
+    after, metrics = jax.eval_shape(step, state, frozen, empty, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert {"loss/relative", "loss/alignment", "loss/balance", "loss/diffusion"} <= metrics.keys()
 
 
 def test_configurations_that_do_not_fit_together_are_refused():

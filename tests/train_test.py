@@ -14,7 +14,8 @@ import pytest
 
 from prophy_jax import checkpoints, experiment, metrics, train
 from prophy_jax.errors import UserError
-from tests.conftest import ROOT
+from prophy_jax.prepare import prepare
+from tests.conftest import ROOT, SAMPLE, get_config
 
 
 def command(workdir, tiny_data, *more, devices=1):
@@ -199,3 +200,25 @@ def test_bad_input_gets_one_line(tmp_path, tiny_data):
     full = run(tiny, f"--workdir={tmp_path}/full", f"--config.data.dir={tiny_data}")
     assert "not empty" in full
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no WISA sample at {SAMPLE}")
+def test_real_clips_200_steps_killed_and_resumed(tmp_path):
+    """configs/wan.py:tiny on real videos: the loss falls, and SIGKILL changes no bit."""
+    data = str(tmp_path / "wisa")
+    prepare(get_config("tiny"), source=SAMPLE, out=data)
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    steps = "--config.steps=200"
+    output, _ = command(whole, data, steps).communicate()
+    losses = [line["loss/total"] for line in metrics.read_metrics(whole) if "loss/total" in line]
+    assert len(losses) == 40, output
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
+
+    process = command(killed, data, steps)
+    wait_for_step(killed, process, random.randrange(5, 180, 5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert saved_steps(killed)[-1] < 200
+    output, _ = command(killed, data, steps).communicate()
+    assert hashes(killed) == hashes(whole), output

@@ -8,8 +8,7 @@ import pytest
 
 from prophy_jax.data import taxonomy, wisa
 from prophy_jax.errors import UserError
-
-SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "wisa_sample"
+from tests.conftest import SAMPLE
 
 
 def _record(name: str, **changes) -> dict:
