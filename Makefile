@@ -13,7 +13,7 @@ PYTHON_LATEST ?= $(call find,(3, 12))
 VENV := .venv
 LATEST := .venv-latest
 RUN := $(VENV)/bin/python
-PYTEST := -m pytest -q -n 2 --dist loadfile
+PYTEST := -m pytest -q -rs -n 2 --dist loadfile
 
 .PHONY: install test test-latest test-full lint demo clean
 
