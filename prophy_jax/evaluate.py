@@ -220,7 +220,7 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
 
     # 1. The run and the clips.
     manifest = check_run(config, workdir)
-    counts = records.read_manifest(config.data.dir)["counts"]
+    counts = experiment.check_data(config)["counts"]
     split = "test" if "test" in counts else "val"
     stored = records.open_source(config.data.dir, "records", split)
     labelled = os.path.exists(os.path.join(config.data.dir, "alignment"))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from prophy_jax import checkpoints, losses, models, optim, parallel
+from prophy_jax.data import records
 from prophy_jax.errors import UserError
 from prophy_jax.models.physics import BranchConfig, ProPhy
 
@@ -127,6 +128,23 @@ def load_params(
         part: checkpoints.load_params(folder or "(none)", layout[part], remedy)
         for part, (folder, remedy) in folders.items()
     }
+
+
+def check_data(config: ConfigDict) -> dict[str, Any]:
+    """The manifest of `config.data.dir`. Raises UserError unless it was prepared as `config` says."""
+    manifest = records.read_manifest(config.data.dir)
+    own = config_as_json(config)
+    wanted = {f"data.{key}": own["data"][key] for key in manifest["video"]}
+    wanted |= {key: own[key] for key in ("codec", "text_encoder")}
+    found = {f"data.{key}": value for key, value in manifest["video"].items()}
+    found |= {key: manifest[key] for key in ("codec", "text_encoder")}
+    different = [f"{key} was {found[key]}, is {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if different:
+        raise UserError(
+            f"{config.data.dir} was prepared with another configuration ({'; '.join(different)}): "
+            "prepare it again with this one, or name another --config.data.dir"
+        )
+    return manifest
 
 
 def config_as_json(config: ConfigDict) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from tensorboardX import SummaryWriter
 class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
 
-    A run that resumes at `first_step` drops the lines that a killed run wrote past its checkpoint, so that
-    every step stands once.
+    A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
+    checkpoint, so that every step stands once.
     """
 
     def __init__(self, workdir: str, first_step: int):
         self._path = os.path.join(workdir, "metrics.jsonl")
-        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
         with open(self._path + ".tmp", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(self._path + ".tmp", self._path)

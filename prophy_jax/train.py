@@ -193,7 +193,7 @@ def train(config, workdir: str) -> None:
     from tqdm import tqdm  # Here and below: the step above needs none of these.
 
     from prophy_jax import checkpoints, experiment, metrics, sample
-    from prophy_jax.data import loader, records
+    from prophy_jax.data import loader
 
     # 1. What to train, on what. Everything that can be wrong is found before the workdir is touched.
     run = experiment.build(config)
@@ -202,6 +202,7 @@ def train(config, workdir: str) -> None:
     if config.backbone_params:
         manifest = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
         references["backbone_sha256"] = manifest["sha256"]
+    latent_shape = experiment.check_data(config)["latent_shape"]
     data = loader.make_loader(
         config.data.dir,
         "train",
@@ -212,7 +213,6 @@ def train(config, workdir: str) -> None:
     )
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": jnp.asarray(text), "text_mask": jnp.asarray(text_mask)}
-    latent_shape = records.read_manifest(config.data.dir)["latent_shape"]
 
     with jax.set_mesh(mesh):
         # 2. Parameters, optimizer, state; all laid out on the mesh.

@@ -195,6 +195,8 @@ def test_bad_input_gets_one_line(tmp_path, tiny_data):
     assert not os.path.exists(tmp_path / "a")
     paper = run("--config=configs/wan.py", f"--workdir={tmp_path}/b")
     assert "checkpoints/wan2.1-t2v-1.3b" in paper and "convert.wan" in paper
+    other = run(tiny, f"--workdir={tmp_path}/c", f"--config.data.dir={tiny_data}", "--config.data.frames=13")
+    assert "manifest" not in other and "data.frames was 9, is 13" in other and "prepare it again" in other
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     full = run(tiny, f"--workdir={tmp_path}/full", f"--config.data.dir={tiny_data}")

@@ -1,0 +1,36 @@
+"""Metrics on disk: what a killed run left is cut back to its checkpoint."""
+
+import os
+
+from prophy_jax.metrics import MetricsWriter, read_metrics
+
+
+def write(workdir, first_step, steps):
+    writer = MetricsWriter(workdir, first_step)
+    for step in steps:
+        writer.write(step, {"loss": 1.0 / (step + 1), "run": float(first_step)})
+    writer.close()
+
+
+def test_every_step_stands_once_after_a_resume(tmp_path):
+    workdir = str(tmp_path)
+    write(workdir, 0, [0, 5, 10, 15])
+    write(workdir, 10, [15, 20])  # killed after 15, resumed from the checkpoint of 10
+    assert [line["step"] for line in read_metrics(workdir)] == [0, 5, 10, 15, 20]
+    assert [line["run"] for line in read_metrics(workdir)] == [0, 0, 0, 10, 10]
+    assert any(name.startswith("events") for name in os.listdir(tmp_path / "tensorboard"))
+
+
+def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
+    write(str(tmp_path), 0, [0, 5])
+    write(str(tmp_path), 0, [0, 5, 10])
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    write(str(tmp_path), 0, [0, 5])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5]
+    write(str(tmp_path), 5, [10])
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
