@@ -9,7 +9,7 @@ the validation split where there is no test split. What is measured:
     localisation     does P'_r, the token routing, find each phenomenon? ROC AUC against the token labels
     router health    entropy and load of both routers; which expert serves which category
     semantic router  correlation of its logits between categories
-    diffusion loss   with the branch and without, from the same noise
+    diffusion loss   with the branch and without, from the same noise; on the validation split too
     clips            held-out prompts sampled with the branch and without, from the same noise
 
 B batch, M clips, S noise levels, N video tokens, T h w latent grid, E_s E_r experts, 17 categories.
@@ -236,13 +236,14 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
 
         # 2. Every clip at every noise level, through the model at step 0 and now.
         splits = ("val", "test") if split == "test" else ("val",)
-        parts = sum(-(-counts[name] // batch_size) for name in splits) + 2 * config.samples.steps
-        bar = tqdm(total=parts, desc="measuring", unit="part", dynamic_ncols=True)
+        total = sum(-(-counts[name] // batch_size) for name in splits) + 2 * config.samples.steps
+        bar = tqdm(total=total, desc="measuring", unit="part", dynamic_ncols=True)
         measure, measured = make_measure(run), {}
         for name in splits:
-            batches = loader.make_loader(config.data.dir, name, batch_size, 0, shuffle=False, repeat=False)
             parts = []
-            for batch in batches:
+            for batch in loader.make_loader(
+                config.data.dir, name, batch_size, 0, shuffle=False, repeat=False
+            ):
                 parts.append(measure(before, after, batch, batch_size))
                 bar.update()
             measured[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
