@@ -188,16 +188,11 @@ def check_run(config, workdir: str) -> dict[str, Any]:
         raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
     with open(path) as file:
         trained = json.load(file)
-    was, own = trained["config"], experiment.config_as_json(config)
     parts = ("backbone", "branch", "objective", "losses", "reduction", "codec", "text_encoder")
-    different = [
-        f"{part}.{key} was {was[part].get(key)}, is {own[part].get(key)}"
-        for part in parts
-        for key in sorted(was[part].keys() | own[part].keys())
-        if was[part].get(key) != own[part].get(key)
-    ]
+    was, own = trained["config"], experiment.config_as_json(config)
+    different = experiment.differences({key: was[key] for key in parts}, {key: own[key] for key in parts})
     if different:
-        raise UserError(f"{path} is of another configuration ({'; '.join(different)}): give that one")
+        raise UserError(f"{path} is of another configuration ({different}): give that one")
     if config.backbone_params:
         backbone = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
         if backbone["sha256"] != trained["references"].get("backbone_sha256"):

@@ -132,19 +132,33 @@ def load_params(
 
 def check_data(config: ConfigDict) -> dict[str, Any]:
     """The manifest of `config.data.dir`. Raises UserError unless it was prepared as `config` says."""
-    manifest = records.read_manifest(config.data.dir)
-    own = config_as_json(config)
-    wanted = {f"data.{key}": own["data"][key] for key in manifest["video"]}
-    wanted |= {key: own[key] for key in ("codec", "text_encoder")}
-    found = {f"data.{key}": value for key, value in manifest["video"].items()}
-    found |= {key: manifest[key] for key in ("codec", "text_encoder")}
-    different = [f"{key} was {found[key]}, is {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    manifest, own = records.read_manifest(config.data.dir), config_as_json(config)
+    encoders = ("codec", "text_encoder")
+    different = differences(
+        {"data": manifest["video"], **{key: manifest[key] for key in encoders}},
+        {
+            "data": {key: own["data"][key] for key in manifest["video"]},
+            **{key: own[key] for key in encoders},
+        },
+    )
     if different:
         raise UserError(
-            f"{config.data.dir} was prepared with another configuration ({'; '.join(different)}): "
+            f"{config.data.dir} was prepared with another configuration ({different}): "
             "prepare it again with this one, or name another --config.data.dir"
         )
     return manifest
+
+
+def differences(was: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
+    """Where two nested dicts of JSON types differ, e.g. "data.frames was 9, is 13"; "" where they agree."""
+    found = []
+    for key in sorted(was.keys() | own.keys()):
+        old, new = was.get(key), own.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(differences(old, new, f"{prefix}{key}."))
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return "; ".join(filter(None, found))
 
 
 def config_as_json(config: ConfigDict) -> dict[str, Any]:
@@ -161,15 +175,13 @@ def claim_workdir(workdir: str, config: ConfigDict, references: Mapping[str, str
     if os.path.exists(path):
         with open(path) as file:
             old = json.load(file)
-        different = [
-            f"{part}.{key} was {old[part].get(key)}, is {own[part].get(key)}"
-            for part in own
-            for key in sorted(old[part].keys() | own[part].keys())
-            if key not in MAY_CHANGE and old[part].get(key) != own[part].get(key)
-        ]
+        for part in (old["config"], own["config"]):
+            for key in MAY_CHANGE:
+                part.pop(key, None)
+        different = differences(old, own)
         if different:
             raise UserError(
-                f"{path} is of another configuration ({'; '.join(different)}): name another "
+                f"{path} is of another configuration ({different}): name another "
                 "--workdir, or the configuration it was made with"
             )
         return

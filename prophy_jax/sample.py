@@ -81,25 +81,30 @@ def make_localiser(model: ProPhy, objective, sigma: float = 0.2) -> Callable[...
     return localise
 
 
-def write_validation_clips(run, params, path: str) -> None:
-    """One mp4: the first validation prompts sampled (above) and the real clips (below)."""
+def make_validation_clips(run) -> Callable[[dict, str], None]:
+    """write(params, path): one mp4, the first validation prompts sampled above the real clips."""
     from prophy_jax.data import loader, video
 
     config = run.config
-    batches = loader.make_loader(config.data.dir, "val", config.samples.clips, 0, shuffle=False, repeat=False)
-    batch = next(batches)
+    batch = next(
+        loader.make_loader(config.data.dir, "val", config.samples.clips, 0, shuffle=False, repeat=False)
+    )
     noise = make_noise(config.seed, batch["index"], batch["latents"].shape[1:])
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": text, "text_mask": text_mask}
     generate = make_generator(run.model, config)
-    latents = generate(params, noise, batch["text"], batch["text_mask"], empty)
     codec = models.build(config.codec)
-    rows = [
-        np.concatenate([codec.decode(clip) for clip in np.asarray(clips)], axis=2)  # side by side
-        for clips in (latents, batch["latents"])
-    ]
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    video.write_mp4(path, np.concatenate(rows, axis=1), config.data.fps)
+
+    def side_by_side(clips) -> np.ndarray:
+        return np.concatenate([codec.decode(clip) for clip in np.asarray(clips)], axis=2)
+
+    def write(params, path: str) -> None:
+        latents = generate(params, noise, batch["text"], batch["text_mask"], empty)
+        rows = [side_by_side(latents), side_by_side(batch["latents"])]
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        video.write_mp4(path, np.concatenate(rows, axis=1), config.data.fps)
+
+    return write
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:

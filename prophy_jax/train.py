@@ -237,6 +237,7 @@ def train(config, workdir: str) -> None:
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
         )
         validate = make_validation(run)
+        write_clips = sample.make_validation_clips(run)
         tokens = math.prod(model.backbone.grid(latent_shape))
 
         # 5. The loop. The state and the data position are saved together, before the data advances.
@@ -271,7 +272,7 @@ def train(config, workdir: str) -> None:
                 values |= validate(optim.merge(state.ema, frozen))
             if due["samples"]:
                 path = os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
-                sample.write_validation_clips(run, optim.merge(state.ema, frozen), path)
+                write_clips(optim.merge(state.ema, frozen), path)
             writer.write(step, values)
             if due["checkpoint"]:
                 saved.save(step, state, data, experiment.config_as_json(config))

@@ -40,11 +40,6 @@ def stretch(tokens: np.ndarray) -> np.ndarray:
     return np.clip((tokens - low) / max(high - low, 1e-6), 0, 1)
 
 
-def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
-    """Each pixel `factor` times as large in both directions."""
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
 def save_webp(file, frames: np.ndarray, fps: float) -> None:
     """Writes frames (F, H, W, 3) as a lossless animated WebP, endlessly repeated, to a path or file."""
     images = [Image.fromarray(frame) for frame in frames]

@@ -51,14 +51,6 @@ def test_overlay_strongest_shows_the_category_with_the_highest_peak():
     np.testing.assert_array_equal(shown, visualize.overlay(clip, heat))
 
 
-def test_enlarge():
-    clip = frames(np.random.default_rng(2))
-    large = visualize.enlarge(clip, 3)
-    assert large.shape == (9, 48, 96, 3)
-    for row, column in np.ndindex(3, 3):
-        np.testing.assert_array_equal(large[:, row::3, column::3], clip)
-
-
 def test_webp_is_lossless_and_keeps_time():
     clip = frames(np.random.default_rng(3))
     file = io.BytesIO()
