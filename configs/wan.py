@@ -1,6 +1,7 @@
 """ProPhy on Wan2.1-T2V-1.3B (ProPhy, CVPR 2026, Table 1: VideoPhy2 PC 65.0, SA 32.0, Joint 26.5).
 
     configs/wan.py                  the paper's run: 480x832, 81 frames, K=10, 20K clips of WISA-80K
+    configs/wan.py:14b              Wan2.1-T2V-14B, to sample with; training beside it has not been tried
     configs/wan.py:tiny             seconds: the same path end to end on a small model; CI runs it
     configs/wan.py:demo_backbone    minutes: pretrains the demo's small backbone on the physics sandbox
     configs/wan.py:demo             minutes: trains the branch beside that backbone (`make demo`)
@@ -18,12 +19,18 @@ from ml_collections import ConfigDict
 from prophy_jax.errors import UserError
 
 PROPHY_LOSSES = dict(relative=0.1, alignment=0.02, balance=0.01)
+# The one of the Wan2.1 reference code.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 BRANCH_GROUPS = (("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None))
 
 
 def get_config(arg: str = "") -> ConfigDict:
     variant, _, ablation = arg.partition(",")
-    variants = {"": paper, "tiny": tiny, "demo_backbone": demo_backbone, "demo": demo}
+    variants = {"": paper, "14b": large, "tiny": tiny, "demo_backbone": demo_backbone, "demo": demo}
     if variant not in variants:
         raise UserError(f"configs/wan.py has no variant {variant!r}; it has {sorted(filter(None, variants))}")
     config = variants[variant]()
@@ -56,9 +63,11 @@ def paper() -> ConfigDict:
 
     config.backbone = dict(module="wan", variant="1.3b", dtype="bfloat16", remat="attention")
     config.backbone_params = "checkpoints/wan2.1-t2v-1.3b/transformer"
+    config.codec_params = "checkpoints/wan2.1-t2v-1.3b/vae"
+    config.text_encoder_params = "checkpoints/wan2.1-t2v-1.3b/text_encoder"
     config.backbone_remedy = (
         "convert the public weights: python -m convert.wan --src=Wan2.1-T2V-1.3B "
-        "--dst=checkpoints/wan2.1-t2v-1.3b (the converter's command line is not written yet)"
+        "--dst=checkpoints/wan2.1-t2v-1.3b"
     )
     config.frozen_dtype = "bfloat16"
     config.branch = dict(
@@ -84,14 +93,38 @@ def paper() -> ConfigDict:
     )
 
     config.data = dict(dir="data/wisa-80k-480p", height=480, width=832, frames=81, fps=16)
-    config.codec = dict(module="wan_vae")
-    config.text_encoder = dict(module="t5")
+    config.codec = dict(module="wan_vae", dtype="float32")
+    config.text_encoder = dict(module="t5", variant="umt5-xxl", dtype="bfloat16", length=512)
 
     config.mesh = dict(data=-1, fsdp=1, context=1)
     config.log = dict(every=10)
     config.checkpoint = dict(every=500, keep=3)
     config.validation = dict(every=500, batches=4, batch_size=8, times=(0.2, 0.5, 0.8))
-    config.samples = dict(every=2000, clips=4, solver="unipc", steps=50, shift=8.0, guidance=6.0)
+    config.samples = dict(
+        every=2000,
+        clips=4,
+        solver="unipc",
+        steps=50,
+        shift=8.0,
+        guidance=6.0,
+        negative_prompt=NEGATIVE_PROMPT,
+    )
+    return config
+
+
+def large() -> ConfigDict:
+    """Settings of the Wan2.1 reference code for 14B at 480p; branch copies as sparse as the paper's."""
+    config = paper()
+    folder = "checkpoints/wan2.1-t2v-14b"
+    config.backbone.variant = "14b"
+    config.backbone_params = f"{folder}/transformer"
+    config.codec_params = f"{folder}/vae"
+    config.text_encoder_params = f"{folder}/text_encoder"
+    config.backbone_remedy = (
+        f"convert the public weights: python -m convert.wan --src=Wan2.1-T2V-14B --dst={folder}"
+    )
+    config.branch.layers = tuple(range(0, 40, 4))
+    config.samples.update(shift=5.0, guidance=5.0)
     return config
 
 
@@ -112,7 +145,7 @@ def tiny() -> ConfigDict:
     config.optimizer.warmup = 10
     config.checkpoint = dict(every=50, keep=2)
     config.validation = dict(every=100, batches=1, batch_size=2, times=(0.2, 0.5, 0.8))
-    config.samples = dict(every=200, clips=2, solver="unipc", steps=4, shift=3.0, guidance=2.0)
+    config.samples.update(every=200, clips=2, steps=4, shift=3.0, guidance=2.0)
     return config
 
 
@@ -130,7 +163,7 @@ def demo_backbone() -> ConfigDict:
     config.optimizer.ema = 0.995
     config.checkpoint = dict(every=250, keep=2)
     config.validation = dict(every=250, batches=4, batch_size=16, times=(0.2, 0.5, 0.8))
-    config.samples = dict(every=1000, clips=4, solver="unipc", steps=20, shift=3.0, guidance=2.0)
+    config.samples.update(every=1000, clips=4, steps=20, shift=3.0, guidance=2.0)
     return config
 
 
@@ -168,7 +201,7 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     """What the small runs share: fp32 on a CPU, the sandbox, and stand-ins for the VAE and the T5."""
     config = paper()
     config.backbone = dict(module="wan", dtype="float32", remat="none", text_dim=64, text_len=64, freq_dim=64)
-    config.backbone_params = ""
+    config.backbone_params = config.codec_params = config.text_encoder_params = ""
     config.backbone_remedy = "make it: python -m prophy_jax.train --config=configs/wan.py:demo_backbone --workdir=runs/demo_backbone"  # noqa: E501
     config.frozen_dtype = "float32"
     config.branch = None
@@ -177,6 +210,7 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     config.data = dict(dir=folder, height=size, width=size, frames=frames, fps=8)
     config.codec = dict(module="linear_codec")
     config.text_encoder = dict(module="hash_text", dim=64, length=64)
+    config.samples.negative_prompt = ""
     return config
 
 

@@ -1,25 +1,48 @@
-"""Wan2.1 transformer weights: official and diffusers safetensors files <-> our parameter tree.
+"""Wan2.1 weights: official and diffusers files -> Orbax checkpoints that this package reads.
 
-Both PyTorch formats name the same tensors differently and store them alike, so one table of names
-and one rule of layout per kind of leaf cover reading and writing.
+    python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry-run]
+
+DIR is a download of Wan2.1-T2V in the official layout (diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth,
+models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) or in that of diffusers (transformer/, vae/, text_encoder/,
+tokenizer/). The result is DST/transformer, DST/vae and DST/text_encoder, each with tree/ and manifest.json.
+A run that was cut off goes on when the same command is run again.
+
+Both formats name the same tensors differently and store them alike, so one table of names per model covers
+reading and writing (here and in `convert.t5`). `convert.export` takes the way back.
 """
 
+import argparse
 import dataclasses
+import functools
+import hashlib
 import json
-from collections import Counter
+import math
+import re
+import shutil
+import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
+from absl import logging
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
-from prophy_jax.errors import UserError
-from prophy_jax.models.wan import Params, Wan, WanConfig
+import prophy_jax
+from convert import files, stream, t5
+from convert import leaves as lv
+from prophy_jax import cli, models
+from prophy_jax.data.text import load_tokenizer
+from prophy_jax.errors import UserError, one_line_errors
+from prophy_jax.models.t5 import UMT5_XXL
+from prophy_jax.models.wan import WAN_1_3B, Params, Wan, WanConfig
+from prophy_jax.models.wan_vae import WanVAE, WanVAEConfig
 
-_NAMINGS = ("official", "diffusers")
+NAMINGS = ("official", "diffusers")
 
 # ours: (official, diffusers)
 _TOP = {
@@ -57,169 +80,478 @@ _BLOCK = {
 _SUFFIX = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """One leaf of our tree and the PyTorch tensors it is made of."""
-
-    names: tuple[str, ...]  # One tensor, or one per layer.
-    torch_shape: tuple[int, ...]  # Of each of them.
-    shape: tuple[int, ...]  # Ours, with the layer axis if there is one.
-    from_torch: Callable[[np.ndarray], np.ndarray]  # Layout of one tensor.
-    to_torch: Callable[[np.ndarray], np.ndarray]
-
-
-def _layout(path: str, shape: tuple[int, ...], config: WanConfig) -> tuple[Any, Callable, Callable]:
-    """PyTorch shape, and the way there and back, of a leaf or of one layer of it."""
-    if path == "embed/patch/kernel":
-        pt, ph, pw = config.patch_size
-        width, c = config.dim, config.in_channels
-        return (
-            (width, c, pt, ph, pw),
-            lambda w: w.transpose(2, 3, 4, 1, 0).reshape(shape),  # -> (pt ph pw c, C)
-            lambda w: w.reshape(pt, ph, pw, c, width).transpose(4, 3, 0, 1, 2),
-        )
-    if path.endswith("/kernel"):
-        return shape[::-1], np.transpose, np.transpose  # (out, in) <-> (in, out)
-    if path.endswith("/modulation"):
-        return (1, *shape), lambda w: w[0], lambda w: w[None]
-    return shape, lambda w: w, lambda w: w
+# diffusers: official. Fragments of module names, in the order in which they are replaced.
+_VAE = {
+    # Of a residual block.
+    ".norm1.": ".residual.0.",
+    ".conv1.": ".residual.2.",
+    ".norm2.": ".residual.3.",
+    ".conv2.": ".residual.6.",
+    ".conv_shortcut.": ".shortcut.",
+    # Of the encoder and of the decoder.
+    ".conv_in.": ".conv1.",
+    ".mid_block.resnets.0.": ".middle.0.",
+    ".mid_block.attentions.0.": ".middle.1.",
+    ".mid_block.resnets.1.": ".middle.2.",
+    ".down_blocks.": ".downsamples.",
+    ".norm_out.": ".head.0.",
+    ".conv_out.": ".head.2.",
+    # Between the two. The second contains the first.
+    "post_quant_conv.": "conv2.",
+    "quant_conv.": "conv1.",
+}
+_VAE_LAST = {"kernel": "weight", "scale": "gamma", "bias": "bias"}
 
 
-def _leaves(config: WanConfig, naming: str) -> dict[str, _Leaf]:
-    """Every leaf of our tree, by its path."""
-    column = _NAMINGS.index(naming)
-    tree = jax.eval_shape(Wan(config).init, jax.random.key(0))
-    leaves = {}
-    for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+@functools.cache
+def dit_leaves(config: WanConfig, naming: str) -> dict[str, lv.Leaf]:
+    """Every leaf of `Wan(config)` by its path; naming is "official" or "diffusers"."""
+    column = NAMINGS.index(naming)
+    tree = jax.eval_shape(lambda: Wan(config).init(jax.random.key(0)))
+    table = {}
+    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
         module, _, last = path.rpartition("/")
         suffix = _SUFFIX.get(last, "")
-        row = module if suffix else path  # A table is a row of its own.
-        if row in _BLOCK:
-            name = _BLOCK[row][column] + suffix
-            names = tuple(f"blocks.{i}.{name}" for i in range(config.num_layers))
-            layout = _layout(path, leaf.shape[1:], config)
-        else:
-            names = (_TOP[row][column] + suffix,)
-            layout = _layout(path, leaf.shape, config)
-        torch_shape, from_torch, to_torch = layout
-        leaves[path] = _Leaf(names, torch_shape, leaf.shape, from_torch, to_torch)
-    return leaves
+        row = module if suffix else path  # A modulation table is a row of its own.
+        stacked = row in _BLOCK
+        name = (_BLOCK if stacked else _TOP)[row][column] + suffix
+        names = [f"blocks.{i}.{name}" for i in range(config.num_layers)] if stacked else [name]
+        torch_shape = ()
+        if path == "embed/patch/kernel":  # (pt ph pw c, C), of a convolution (C, c, pt, ph, pw)
+            torch_shape = (config.dim, config.in_channels, *config.patch_size)
+        elif last == "modulation":
+            torch_shape = (1, *array.shape[-2:])
+        table[path] = lv.leaf(path, names, array.shape, stacked, torch_shape)
+    return table
+
+
+@functools.cache
+def vae_leaves(config: WanVAEConfig, naming: str) -> dict[str, lv.Leaf]:
+    """Every leaf of `WanVAE(config)` by its path; naming is "official" or "diffusers"."""
+    tree = jax.eval_shape(lambda: WanVAE(config).init(jax.random.key(0)))
+    table = {}
+    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
+        module, _, last = path.rpartition("/")
+        name = f"{module.replace('/', '.')}.{_VAE_LAST[last]}"
+        torch_shape = ()
+        if last == "scale":  # (C,), of a tensor that spans the axes of a video, in attention of an image
+            torch_shape = (*array.shape, *(1, 1, 1)[: 2 if ".attentions." in name else 3])
+        if naming == "official":
+            name = _vae_official(name, config.num_res_blocks)
+        table[path] = lv.leaf(path, [name], array.shape, stacked=False, torch_shape=torch_shape)
+    return table
+
+
+def _vae_official(name: str, num_res_blocks: int) -> str:
+    """The official name of a diffusers tensor."""
+    # The official decoder numbers through: the residual blocks of a stage, one more than the encoder has,
+    # then its upsampler.
+    per_stage = num_res_blocks + 2
+
+    def number(match: re.Match) -> str:
+        stage, kind, index = int(match[1]), match[2], int(match[3])
+        inner = per_stage - 1 if kind == "upsamplers" else index
+        return f".upsamples.{stage * per_stage + inner}."
+
+    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", number, name)
+    for theirs, official in _VAE.items():
+        name = name.replace(theirs, official)
+    return name
 
 
 def tensor_shapes(config: WanConfig, naming: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a PyTorch file; naming is "official" or "diffusers"."""
-    leaves = _leaves(config, naming).values()
-    return {name: leaf.torch_shape for leaf in leaves for name in leaf.names}
+    """Names and shapes of the transformer's tensors; naming is "official" or "diffusers"."""
+    return lv.tensor_shapes(dit_leaves(config, naming))
 
 
-def read_dit(source: str | Path | Mapping[str, np.ndarray], config: WanConfig) -> dict[str, Any]:
-    """Reads a Wan2.1 transformer in either naming, which it recognises.
+def read_dit(tensors: Mapping[str, np.ndarray], config: WanConfig) -> dict[str, Any]:
+    """Reads the tensors of a Wan2.1 transformer in either naming, which it recognises.
 
     Args:
-        source: A .safetensors file, the .index.json of a sharded one, a directory that holds
-            either, or tensors by name.
+        tensors: By name.
         config: The sizes that the tensors must have.
 
     Returns:
-        The parameter tree of `Wan(config)` as NumPy arrays, in the dtype of the file.
+        The parameter tree of `Wan(config)` as NumPy arrays, in the dtype of the tensors.
 
     Raises:
-        UserError: naming every unknown, missing, duplicate and mis-shaped tensor, or the file that
-            cannot be read.
+        UserError: naming every unknown, missing and mis-shaped tensor.
     """
-    if isinstance(source, Mapping):
-        label = "the given tensors"
-        found = [(name, tensor.shape, lambda t=tensor: t) for name, tensor in source.items()]
-    else:
-        label = str(source)
-        found = [entry for file in _files(Path(source)) for entry in _open(file)]
-    count = Counter(name for name, _, _ in found)
-    known = {naming: tensor_shapes(config, naming) for naming in _NAMINGS}
-    naming = max(_NAMINGS, key=lambda n: len(count.keys() & known[n].keys()))
-    expected = known[naming]
-    if not count.keys() & expected.keys():
-        raise UserError(f"{label} holds no tensor of a Wan transformer: is it the right file?")
-
-    problems = [f"unknown {name}" for name in sorted(count.keys() - expected.keys())]
-    problems += [f"missing {name}" for name in sorted(expected.keys() - count.keys())]
-    problems += [f"duplicate {name}" for name in sorted(count) if count[name] > 1]
-    problems += [
-        f"{name} is {tuple(shape)}, not {expected[name]}"
-        for name, shape, _ in found
-        if tuple(shape) != expected.get(name, tuple(shape))
-    ]
-    _raise_if(problems, f"{label} is not a Wan transformer of the expected size ({naming} naming)")
-
-    load = {name: loader for name, _, loader in found}
-    tree = {}
-    for path, leaf in _leaves(config, naming).items():
-        parts = [leaf.from_torch(load[name]()) for name in leaf.names]
-        stacked = path.startswith("blocks/")
-        tree[path] = np.stack(parts) if stacked else np.ascontiguousarray(parts[0])
-    return traverse_util.unflatten_dict(tree, sep="/")
+    tables = {naming: dit_leaves(config, naming) for naming in NAMINGS}
+    naming = lv.recognise(tensors, tables)
+    if naming is None:
+        raise UserError("none of these tensors is of a Wan transformer: is it the right file?")
+    found = [(name, tensor.shape) for name, tensor in tensors.items()]
+    lv.check(found, tables[naming], f"these tensors are not a Wan transformer ({naming} naming)")
+    return lv.read(tensors, tables[naming])
 
 
 def to_official(params: Params, config: WanConfig) -> dict[str, np.ndarray]:
-    """The tensors of our tree under the official names. Raises UserError as `read_dit` does."""
+    """The transformer's tensors under the official names. Raises UserError as `leaves.write` does."""
     return _write(params, config, "official")
 
 
 def to_diffusers(params: Params, config: WanConfig) -> dict[str, np.ndarray]:
-    """The tensors of our tree under the diffusers names. Raises UserError as `read_dit` does."""
+    """The transformer's tensors under the diffusers names. Raises UserError as `leaves.write` does."""
     return _write(params, config, "diffusers")
 
 
 def _write(params: Params, config: WanConfig, naming: str) -> dict[str, np.ndarray]:
-    tree = traverse_util.flatten_dict(params, sep="/")
-    leaves = _leaves(config, naming)
-    problems = [f"unknown {path}" for path in sorted(tree.keys() - leaves.keys())]
-    problems += [f"missing {path}" for path in sorted(leaves.keys() - tree.keys())]
-    problems += [
-        f"{path} is {tuple(tree[path].shape)}, not {leaf.shape}"
-        for path, leaf in leaves.items()
-        if path in tree and tuple(tree[path].shape) != leaf.shape
-    ]
-    _raise_if(problems, "the parameters are not a Wan transformer of the expected size")
-
-    tensors = {}
-    for path, leaf in leaves.items():
-        host = np.asarray(tree[path])
-        parts = host if path.startswith("blocks/") else host[None]
-        for name, part in zip(leaf.names, parts, strict=True):
-            tensors[name] = np.ascontiguousarray(leaf.to_torch(part))
-    return tensors
+    summary = "the parameters are not a Wan transformer of the expected size"
+    return lv.write(params, dit_leaves(config, naming), summary)
 
 
-def _raise_if(problems: list[str], summary: str) -> None:
-    if problems:
-        raise UserError(f"{summary}: {'; '.join(problems)}")
+# The command.
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def _files(path: Path) -> list[Path]:
-    """The .safetensors files that a file, an index or a directory stands for."""
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-        if not found:
-            raise UserError(f"{path} holds no .safetensors file: give the transformer's directory")
-        path, files = found[0], found
+def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `WanConfig` from a config.json of either format."""
+    names = {"in_dim": "in_channels", "out_dim": "out_channels", "num_attention_heads": "num_heads"}
+    ours = {names.get(name, name): value for name, value in fields.items()}
+    if "attention_head_dim" in ours:
+        ours["dim"] = ours["num_heads"] * ours["attention_head_dim"]
+    return {field.name: ours[field.name] for field in dataclasses.fields(WanConfig) if field.name in ours}
+
+
+def _dit_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
+    """Fields of `WanConfig` from official tensors. Every Wan2.1 has heads of width 128."""
+    dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
+    return {
+        "dim": dim,
+        "num_heads": max(1, dim // 128),
+        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "in_channels": in_channels,
+        "out_channels": shapes["head.head.weight"][0] // math.prod(patch_size),
+        "patch_size": patch_size,
+    }
+
+
+def _vae_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `WanVAEConfig` from a config.json of diffusers."""
+    if fields.get("is_residual") or fields.get("patch_size") is not None:
+        raise UserError("it describes the VAE of Wan2.2, not of Wan2.1")
+    names = {"temperal_downsample": "temporal_downsample"}  # diffusers' spelling
+    ours = {names.get(name, name): value for name, value in fields.items()}
+    return {field.name: ours[field.name] for field in dataclasses.fields(WanVAEConfig) if field.name in ours}
+
+
+def _vae_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
+    """Fields of `WanVAEConfig` from official tensors. The statistics of the latents are Wan2.1's."""
+    pattern = re.compile(r"encoder\.downsamples\.(\d+)\.resample\.1\.weight")
+    ends = sorted(int(match[1]) for match in map(pattern.fullmatch, shapes) if match)
+    base_dim = shapes["encoder.conv1.weight"][0]
+    if not ends:
+        raise KeyError("encoder.downsamples.2.resample.1.weight")
+    stages = range(0, (len(ends) + 1) * (ends[0] + 1), ends[0] + 1)  # first block of each
+    widths = [shapes[f"encoder.downsamples.{i}.residual.6.weight"][0] for i in stages]
+    return {
+        "base_dim": base_dim,
+        "z_dim": shapes["conv2.weight"][0],
+        "dim_mult": [width // base_dim for width in widths],
+        "num_res_blocks": ends[0],
+        "temporal_downsample": [f"encoder.downsamples.{i}.time_conv.weight" in shapes for i in ends],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a part of Wan2.1 is found and recognised."""
+
+    module: str  # in prophy_jax.models
+    official: str  # stem of the file
+    diffusers: str  # in the folder of the part's name
+    public: Any  # A configuration, whose names tell the naming of a file.
+    leaves: Callable[[Any, str], dict[str, lv.Leaf]]
+    of_json: Callable[[Mapping[str, Any]], dict[str, Any]]
+    of_shapes: Callable[[Mapping[str, lv.Shape]], dict[str, Any]]
+
+
+PARTS = {
+    "transformer": Kind(
+        module="wan",
+        official="diffusion_pytorch_model",
+        diffusers="diffusion_pytorch_model",
+        public=WAN_1_3B,
+        leaves=dit_leaves,
+        of_json=_dit_of_json,
+        of_shapes=_dit_of_shapes,
+    ),
+    "vae": Kind(
+        module="wan_vae",
+        official="Wan2.1_VAE",
+        diffusers="diffusion_pytorch_model",
+        public=WanVAEConfig(),
+        leaves=vae_leaves,
+        of_json=_vae_of_json,
+        of_shapes=_vae_of_shapes,
+    ),
+    "text_encoder": Kind(
+        module="t5",
+        official="models_t5_umt5-xxl-enc-bf16",
+        diffusers="model",
+        public=UMT5_XXL,
+        leaves=t5.leaves,
+        of_json=t5.sizes_of_json,
+        of_shapes=t5.sizes_of_shapes,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A part that was found, recognised and checked, ready to be streamed."""
+
+    part: str
+    format: str
+    model: dict[str, Any]  # for `models.build`
+    job: stream.Job
+    tokenizer: Path | None
+
+
+def find(src: Path, part: str) -> tuple[list[Path], Path]:
+    """The weight files of a part in either layout, empty if there are none, and where its config.json is."""
+    kind = PARTS[part]
+    folder = src / part
+    if folder.is_dir():
+        return files.find(folder, kind.diffusers), folder / "config.json"
+    config = src / "config.json" if part == "transformer" else folder / "config.json"
+    return files.find(src, kind.official), config
+
+
+def open_component(src: Path, part: str, dtype: np.dtype | None) -> Component:
+    """Recognises a part, checks names and shapes of all tensors; reads headers and no weights.
+
+    Raises:
+        UserError: it is missing, damaged, of another model, or does not fit its configuration.
+    """
+    kind = PARTS[part]
+    paths, config_path = find(src, part)
+    if not paths:
+        raise UserError(_missing(src, part))
+    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+    tensors = files.tensors(paths)
+    fields = files.read_json(config_path) if config_path.is_file() else {}
+    _refuse_other_models(where, {tensor.name: tensor.shape for tensor in tensors}, fields)
+
+    tables = {naming: kind.leaves(kind.public, naming) for naming in NAMINGS}
+    naming = lv.recognise((tensor.name for tensor in tensors), tables)
+    if naming is None:
+        raise UserError(f"{where} holds no tensor of a Wan2.1 {part}: is it the right file?")
+    tensors, copies = _set_copies_apart(tensors)
+    found = {tensor.name: tensor.shape for tensor in tensors if tensor.name not in copies}
+    if fields:
+        model, table = _configure(kind, naming, str(config_path), kind.of_json, fields)
+    elif naming == "official":
+        model, table = _configure(kind, naming, where, kind.of_shapes, found)
     else:
-        files = [path]
-    if path.suffix == ".json":
-        try:
-            shards = json.loads(path.read_text())["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a readable safetensors index: {error!r}") from error
-        files = [path.parent / shard for shard in sorted(set(shards))]
-    missing = [str(file) for file in files if not file.is_file()]
-    _raise_if(missing, "these weight files do not exist, download them again")
-    return files
+        raise UserError(f"{config_path} is missing: download it too")
+    shapes = [(tensor.name, tensor.shape) for tensor in tensors if tensor.name not in copies]
+    lv.check(shapes, table, f"{where} is not the {part} of its configuration ({naming} naming)")
+    tokenizer = _tokenizer(src, model["vocab_size"]) if part == "text_encoder" else None
+    return Component(part, naming, model, stream.Job(table, tensors, copies, dtype), tokenizer)
 
 
-def _open(file: Path) -> list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Name, shape and loader of each tensor; nothing is read until a loader is called."""
+def _configure(
+    kind: Kind, naming: str, where: str, read: Callable[[Any], dict[str, Any]], source: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, lv.Leaf]]:
+    """The model of a config.json or of shapes, for `models.build`, and the table of its leaves."""
     try:
-        handle = safe_open(file, framework="numpy")
-        names = handle.keys()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is not a readable .safetensors file: {error}") from error
-    return [(name, handle.get_slice(name).get_shape(), lambda n=name: handle.get_tensor(n)) for name in names]
+        config = models.build({"module": kind.module, **read(source)}).config
+        table = kind.leaves(config, naming)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{where} lacks {error}: is it of Wan2.1?") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{where} does not describe a Wan2.1 model: {error}") from error
+    return {"module": kind.module, **dataclasses.asdict(config)}, table
+
+
+# Names of tensors, and what has them.
+_OTHER_MODELS = {
+    r"(^|[._])lora([._]|$)": "a LoRA and not a whole model: merge it into its base model first",
+    r"(^|[._])(img_emb|image_embedder|k_img|add_k_proj)[._]": "an image-to-video model: give a Wan2.1-T2V",
+    r"(^|[._])vace_": "a VACE model: give a Wan2.1-T2V",
+}
+
+
+def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:
+    """Raises UserError that says by name what a file holds instead of text-to-video weights."""
+    for pattern, what in _OTHER_MODELS.items():
+        found = next(filter(re.compile(pattern).search, shapes), None)
+        if found:
+            raise UserError(f"{where} is {what} (it has {found})")
+    kind = fields.get("model_type", "t2v")
+    if kind not in ("t2v", "umt5", "t5"):
+        raise UserError(f"{where} is a model of type {kind}: give a Wan2.1-T2V")
+    channels = shapes.get("patch_embedding.weight", (0, 16))[1:2]
+    if fields.get("image_dim") is not None or channels == (36,):
+        raise UserError(f"{where} is an image-to-video model (36 input channels): give a Wan2.1-T2V")
+
+
+def _set_copies_apart(tensors: list[files.Tensor]) -> tuple[list[files.Tensor], dict[str, str]]:
+    """transformers has two names for the embedding of T5; a file may use either or both."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    if t5.EMBEDDING not in shapes:
+        rename = {t5.ALIAS: t5.EMBEDDING}
+        return [dataclasses.replace(t, name=rename.get(t.name, t.name)) for t in tensors], {}
+    same = shapes.get(t5.ALIAS) == shapes[t5.EMBEDDING]
+    return tensors, {t5.ALIAS: t5.EMBEDDING} if same else {}
+
+
+def _tokenizer(src: Path, vocab_size: int) -> Path:
+    folder = src / "tokenizer" if (src / "text_encoder").is_dir() else src / "google" / "umt5-xxl"
+    if not folder.is_dir():
+        raise UserError(f"the text encoder's tokenizer {folder} is missing: download it too")
+    load_tokenizer(folder, vocab_size)
+    return folder
+
+
+def _missing(src: Path, part: str) -> str:
+    kind = PARTS[part]
+    suffix = "*.safetensors" if part == "transformer" else ".pth"
+    return f"{src} has neither {kind.official}{suffix} nor {part}/{kind.diffusers}*.safetensors"
+
+
+def convert(component: Component, dst: Path) -> str:
+    """Writes DST/<part>; returns the hash of its tree. Goes on where an earlier run was cut off.
+
+    Raises:
+        UserError: a source is damaged, or the disk is full; then nothing is left behind.
+    """
+    partial = dst / f"{component.part}.partial"
+    missing = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        sha256 = _write_part(component, partial)
+    except stream.SourceError:
+        shutil.rmtree((missing or [partial])[-1])
+        raise
+    except OSError as error:
+        if error.errno not in stream.DISK_FULL:
+            raise UserError(f"{error.filename or partial}: {error.strerror}") from error
+        shutil.rmtree((missing or [partial])[-1])
+        raise UserError(f"the disk is full and {partial} removed: free space or change --dst") from error
+    (partial / stream.JOURNAL).unlink()
+    partial.rename(dst / component.part)
+    return sha256
+
+
+def _write_part(component: Component, partial: Path) -> str:
+    job = component.job
+    sources = [(file.name, file.stat()) for file in job.sources]
+    identity = {
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sources],
+        "dtype": str(job.dtype),
+        "model": component.model,
+        "prophy_jax": prophy_jax.__version__,
+    }
+    with tqdm(total=job.source_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
+        written = stream.write_tree(job, partial, identity, progress)
+    source = {
+        "format": component.format,
+        "files": written.pop("files"),
+        "dtypes": sorted({str(tensor.dtype) for tensor in job.tensors}),
+    }
+    if component.tokenizer:
+        source["tokenizer"] = _copy_files(component.tokenizer, partial / "tokenizer")
+    manifest = {"part": component.part, "model": component.model, **written, "source": source}
+    (partial / "manifest.json").write_text(json.dumps({**manifest, "versions": _versions()}, indent=1))
+    return written["sha256"]
+
+
+def _copy_files(src: Path, dst: Path) -> dict[str, str]:
+    """Copies the files of a folder; returns their hashes."""
+    dst.mkdir(exist_ok=True)
+    hashes = {}
+    for file in sorted(path for path in src.iterdir() if path.is_file()):
+        data = file.read_bytes()
+        (dst / file.name).write_bytes(data)
+        hashes[file.name] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "numpy", "orbax-checkpoint", "tensorstore")
+    return {"prophy_jax": prophy_jax.__version__, **{name: metadata.version(name) for name in packages}}
+
+
+def _describe(component: Component) -> str:
+    job = component.job
+    parameters = sum(math.prod(leaf.shape) for leaf in job.table.values())
+    sizes = ", ".join(f"{key} {value}" for key, value in component.model.items())
+    dtypes = ", ".join(sorted({str(dtype) for dtype in job.dtypes().values()}))
+    return "\n".join(
+        [
+            f"{component.part}: {component.format} naming, {parameters:,} parameters, everything fits",
+            *(f"  reads {file} ({file.stat().st_size / 1e9:.3f} GB)" for file in job.sources),
+            f"  writes {job.target_bytes() / 1e9:.3f} GB as {dtypes}",
+            f"  {sizes}",
+        ]
+    )
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.ArgumentParser("python -m convert.wan", __doc__)
+    parser.add_argument("--src", type=Path, required=True, help="folder of the download")
+    parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--component", choices=[*PARTS, "all"], default="all", help="what to convert")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; as in the files by default")
+    parser.add_argument("--dry-run", action="store_true", help="check and describe, write nothing")
+    return parser.parse_args(arguments)
+
+
+def _find_parts(src: Path, wanted: str) -> list[str]:
+    """The parts to convert; says which of "all" are not there."""
+    if not src.is_dir():
+        raise UserError(f"{src} is not a folder: --src names the folder of the download")
+    if wanted != "all":
+        return [wanted]
+    parts = [part for part in PARTS if find(src, part)[0]]
+    if not parts:
+        for file in sorted(src.glob("*.safetensors")):  # Perhaps it is something that has a name.
+            _refuse_other_models(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
+        raise UserError(f"no Wan2.1 weights: {'; '.join(_missing(src, part) for part in PARTS)}")
+    for part in PARTS:
+        if part not in parts:
+            print(f"no {part}: {_missing(src, part)}")
+    return parts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; `arguments` are those of the process by default."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault of the user.
+    jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
+    options = _arguments(arguments)
+    src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
+    parts = _find_parts(src, options.component)
+    components = [open_component(src, part, dtype) for part in parts]
+    if dst.exists() and not dst.is_dir():
+        raise UserError(f"{dst} is not a folder: choose another --dst")
+    for part in parts:
+        if (dst / part).exists():
+            raise UserError(f"{dst / part} exists: delete it or choose another --dst")
+    stream.check_space(dst, {dst / f"{c.part}.partial": c.job for c in components})
+    for component in components:
+        if options.dry_run:
+            print(_describe(component))
+            continue
+        start = time.monotonic()
+        sha256 = convert(component, dst)
+        seconds, source = time.monotonic() - start, component.job.source_bytes()
+        print(
+            f"{dst / component.part}: {source / 1e9:.2f} GB in {seconds:.1f} s, "
+            f"{source / 1e6 / seconds:.0f} MB/s, sha256 {sha256}"
+        )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise UserError("interrupted: the same command goes on from here") from None

@@ -106,12 +106,26 @@ def check_shapes(
 
 def tree_hash(params: Mapping[str, Any]) -> str:
     """sha256 over paths, dtypes, shapes and bytes of a tree of arrays."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
+    leaves = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
         array = np.asarray(leaf)
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
+        leaves[path] = (str(array.dtype), array.shape, leaf_digests(array))
+    return hash_of(leaves)
+
+
+def leaf_digests(array: np.ndarray) -> list[str]:
+    """sha256 of each slice along the first axis of an array of three axes or more, else of the whole.
+
+    So the layers of a stacked leaf can be hashed one by one, in any order.
+    """
+    slices = array if array.ndim >= 3 else [array]
+    return [hashlib.sha256(np.ascontiguousarray(part).view(np.uint8).data).hexdigest() for part in slices]
+
+
+def hash_of(leaves: Mapping[str, tuple[str, tuple[int, ...], list[str]]]) -> str:
+    """`tree_hash` of a tree whose leaves are given as (dtype, shape, `leaf_digests`), by path."""
+    lines = [f"{path} {dtype} {shape} {' '.join(d)}\n" for path, (dtype, shape, d) in sorted(leaves.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -144,16 +158,26 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
         return json.load(file)
 
 
+def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
+    """The manifest of a parameter tree. Raises UserError when the folder is missing or does not fit."""
+    manifest = read_manifest(folder, remedy)
+    saved = {path: (tuple(shape), dtype) for path, (shape, dtype) in manifest["shapes"].items()}
+    check_shapes(saved, wanted, folder, dtypes=False)
+    return manifest
+
+
 def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     """Reads a parameter tree laid out like `wanted` (a tree of ShapeDtypeStructs, with shardings if any).
 
     Values are cast to the wanted dtypes. Raises UserError when the folder is missing or does not fit.
     """
-    manifest = read_manifest(folder, remedy)
-    saved = {path: (tuple(shape), dtype) for path, (shape, dtype) in manifest["shapes"].items()}
-    check_shapes(saved, wanted, folder, dtypes=False)
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(os.path.join(os.path.abspath(folder), "tree"), wanted)
+    check_params(folder, wanted, remedy)
+    # Orbax would read all leaves at once and hold them twice: let it read the largest and little more.
+    largest = max(leaf.size for leaf in jax.tree.leaves(wanted)) * 4
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+    with ocp.Checkpointer(handler) as checkpointer:
+        place = os.path.join(os.path.abspath(folder), "tree")
+        tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
     return unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
 
 

@@ -1,5 +1,6 @@
-"""How every command reads its configuration and answers bad input: one line on stderr, exit status 1."""
+"""How every command reads its arguments and answers bad input: one line on stderr, exit status 1."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +11,17 @@ from ml_collections import ConfigDict, config_flags
 from prophy_jax.errors import UserError, one_line_errors
 
 HELP = ("--help", "-h", "-help", "--helpfull")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Of a command that has no configuration: `description` is shown as it is written."""
+
+    def __init__(self, prog: str, description: str):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help")
 
 
 def run(main: Callable[[ConfigDict], None], description: str) -> None:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prophy_jax import losses, models, optim, parallel, sample, visualize
+from prophy_jax import losses, optim, parallel, sample, visualize
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.errors import UserError
 
@@ -210,7 +210,7 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from prophy_jax import experiment, metrics, report
+    from prophy_jax import encoders, experiment, metrics, report
     from prophy_jax.data import loader, records
 
     # 1. The run and the clips.
@@ -252,7 +252,7 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
         bar.set_description("sampling")
         chosen = choose_clips(seen["category"], SAMPLED)
         captions = [stored[i]["caption"].decode() for i in range(len(stored))]
-        decode = models.build(config.codec).decode
+        decode = encoders.load_codec(config, run.mesh).decode
         rows = {"real clip": seen["latents"][chosen]}
         generate, noise = sample.make_generator(run.model, config), seen["noise"][chosen]
         text, text_mask = loader.load_empty_text(config.data.dir)

@@ -112,21 +112,57 @@ def init_params(experiment: Experiment) -> tuple[Any, Any]:
     return optim.split(params, config.optimizer.groups)
 
 
+def token_grid(experiment: Experiment, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The backbone's token grid for latents (T, h, w, 16). Raises UserError on sizes it cannot take."""
+    try:
+        return experiment.model.backbone.grid(tuple(latent_shape))
+    except ValueError as error:
+        raise UserError(f"{error}: change config.data.height, width or frames") from error
+
+
+def _folders(
+    experiment: Experiment, checkpoint: str | None, branch: str | None
+) -> dict[str, tuple[str, str]]:
+    """Folder of every part's trained parameters, and what to do when it is missing."""
+    config = experiment.config
+    folders = {"backbone": (checkpoint or config.backbone_params or "(none)", config.backbone_remedy)}
+    if experiment.model.branch:
+        remedy = "name WORKDIR/branch of a finished run of prophy_jax.train"
+        folders["branch"] = (branch or "(none)", remedy)
+    return folders
+
+
+def check_params(experiment: Experiment, branch: str | None = None) -> dict[str, str]:
+    """{part_sha256} of the parameters that `load_params` would read, without reading them.
+
+    Raises UserError when they are missing, do not fit, or the branch belongs to another backbone.
+    """
+    layout, manifests = abstract_params(experiment), {}
+    for part, (folder, remedy) in _folders(experiment, None, branch).items():
+        manifests[part] = checkpoints.check_params(folder, layout[part], remedy)
+    hashes = {f"{part}_sha256": manifest["sha256"] for part, manifest in manifests.items()}
+    beside = manifests.get("branch", {}).get("backbone_sha256", hashes["backbone_sha256"])
+    if beside != hashes["backbone_sha256"]:
+        raise UserError(
+            f"{branch} was trained beside another backbone than {experiment.config.backbone_params}: "
+            "name that one with --checkpoint=DIR"
+        )
+    return hashes
+
+
 def load_params(
     experiment: Experiment, checkpoint: str | None = None, branch: str | None = None
 ) -> dict[str, Any]:
     """Trained parameters, as the model takes them.
 
     `checkpoint` is a folder of backbone parameters (default: `config.backbone_params`), `branch` one of
-    branch parameters, WORKDIR/branch of a finished run. Raises UserError when one is missing.
+    branch parameters, WORKDIR/branch of a finished run. Raises UserError when one is missing or does not
+    fit.
     """
-    config, layout = experiment.config, abstract_params(experiment)
-    folders = {"backbone": (checkpoint or config.backbone_params, config.backbone_remedy)}
-    if experiment.model.branch:
-        folders["branch"] = (branch, "name WORKDIR/branch of a finished run of prophy_jax.train")
+    layout = abstract_params(experiment)
     return {
-        part: checkpoints.load_params(folder or "(none)", layout[part], remedy)
-        for part, (folder, remedy) in folders.items()
+        part: checkpoints.load_params(folder, layout[part], remedy)
+        for part, (folder, remedy) in _folders(experiment, checkpoint, branch).items()
     }
 
 

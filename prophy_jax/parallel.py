@@ -83,7 +83,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def over_context(attention: Callable, mesh: Mesh) -> Callable:
-    """Wraps `attention(q, k, v)` so that each device along `context` computes its share of the queries.
+    """Wraps `attention(q, k, v, bias)` so that each device along `context` computes its share of the queries.
 
     Keys and values are gathered whole, so values and gradients are those of unsharded attention. Queries
     are padded to a multiple of the axis and the padding is cut off again.
@@ -94,14 +94,14 @@ def over_context(attention: Callable, mesh: Mesh) -> Callable:
     sharded = jax.shard_map(
         attention,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, "context"), PartitionSpec(), PartitionSpec()),
+        in_specs=(PartitionSpec(None, "context"), PartitionSpec(), PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(None, "context"),
         axis_names={"context"},
     )
 
-    def wrapped(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def wrapped(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         length = q.shape[1]
         padded = jnp.pad(q, ((0, 0), (0, -length % ways), (0, 0), (0, 0)))
-        return sharded(padded, k, v)[:, :length]
+        return sharded(padded, k, v, bias)[:, :length]
 
     return wrapped

@@ -177,14 +177,17 @@ def prepare(
     Raises:
         UserError: `out` exists, the source is not usable, or no clip can be read.
     """
-    from prophy_jax import models
+    import jax
+
+    from prophy_jax import encoders, parallel
     from prophy_jax.data import records, wisa
 
     out = Path(out or config.data.dir)
     with records.new_folder(out) as folder:
         # Before the models load, so that a wrong folder shows at once.
         listing = None if source is None else wisa.read_wisa(source)
-        codec, text_encoder = models.build(config.codec), models.build(config.text_encoder)
+        mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, jax.devices())
+        codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
         recorder = records.Recorder(folder, codec, text_encoder)
         manifest = {
             "skipped": [],

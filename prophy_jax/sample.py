@@ -1,61 +1,79 @@
 """Samples videos from prompts, with the physical branch or with the backbone alone.
 
-    python -m prophy_jax.sample --config=configs/wan.py:demo --branch=runs/demo/branch \
-        --prompt="on the left a red ball bounces" --out=samples/demo
-    ... --prompts=FILE        one prompt a line
-    ... --baseline            also the backbone alone, from the same noise
-    ... --overlay             also each clip with the token routing laid over it
+    python -m prophy_jax.sample --config=configs/wan.py --checkpoint=checkpoints/wan2.1-t2v-1.3b \
+        --prompt="A red ball rolls off a table and bounces on the floor." --out=samples
+    ... --branch=WORKDIR/branch   the physical branch of a finished run
+    ... --prompts=FILE            one prompt a line
+    ... --baseline                also the backbone alone, from the same noise
+    ... --overlay                 also each clip with the token routing laid over it
 
-Solver, steps, shift and guidance are those of `config.samples`; override them as --config.samples.KEY.
+Solver, steps, shift, guidance and the negative prompt are those of `config.samples`, size and length of the
+clips those of `config.data`; override them as --config.samples.KEY. OUT/manifest.json says how each clip was
+made. Run the same command again to make the clips that are missing.
 
-B prompts, F H W video, T h w latent grid, N video tokens.
+B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text width.
 """
 
+import dataclasses
 import functools
+import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prophy_jax import models
 from prophy_jax.diffusion import solvers
 from prophy_jax.errors import UserError
 from prophy_jax.models.physics import ProPhy
 
 
 def make_generator(model: ProPhy, config) -> Callable[..., jax.Array]:
-    """generate(params, noise, text, text_mask, empty, scale, after_step) -> latents (B, T, h, w, 16).
+    """generate(params, noise, text, text_mask, negative, scale, after_step) -> latents (B, T, h, w, 16).
 
-    One compiled solver step, called `config.samples.steps` times. `empty` is the encoded empty prompt,
-    {"text" (L, D), "text_mask" (L,)}, that guidance compares with.
+    What the blocks read of the prompts is computed once; then one compiled solver step is called
+    `config.samples.steps` times. `negative` is the encoded negative prompt, {"text" (L, D),
+    "text_mask" (L,)}, that guidance compares with.
     """
     settings = config.samples
     solver = solvers.solver(settings.solver, settings.steps, settings.shift)
+    guidance = float(settings.guidance)
+    read = jax.jit(model.read_ahead, static_argnums=3)
 
     @jax.jit
-    def advance(params, row, state, prompt, unprompted, scale):
-        def predict(x, t, condition):
-            return model(params, x, t, *condition, scale=scale).velocity
+    def advance(params, row, state, prompt, scale):
+        def predict(x, t):
+            return model.predict(params, x, t, prompt, scale).velocity
 
-        velocity = solvers.guided(predict, prompt, unprompted, float(settings.guidance))
-        return solvers.step(row, state, velocity)
+        return solvers.step(row, state, solvers.guided(predict, guidance))
 
-    def generate(params, noise, text, text_mask, empty, scale=1.0, after_step=lambda: None):
-        state = solvers.start(noise)
-        unprompted = (
-            jnp.broadcast_to(empty["text"], text.shape),
-            jnp.broadcast_to(empty["text_mask"], text_mask.shape),
+    def generate(params, noise, text, text_mask, negative, scale=1.0, after_step=lambda: None):
+        rows = text_rows(np.concatenate([np.asarray(text_mask), np.asarray(negative["text_mask"])[None]]))
+        pairs = (
+            solvers.pair_prompts(jnp.asarray(conditional), jnp.asarray(negative[name]), guidance)
+            for name, conditional in (("text", text), ("text_mask", text_mask))
         )
+        prompt = read(params, *pairs, rows)
+        state = solvers.start(noise)
         for i in range(solver.num_steps):
             row = jax.tree.map(lambda table, i=i: jnp.asarray(table[i]), solver.steps)
-            prompt = (jnp.asarray(text), jnp.asarray(text_mask))
-            state = advance(params, row, state, prompt, unprompted, jnp.float32(scale))
+            state = advance(params, row, state, prompt, jnp.float32(scale))
             after_step()
         return state.x
 
     return generate
+
+
+def text_rows(mask: np.ndarray) -> int | None:
+    """How many rows of text a sampler keeps, in steps of 32; None for all: see the backbone's `text_ahead`.
+
+    On CPUs, where it was measured to be faster. Fused kernels elsewhere take no cheap bias.
+    """
+    rows = 32 * (int(mask.sum(-1).max()) // 32 + 1)
+    return rows if jax.default_backend() == "cpu" and rows < mask.shape[-1] else None
 
 
 def make_noise(seed: int, indices: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
@@ -83,6 +101,7 @@ def make_localiser(model: ProPhy, objective, sigma: float = 0.2) -> Callable[...
 
 def make_validation_clips(run) -> Callable[[dict, str], None]:
     """write(params, path): one mp4, the first validation prompts sampled above the real clips."""
+    from prophy_jax import encoders
     from prophy_jax.data import loader, video
 
     config = run.config
@@ -93,10 +112,10 @@ def make_validation_clips(run) -> Callable[[dict, str], None]:
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": text, "text_mask": text_mask}
     generate = make_generator(run.model, config)
-    codec = models.build(config.codec)
+    codec = encoders.load_codec(config, run.mesh)
 
     def side_by_side(clips) -> np.ndarray:
-        return np.concatenate([codec.decode(clip) for clip in np.asarray(clips)], axis=2)
+        return np.concatenate(list(codec.decode(np.asarray(clips))), axis=2)
 
     def write(params, path: str) -> None:
         latents = generate(params, noise, batch["text"], batch["text_mask"], empty)
@@ -121,58 +140,130 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     return prompts
 
 
+def use_checkpoint(config, folder: str) -> None:
+    """Points the configuration at a folder that convert.wan wrote, or at one of backbone parameters."""
+    if os.path.isdir(os.path.join(folder, "transformer")):
+        config.backbone_params = os.path.join(folder, "transformer")
+        config.codec_params = os.path.join(folder, "vae")
+        config.text_encoder_params = os.path.join(folder, "text_encoder")
+    else:
+        config.backbone_params = folder
+
+
+def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, Any]]) -> None:
+    """Writes OUT/manifest.json, or adds the clips to the one that is there.
+
+    Raises UserError when the folder holds something else, or clips made in another way.
+    """
+    from prophy_jax import experiment
+
+    path = os.path.join(out, "manifest.json")
+    earlier: list[dict[str, Any]] = []
+    if os.path.exists(path):
+        with open(path) as file:
+            manifest = json.load(file)
+        earlier = manifest["clips"]
+        was = {clip["file"]: clip for clip in earlier}
+        now = {clip["file"]: clip for clip in clips if clip["file"] in was}
+        different = experiment.differences(
+            {**manifest["settings"], **{file: was[file] for file in now}}, {**settings, **now}
+        )
+        if different:
+            raise UserError(f"the clips of {out} were made in another way ({different}): name another --out")
+        clips = earlier + [clip for clip in clips if clip["file"] not in was]
+    elif os.path.isdir(out) and os.listdir(out):
+        raise UserError(f"{out} is not empty and holds no manifest.json: name another --out")
+    os.makedirs(out, exist_ok=True)
+    with open(path + ".tmp", "w") as file:
+        json.dump({"settings": settings, "clips": clips}, file, indent=1, ensure_ascii=False)
+    os.replace(path + ".tmp", path)
+
+
 def main(config) -> None:
     from absl import flags
     from tqdm import tqdm
 
-    from prophy_jax import experiment, visualize
+    from prophy_jax import encoders, experiment, parallel, visualize
     from prophy_jax.data import video
 
+    # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
     options = flags.FLAGS
     prompts = read_prompts(options.prompt, options.prompts)
-    if not options.branch and options.overlay:
-        raise UserError("--overlay shows the branch's routing: name a branch with --branch=DIR")
     if not options.branch:
+        if options.overlay or options.baseline:
+            raise UserError("--overlay and --baseline are about the branch: name one with --branch=DIR")
         config.branch, config.losses = None, {}
         config.optimizer.groups = (("backbone/", None),)
-    config.batch_size, config.accumulation = options.batch, 1
+    if options.checkpoint:
+        use_checkpoint(config, options.checkpoint)
+    config.batch_size, config.accumulation = options.batch or 0, 1  # 0 divides over any mesh
     run = experiment.build(config)
-    params = experiment.load_params(run, options.checkpoint, options.branch)
-    codec = models.build(config.codec)
-    encoder = models.build(config.text_encoder)
+    batch = options.batch or run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    codec = encoders.load_codec(config, run.mesh)
+    encoder = encoders.load_text_encoder(config, encoders.default_cache())
     latent_shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
-    empty_text, empty_mask = encoder([""])
-    empty = {"text": empty_text[0], "text_mask": empty_mask[0]}
-    generate = make_generator(run.model, config)
+    grid = experiment.token_grid(run, latent_shape)
+    references = experiment.check_params(run, options.branch)
+
+    models = {"": (run.model, options.scale if options.branch else 0.0)}
+    if options.baseline:
+        models["_baseline"] = (dataclasses.replace(run.model, branch=None), 0.0)
+    generators = {suffix: make_generator(model, config) for suffix, (model, _) in models.items()}
+    clips = [
+        {"file": f"{index:04d}{suffix}.mp4", "prompt": prompt, "seed": options.seed, "scale": scale}
+        for index, prompt in enumerate(prompts)
+        for suffix, (_, scale) in models.items()
+    ]
+    own = experiment.config_as_json(config)
+    settings = {key: own[key] for key in ("backbone", "branch", "codec", "text_encoder", "samples")}
+    settings["data"] = {key: own["data"][key] for key in ("height", "width", "frames", "fps")}
+    claim_folder(options.out, settings | references, clips)
+
+    # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
+    for prompt in prompts:
+        if lost := encoder.words_lost(prompt):
+            print(f"warning: the text has no room for the last {lost} words of: {prompt}", file=sys.stderr)
+    text, text_mask = encoder([*prompts, config.samples.negative_prompt])
+    negative = {"text": text[-1], "text_mask": text_mask[-1]}
+    del encoder
+
+    # 3. The clips, a batch at a time. A batch with a missing file is made again, from the same noise.
+    def files(index: int, suffix: str) -> list[str]:
+        endings = [".mp4", "_routing.mp4"] if options.overlay and not suffix else [".mp4"]
+        return [os.path.join(options.out, f"{index:04d}{suffix}{ending}") for ending in endings]
+
+    work = [
+        (indices, suffix)
+        for indices in np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
+        for suffix in models
+        if not all(os.path.exists(path) for index in indices for path in files(index, suffix))
+    ]
+    made = sum(len(indices) for indices, _ in work)
+    params = experiment.load_params(run, branch=options.branch) if work else {}
     localise = make_localiser(run.model, run.objective)
-    os.makedirs(options.out, exist_ok=True)
-
-    scales = {"": options.scale} | ({"_baseline": 0.0} if options.baseline else {})
-    with jax.set_mesh(run.mesh):
-        bar = tqdm(total=len(prompts) * len(scales) * config.samples.steps, unit="step")
-        for first in range(0, len(prompts), options.batch):
-            chunk = prompts[first : first + options.batch]
-            text, text_mask = encoder(chunk)
-            indices = np.arange(first, first + len(chunk))
-            for suffix, scale in scales.items():
-                noise = make_noise(options.seed, indices, latent_shape)
-
-                latents = generate(
-                    params, noise, text, text_mask, empty, scale, functools.partial(bar.update, len(chunk))
-                )
-                maps = None
-                if options.overlay and scale:
-                    maps = np.asarray(localise(params, latents, text, text_mask))
-                for row, (index, clip) in enumerate(zip(indices, np.asarray(latents), strict=True)):
-                    frames = codec.decode(clip)
-                    path = os.path.join(options.out, f"{index:04d}{suffix}")
-                    video.write_mp4(path + ".mp4", frames, config.data.fps)
-                    if maps is not None:
-                        grid = run.model.backbone.grid(latent_shape)
-                        shown = visualize.overlay_strongest(frames, maps[row], grid)
-                        video.write_mp4(path + "_routing.mp4", shown, config.data.fps)
-        bar.close()
-    print(f"{len(prompts) * len(scales)} clips in {options.out}")
+    with jax.set_mesh(run.mesh), tqdm(total=made * config.samples.steps, unit="step") as bar:
+        for indices, suffix in work:
+            rows = np.minimum(np.arange(indices[0], indices[0] + batch), indices[-1])  # the last fills up
+            noise = np.asarray(make_noise(options.seed, rows, latent_shape))
+            inputs = {"noise": noise, "text": text[rows], "text_mask": text_mask[rows]}
+            inputs = parallel.put_batch(inputs, run.mesh)
+            latents = generators[suffix](
+                params,
+                **inputs,
+                negative=negative,
+                scale=models[suffix][1],
+                after_step=functools.partial(bar.update, len(indices)),
+            )
+            frames = codec.decode(np.asarray(latents)[: len(indices)])
+            if options.overlay and not suffix:
+                maps = np.asarray(localise(params, latents, inputs["text"], inputs["text_mask"]))
+            for row, index in enumerate(indices):
+                path, *overlay = files(index, suffix)
+                video.write_mp4(path, frames[row], config.data.fps)
+                for path in overlay:
+                    shown = visualize.overlay_strongest(frames[row], maps[row], grid)
+                    video.write_mp4(path, shown, config.data.fps)
+    print(f"{len(clips)} clips in {options.out}, {len(clips) - made} of them from before")
 
 
 if __name__ == "__main__":
@@ -182,12 +273,12 @@ if __name__ == "__main__":
 
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts", None, "A file with one prompt a line.")
-    flags.DEFINE_string("checkpoint", None, "Backbone parameters; default config.backbone_params.")
+    flags.DEFINE_string("checkpoint", None, "Folder of convert.wan, or of backbone parameters.")
     flags.DEFINE_string("branch", None, "Branch parameters of a run; without it, the backbone alone.")
     flags.DEFINE_string("out", "samples", "Folder for the clips.")
     flags.DEFINE_float("scale", 1.0, "Strength of the branch's hints.")
     flags.DEFINE_integer("seed", 0, "Of the noise; prompt i of a run has its own noise.")
-    flags.DEFINE_integer("batch", 4, "Prompts sampled at a time.", lower_bound=1)
+    flags.DEFINE_integer("batch", None, "Prompts sampled at a time; default: one per device.", lower_bound=1)
     flags.DEFINE_bool("baseline", False, "Also sample the backbone alone, from the same noise.")
     flags.DEFINE_bool("overlay", False, "Also write each clip with its token routing laid over it.")
     cli.run(main, __doc__)

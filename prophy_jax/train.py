@@ -285,8 +285,10 @@ def train(config, workdir: str) -> None:
         if step < config.steps:
             print(f"stopped by a signal, saved at step {step}: run the same command to go on")
             return
+        own = experiment.config_as_json(config)
+        parts = {"backbone": own["backbone"], "branch": {key: own[key] for key in ("backbone", "branch")}}
         for part, tree in state.ema.items():
-            about = {"part": part, "step": step, **references}
+            about = {"part": part, "model": parts[part], "step": step, **references}
             checkpoints.save_params(os.path.join(workdir, part), tree, about)
 
 

@@ -241,36 +241,36 @@ def test_state_stays_float32_with_a_half_precision_network():
 # ---- guidance ------------------------------------------------------------------------------------
 
 
-def _model(calls):
-    def model(x, t, condition):
-        assert t.shape == x.shape[:1] == condition["text"].shape[:1]
+def _model(calls, text):
+    def model(x, t):
+        assert t.shape == x.shape[:1] == text.shape[:1]
         calls.append(x.shape[0])
-        return x * 0.001 * t[:, None] + condition["text"]
+        return x * 0.001 * t[:, None] + text
 
     return model
 
 
 def test_guidance_batches_both_halves_and_extrapolates():
-    x = jnp.ones((2, 3))
-    cond, uncond = {"text": jnp.full((2, 3), 2.0)}, {"text": jnp.array([[0.5] * 3, [1.0] * 3])}
-    calls = []
-    v = solvers.guided(_model(calls), cond, uncond, 5.0)(x, jnp.float32(500))
+    x = jnp.array([[1.0] * 3, [2.0] * 3])
+    cond, uncond = jnp.array([[2.0] * 3, [4.0] * 3]), jnp.full(3, 0.5)
+    calls, text = [], solvers.pair_prompts(cond, uncond, 5.0)
+    v = solvers.guided(_model(calls, text), 5.0)(x, jnp.float32(500))
     assert calls == [4]
-    np.testing.assert_allclose(v[:, 0], [0.5 + 0.5 + 5 * 1.5, 0.5 + 1.0 + 5 * 1.0], atol=1e-6)
+    np.testing.assert_allclose(v[:, 0], [0.5 + 0.5 + 5 * 1.5, 1.0 + 0.5 + 5 * 3.5], atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.0])
 def test_guidance_of_one_or_less_runs_the_conditional_half_alone(guidance):
-    x, cond = jnp.ones((2, 3)), {"text": jnp.full((2, 3), 2.0)}
-    calls = []
-    v = solvers.guided(_model(calls), cond, None, guidance)(x, jnp.float32(500))
+    x, calls = jnp.ones((2, 3)), []
+    text = solvers.pair_prompts(jnp.full((2, 3), 2.0), jnp.zeros(3), guidance)
+    v = solvers.guided(_model(calls, text), guidance)(x, jnp.float32(500))
     assert calls == [2]
     np.testing.assert_allclose(v, 2.5)
 
 
 def test_guided_sampling_runs_inside_the_scan():
-    cond, uncond = {"text": jnp.ones((1, 3))}, {"text": jnp.zeros((1, 3))}
-    velocity = solvers.guided(_model([]), cond, uncond, 3.0)
+    text = solvers.pair_prompts(jnp.ones((1, 3)), jnp.zeros(3), 3.0)
+    velocity = solvers.guided(_model([], text), 3.0)
     table = solvers.unipc(8, 5.0)
     end = solvers.sample(table, velocity, START[None])
     alone = solvers.sample(table, lambda x, t: x * 0.001 * t + 3.0, START[None])

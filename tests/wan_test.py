@@ -85,7 +85,7 @@ def test_output_has_the_recorded_values(golden, t, first, mean, std, peak):
 
 def test_intermediate_tensors_have_the_recorded_values(golden):
     model, params, latents, text = golden
-    stream, cond = model.embed(params, latents, jnp.array([500]), text)
+    stream, cond = model.embed(params, latents, jnp.array([500]), model.embed_text(params, text))
     first = model.blocks(params["blocks"], stream, cond, 0, 1)
     second = model.blocks(params["blocks"], first, cond, 1, 2)
     tensors = {
@@ -190,8 +190,8 @@ def tiny():
 @pytest.fixture(scope="module")
 def embedded(tiny):
     """(stream, cond) of the tiny model's inputs."""
-    model, *arguments = tiny
-    return jax.jit(model.embed)(*arguments)
+    model, params, latents, t, text = tiny
+    return jax.jit(model.embed)(params, latents, t, model.embed_text(params, text))
 
 
 def test_scan_equals_a_loop_over_single_blocks(tiny, embedded):
@@ -218,6 +218,32 @@ def test_blocks_compose(tiny, embedded):
     for start, stop in ((0, 4), (2, 1), (-1, 2)):
         with pytest.raises(ValueError, match="stack of 3"):
             model.blocks(params["blocks"], stream, cond, start, stop)
+
+
+@pytest.mark.parametrize("rows", [None, 6, 9])
+def test_keys_and_values_of_the_text_ahead_of_the_steps(tiny, rows):
+    model, params, latents, t, text = tiny
+    valid = np.array([5, 2])
+    text = jnp.pad(text, ((0, 0), (0, 8), (0, 0)))  # (2, 13, 8)
+    mask = np.arange(text.shape[1]) < valid[:, None]
+    text = jnp.where(mask[..., None], text, 0)
+    expected = jax.jit(model)(params, latents, t, text)
+    tokens = model.embed_text(params, text)
+    ahead = jax.jit(model.text_ahead, static_argnums=3)(params["blocks"], tokens, mask, rows)
+    assert ahead.key.shape[2] == (rows or text.shape[1])
+
+    @jax.jit
+    def predict(params, latents, t, ahead):
+        stream, cond = model.embed(params, latents, t, ahead)
+        stream = model.blocks(params["blocks"], stream, cond, 0, 1)  # also a part of the stack
+        return model.head(params, model.blocks(params["blocks"], stream, cond, 1), cond)
+
+    out = predict(params, latents, t, ahead)
+    # The same sums in another order; padding counted once, with its weight, instead of L - n times.
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    if rows:
+        ahead = ahead.replace(bias=ahead.bias.at[..., valid.min()].add(0.5))
+        assert np.abs(predict(params, latents, t, ahead) - expected).max() > 1e-4  # it is read
 
 
 def test_samples_of_a_batch_do_not_mix(tiny):
@@ -267,7 +293,7 @@ def test_remat_policies_change_the_work_and_not_the_gradient(tiny, embedded):
 def test_bf16_compute_keeps_the_sensitive_parts_in_fp32(tiny):
     model, params, latents, t, text = tiny
     half = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
-    stream, cond = half.embed(params, latents, t, text)
+    stream, cond = half.embed(params, latents, t, half.embed_text(params, text))
     assert stream.video.dtype == stream.text.dtype == jnp.bfloat16
     assert cond.modulation.dtype == cond.temb.dtype == cond.rope[0].dtype == jnp.float32
     hinted = stream.replace(video=stream.video.astype(jnp.float32))
@@ -376,7 +402,7 @@ def test_interceptors_see_every_dense_of_a_block(tiny, embedded):
         ((3, 4, 6, 16), (1,), (1, 5, 8), "latents must be"),
         ((2, 3, 4, 6, 16), (1,), (2, 5, 8), "one time per sample"),
         ((1, 3, 4, 6, 16), (1,), (1, 5, 9), "text must be"),
-        ((2, 3, 4, 6, 16), (2,), (1, 5, 8), "text must be"),
+        ((2, 3, 4, 6, 16), (2,), (1, 5, 8), "text must be of 2 samples"),
     ],
 )
 def test_wrong_shapes_are_named(tiny, latents, t, text, message):

@@ -114,33 +114,41 @@ def sample(solver: Solver, velocity: Velocity, noise: jax.Array) -> jax.Array:
     return jax.lax.scan(body, start(noise), steps)[0].x
 
 
-def guided(
-    model: Callable[[jax.Array, jax.Array, Any], jax.Array],
-    condition: Any,
-    unconditional: Any,
-    guidance: float,
-) -> Velocity:
+def guided(model: Velocity, guidance: float) -> Velocity:
     """Classifier-free guidance, v_uncond + guidance (v_cond - v_uncond), in one call of 2B samples.
 
     Args:
-        model: (x (B,...), t (B,) float32, condition) -> velocity (B,...).
-        condition: pytree of arrays with leading B, e.g. (text, text_mask).
-        unconditional: the same for the negative prompt. Wan encodes a negative or an empty prompt,
-            never zeros. Not read when guidance is 1 or below.
-        guidance: a Python number. At 1 or below the unconditional half is not computed and the
-            result is the conditional velocity.
+        model: (x (2B,...), t (2B,) float32) -> velocity (2B,...). Rows 2i and 2i + 1 are sample i,
+            without its prompt and with it: see `pair_prompts`.
+        guidance: a Python number. At 1 or below the model is called with the B samples alone and the
+            result is what it returns.
     """
     if guidance <= 1:
-        return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]), condition)
-
-    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, condition)  # (2B, ...)
+        return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]))
 
     def velocity(x, t):
-        twice = model(jnp.concatenate([x, x]), jnp.broadcast_to(t, (2 * x.shape[0],)), both)
-        v_uncond, v_cond = jnp.split(twice.astype(jnp.float32), 2)
+        twice = model(jnp.repeat(x, 2, axis=0), jnp.broadcast_to(t, (2 * x.shape[0],)))
+        v_uncond, v_cond = twice[0::2].astype(jnp.float32), twice[1::2].astype(jnp.float32)
         return v_uncond + guidance * (v_cond - v_uncond)
 
     return velocity
+
+
+def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
+    """The prompts that the model of `guided` reads, (2B,...) or (B,...).
+
+    Neighbours are one sample's, so that a batch split over devices is split between samples.
+
+    Args:
+        conditional: (B,...) one array of the encoded prompts, e.g. text or its mask.
+        unconditional: (...) the same of the negative prompt. Wan encodes a negative or an empty
+            prompt, never zeros.
+        guidance: as for `guided`; at 1 or below the result is `conditional`.
+    """
+    if guidance <= 1:
+        return conditional
+    both = jnp.stack([jnp.broadcast_to(unconditional, conditional.shape), conditional], axis=1)
+    return both.reshape(-1, *conditional.shape[1:])  # (B, 2, ...) -> (2B, ...)
 
 
 # ---- building a solver ---------------------------------------------------------------------------

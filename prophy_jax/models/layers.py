@@ -28,7 +28,16 @@ class Stream:
     """The tokens that blocks transform. Wan leaves text as it is; joint models change both."""
 
     video: jax.Array  # (B, N, C)
-    text: jax.Array  # (B, L, C)
+    text: Any  # (B, L, C), or what the backbone's `text_ahead` made of it
+
+
+@flax.struct.dataclass
+class KeyValue:
+    """Keys and values of one attention, or of a stack of blocks with a leading layer axis."""
+
+    key: jax.Array  # (B, M, H, D)
+    value: jax.Array  # (B, M, H, D)
+    bias: jax.Array | None = None  # (B, 1, 1, M) fp32, added to the scores
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -36,8 +45,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v, without mask, softmax in fp32.
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v, softmax in fp32.
 
     The fused cuDNN kernel runs on GPUs in half precision; XLA, which holds all N x M scores,
     everywhere else.
@@ -46,14 +55,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q: (B, N, H, D).
         k: (B, M, H, D).
         v: (B, M, H, D).
+        bias: (B, 1, 1, M) or None. The fused kernel is not used with one: it would need all N x M of it.
 
     Returns:
         (B, N, H, D) in the dtype of q.
     """
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if half and jax.default_backend() == "gpu":
+    if half and bias is None and jax.default_backend() == "gpu":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    out = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    out = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="xla")
     return checkpoint_name(out, "attention")
 
 

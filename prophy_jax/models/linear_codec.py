@@ -99,7 +99,12 @@ class LinearCodec:
         self.later = np.stack([later[c] for c in LATER]).astype(np.float32)  # (16, 192)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(T, h, w, 16) of a clip of that size."""
+        """(T, h, w, 16) of a clip of that size. Raises UserError on a size that `encode` would refuse."""
+        if frames % STRIDE != 1 or height % 8 or width % 8:
+            raise UserError(
+                f"linear codec: F must be 4n + 1 and H, W multiples of 8, got {(frames, height, width)}; "
+                "cut or resize the clip"
+            )
         return (frames - 1) // STRIDE + 1, height // STRIDE, width // STRIDE, CHANNELS
 
     def project(self, frames: np.ndarray) -> np.ndarray:
@@ -107,11 +112,7 @@ class LinearCodec:
         shape = frames.shape
         if frames.dtype != np.uint8 or frames.ndim < 4 or shape[-1] != 3:
             raise UserError(f"linear codec: frames must be (F, H, W, 3) uint8, got {shape} {frames.dtype}")
-        if shape[-4] % STRIDE != 1 or shape[-3] % 8 or shape[-2] % 8:
-            raise UserError(
-                f"linear codec: F must be 4n + 1 and H, W multiples of 8, got {shape[-4:-1]}; "
-                "cut or resize the clip"
-            )
+        self.latent_shape(*shape[-4:-1])
         video = frames.astype(np.float32) / 127.5 - 1
         head = _patches(video[..., :1, :, :, :], 1) @ self.first.T
         if shape[-4] == 1:

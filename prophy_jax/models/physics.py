@@ -69,11 +69,13 @@ class BranchConfig:
 
     @classmethod
     def from_dict(cls, spec: Mapping[str, Any]) -> "BranchConfig":
-        """From a configuration's nested dicts, in which an absent part is None or missing."""
+        """From nested dicts of a configuration or its JSON; an absent part is None or missing."""
         semantic, refinement = spec.get("semantic"), spec.get("refinement")
+        if semantic:
+            semantic = SemanticConfig(**{**semantic, "basis_grid": tuple(semantic["basis_grid"])})
         return cls(
             layers=tuple(spec["layers"]),
-            semantic=SemanticConfig(**semantic) if semantic else None,
+            semantic=semantic or None,
             refinement=RefinementConfig(**refinement) if refinement else None,
         )
 
@@ -85,6 +87,15 @@ class Routing:
     semantic_logits: jax.Array | None = None  # (B, E_s); rho_s is their softmax
     refinement: jax.Array | None = None  # (B, N, E_r) rho_r, all experts, sums to 1
     alignment: jax.Array | None = None  # (B, N, E_a) P'_r = MLP(rho_r)
+
+
+@flax.struct.dataclass
+class Prompt:
+    """What the model reads of its prompts: the same at every step of a sampler."""
+
+    backbone: Any  # `Stream.text` of the backbone's blocks
+    branch: Any  # `Stream.text` of the branch's blocks
+    semantic_logits: jax.Array | None  # (B, E_s)
 
 
 @flax.struct.dataclass
@@ -192,6 +203,31 @@ class ProPhy:
         router = SemanticRouter(self.branch.semantic)
         return router.apply({"params": params["branch"]["semantic"]["router"]}, text, text_mask)
 
+    def read(self, params: Params, text: jax.Array, text_mask: jax.Array) -> Prompt:
+        """What the model reads of text embeddings (B, L, D), zero after the last valid row.
+
+        The mask (B, L) is read by the semantic router alone.
+        """
+        tokens = self.backbone.embed_text(params["backbone"], text)
+        logits = None
+        if self.branch is not None and self.branch.semantic:
+            logits = self.semantic_logits(params, text, text_mask)
+        return Prompt(tokens, tokens, logits)
+
+    def read_ahead(
+        self, params: Params, text: jax.Array, text_mask: jax.Array, rows: int | None = None
+    ) -> Prompt:
+        """As `read`, with all that the blocks compute of the text alone: for many steps on one prompt.
+
+        `rows` shortens the padding, see the backbone's `text_ahead`.
+        """
+        prompt = self.read(params, text, text_mask)
+
+        def ahead(part: str) -> Any:
+            return self.backbone.text_ahead(params[part]["blocks"], prompt.backbone, text_mask, rows)
+
+        return prompt.replace(backbone=ahead("backbone"), branch=ahead("branch") if self.branch else None)
+
     def __call__(
         self,
         params: Params,
@@ -201,24 +237,33 @@ class ProPhy:
         text_mask: jax.Array,
         scale: float | jax.Array = 1.0,
     ) -> Output:
+        """Predicts the velocity of noisy latents from text: `read`, then `predict`."""
+        return self.predict(params, latents, t, self.read(params, text, text_mask), scale)
+
+    def predict(
+        self,
+        params: Params,
+        latents: jax.Array,
+        t: jax.Array,
+        prompt: Prompt,
+        scale: float | jax.Array = 1.0,
+    ) -> Output:
         """Predicts the velocity of noisy latents.
 
         Args:
           params: see the class.
           latents: (B, T, h, w, 16) noisy latents, normalised.
           t: (B,) model time in the backbone's units (Wan: 0..1000).
-          text: (B, L, D) text embeddings, zero after the last valid row.
-          text_mask: (B, L) bool, read by the semantic router alone.
+          prompt: of `read` or `read_ahead`, B rows.
           scale: multiplies every hint; 0 is the backbone alone.
         """
         backbone, weights = self.backbone, params["backbone"]
-        stream, cond = backbone.embed(weights, latents, t, text)
-        routing = Routing()
+        stream, cond = backbone.embed(weights, latents, t, prompt.backbone)
+        routing = Routing(semantic_logits=prompt.semantic_logits)
         start = 0
         if self.branch is not None:
             branch = params["branch"]
-            hidden, logits = self._enter(params, stream, latents, t, text, text_mask)
-            routing = routing.replace(semantic_logits=logits)
+            hidden = self._enter(params, stream, latents, t, prompt)
             for index, layer in enumerate(self.branch.layers):
                 hidden = backbone.blocks(branch["blocks"], hidden, cond, index, index + 1)
                 tokens = hidden.video
@@ -235,13 +280,12 @@ class ProPhy:
         stream = backbone.blocks(weights["blocks"], stream, cond, start, None)
         return Output(backbone.head(weights, stream, cond), routing)
 
-    def _enter(self, params, stream, latents, t, text, text_mask):
-        """The branch's own token stream, embed(X~), and the semantic logits (None without SEB)."""
-        semantic = self.branch.semantic
+    def _enter(self, params, stream, latents, t, prompt):
+        """The branch's own stream, embed(X~)."""
+        stream, semantic = stream.replace(text=prompt.branch), self.branch.semantic
         if semantic is None:
-            return stream, None
-        logits = self.semantic_logits(params, text, text_mask)
-        rho = jax.nn.softmax(logits)  # (B, E_s)
+            return stream
+        rho = jax.nn.softmax(prompt.semantic_logits)  # (B, E_s)
         basis = params["branch"]["semantic"]["basis"]
         prior = jnp.einsum("be,e...->b...", rho, basis)  # (B, T, h, w, 16) or (B, N, C)
         if semantic.basis_space == "token":
@@ -250,10 +294,10 @@ class ProPhy:
                     f"branch.semantic.basis_grid={semantic.basis_grid} has {prior.shape[1]} tokens, "
                     f'the clip {stream.video.shape[1]}: a "token" basis fits one clip size only'
                 )
-            return stream.replace(video=stream.video + prior.astype(stream.video.dtype)), logits
+            return stream.replace(video=stream.video + prior.astype(stream.video.dtype))
         if prior.shape != latents.shape:
             prior = jax.image.resize(prior, latents.shape, "linear")
-        return self.backbone.embed(params["backbone"], latents + prior, t, text)[0], logits
+        return self.backbone.embed(params["backbone"], latents + prior, t, prompt.branch)[0]
 
     def train_flops(self, tokens: int) -> int:
         """Floating-point operations of one training step on one clip: 2 per multiply-add.

@@ -8,6 +8,7 @@ Legend: B batch, T h w latent grid, c latent channels, T' H' W' token grid, N = 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import linen as nn
 
 from prophy_jax.errors import UserError
 from prophy_jax.models import layers
-from prophy_jax.models.layers import Stream
+from prophy_jax.models.layers import KeyValue, Stream
 
 Params = Mapping[str, Any]
 Rope = tuple[jax.Array, jax.Array]
@@ -78,17 +79,29 @@ def _fp32_dense(features: int, init: Callable, name: str) -> nn.Dense:
     return nn.Dense(features, dtype=jnp.float32, precision="highest", kernel_init=init, name=name)
 
 
-class WanEmbed(nn.Module):
-    """Patch, time and text embeddings."""
+class WanTextEmbed(nn.Module):
+    """Text features (B, L, D) -> text tokens (B, L, C)."""
 
     config: WanConfig
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, latents: jax.Array, t: jax.Array, text: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Returns video (B, N, C), text (B, L, C), modulation (B, 6, C) and temb (B, C)."""
+    def __call__(self, text: jax.Array) -> jax.Array:
+        width = self.config.dim
+        text = nn.Dense(width, dtype=self.dtype, kernel_init=_lecun, name="text_in")(text)
+        text = nn.gelu(text, approximate=True)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=_lecun, name="text_out")(text)
+
+
+class WanEmbed(nn.Module):
+    """Patch and time embeddings."""
+
+    config: WanConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns video (B, N, C), modulation (B, 6, C) and temb (B, C)."""
         config = self.config
         b, frames, rows, columns, c = latents.shape
         pt, ph, pw = config.patch_size
@@ -102,12 +115,7 @@ class WanEmbed(nn.Module):
         temb = nn.silu(_fp32_dense(config.dim, _lecun, "time_in")(temb))
         temb = _fp32_dense(config.dim, _lecun, "time_out")(temb)
         modulation = _fp32_dense(6 * config.dim, _xavier, "time_modulation")(nn.silu(temb))
-        modulation = modulation.reshape(b, 6, config.dim)
-
-        text = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_lecun, name="text_in")(text)
-        text = nn.gelu(text, approximate=True)
-        text = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_lecun, name="text_out")(text)
-        return video, text, modulation, temb
+        return video, modulation.reshape(b, 6, config.dim), temb
 
 
 class WanAttention(nn.Module):
@@ -117,25 +125,33 @@ class WanAttention(nn.Module):
     dtype: Any
     attention: Callable
 
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array, rope: Rope | None) -> jax.Array:
-        """x (B, N, C), context (B, M, C) -> (B, N, C)."""
+    def setup(self) -> None:
         config = self.config
+        dense = functools.partial(nn.Dense, config.dim, dtype=self.dtype, kernel_init=_xavier)
+        self.q, self.k, self.v, self.o = dense(), dense(), dense(), dense()
+        self.norm_q = layers.RMSNorm(epsilon=config.eps)
+        self.norm_k = layers.RMSNorm(epsilon=config.eps)
 
-        def project(name: str, inputs: jax.Array) -> jax.Array:
-            return nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name=name)(inputs)
-
-        def heads(y: jax.Array) -> jax.Array:
-            # (B, N, C) -> (B, N, heads, head_dim)
-            return y.reshape(*y.shape[:2], config.num_heads, config.head_dim)
-
-        q = heads(layers.RMSNorm(epsilon=config.eps, name="norm_q")(project("q", x)))
-        k = heads(layers.RMSNorm(epsilon=config.eps, name="norm_k")(project("k", context)))
-        v = heads(project("v", context))
+    def __call__(self, x: jax.Array, context: jax.Array | KeyValue, rope: Rope | None) -> jax.Array:
+        """x (B, N, C), context (B, M, C) or what `keys_values` made of it -> (B, N, C)."""
+        if not isinstance(context, KeyValue):
+            context = self.keys_values(context, rope)
+        q = self._heads(self.norm_q(self.q(x)))
         if rope is not None:
-            q, k = layers.apply_rope(q, *rope), layers.apply_rope(k, *rope)
-        out = self.attention(q.astype(self.dtype), k.astype(self.dtype), v)
-        return project("o", out.reshape(x.shape))  # (B, N, heads, head_dim) -> (B, N, C)
+            q = layers.apply_rope(q, *rope)
+        out = self.attention(q.astype(self.dtype), context.key, context.value, context.bias)
+        return self.o(out.reshape(x.shape))  # (B, N, heads, head_dim) -> (B, N, C)
+
+    def keys_values(self, context: jax.Array, rope: Rope | None = None) -> KeyValue:
+        """context (B, M, C) -> keys and values (B, M, heads, head_dim)."""
+        k = self._heads(self.norm_k(self.k(context)))
+        if rope is not None:
+            k = layers.apply_rope(k, *rope)
+        return KeyValue(k.astype(self.dtype), self._heads(self.v(context)))
+
+    def _heads(self, y: jax.Array) -> jax.Array:
+        # (B, N, C) -> (B, N, heads, head_dim)
+        return y.reshape(*y.shape[:2], self.config.num_heads, self.config.head_dim)
 
 
 class WanMLP(nn.Module):
@@ -164,8 +180,10 @@ class WanBlock(nn.Module):
     attention: Callable
 
     @nn.compact
-    def __call__(self, video: jax.Array, text: jax.Array, modulation: jax.Array, rope: Rope) -> jax.Array:
-        """video (B, N, C), text (B, L, C), modulation (B, 6, C) -> video (B, N, C)."""
+    def __call__(
+        self, video: jax.Array, text: jax.Array | KeyValue, modulation: jax.Array, rope: Rope
+    ) -> jax.Array:
+        """video (B, N, C), text (B, L, C) or its keys and values, modulation (B, 6, C) -> video (B, N, C)."""
         config = self.config
         table = self.param("modulation", _table_init, (6, config.dim))
         # Six pieces (B, 1, C), in fp32.
@@ -240,24 +258,25 @@ class Wan:
             return self._block.init(block_key, token, token, modulation, rope)["params"]
 
         params = {
-            "embed": self._embed.init(embed_key, latents, jnp.zeros((1,)), one_text)["params"],
+            "embed": {
+                **self._embed.init(embed_key, latents, jnp.zeros((1,)))["params"],
+                **self._text_embed.init(embed_key, one_text)["params"],
+            },
             "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers)),
             "head": self._head.init(head_key, token, token[:, 0], (1, 1, 1))["params"],
         }
         return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
     def embed(
-        self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array
+        self, params: Params, latents: jax.Array, t: jax.Array, text: Any
     ) -> tuple[Stream, Conditioning]:
-        """Turns latents, times and text features into tokens.
+        """Turns latents and times into tokens, beside the text tokens that `embed_text` made.
 
         Args:
             params: The whole tree.
             latents: (B, T, h, w, c), normalised.
             t: (B,), 1000 sigma, in 0..1000.
-            text: (B, L, D). The model attends to every row it is given, zero rows included. Wan was
-                trained on L = `config.text_len` rows, zero after the last valid one: fewer rows are
-                a different input.
+            text: Text tokens (B, L, C), or their keys and values from `text_ahead`.
 
         Raises:
             ValueError: on shapes that do not fit the model.
@@ -269,11 +288,52 @@ class Wan:
             raise ValueError(f"latents must be (B, T, h, w, {config.in_channels}), got {latents.shape}")
         if t.shape != (batch,):
             raise ValueError(f"t must be ({batch},), one time per sample, got {t.shape}")
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[-1] != config.text_dim:
-            raise ValueError(f"text must be ({batch}, L, {config.text_dim}), got {text.shape}")
-        video, text, modulation, temb = self._embed.apply({"params": params["embed"]}, latents, t, text)
+        texts = text.key.shape[1] if isinstance(text, KeyValue) else text.shape[0]
+        if texts != batch:
+            raise ValueError(f"text must be of {batch} samples, got {texts}")
+        video, modulation, temb = self._embed.apply({"params": params["embed"]}, latents, t)
         rope = layers.rope_tables(grid, config.head_dim)
         return Stream(video, text), Conditioning(modulation, temb, rope, grid)
+
+    def embed_text(self, params: Params, text: jax.Array) -> jax.Array:
+        """Turns text features (B, L, D) into text tokens (B, L, C).
+
+        The model attends to every row it is given, zero rows included. Wan was trained on
+        L = `config.text_len` rows, zero after the last valid one: fewer rows are a different input.
+
+        Raises:
+            ValueError: on another width D.
+        """
+        if text.ndim != 3 or text.shape[-1] != self.config.text_dim:
+            raise ValueError(f"text must be (B, L, {self.config.text_dim}), got {text.shape}")
+        return self._text_embed.apply({"params": params["embed"]}, text)
+
+    def text_ahead(
+        self, stacked_params: Params, text: jax.Array, mask: jax.Array, rows: int | None = None
+    ) -> KeyValue:
+        """Keys and values that a stack of blocks reads of text tokens (B, L, C): they know no time.
+
+        A sampler computes them once per prompt and hands them to `embed` in place of the tokens.
+
+        Args:
+            stacked_params: The stack, with a leading layer axis.
+            text: (B, L, C). All rows after the last valid one are equal.
+            mask: (B, L) bool, the valid rows.
+            rows: Keep this many rows, more than are valid in any sample. The first padding row then
+                stands for all L - n of them: log(L - n) added to its score gives the same softmax.
+        """
+        attention, bias = WanAttention(self.config, self.dtype, self.attention), None
+        if rows is not None:
+            length, valid = text.shape[1], mask.sum(axis=1, keepdims=True)  # (B, 1)
+            padding = jnp.where(jnp.arange(rows) == valid, jnp.log(length - valid), -jnp.inf)
+            bias = jnp.where(mask[:, :rows], 0.0, padding)[:, None, None]  # (B, 1, 1, M)
+            text = text[:, :rows]
+
+        def layer(params: Params) -> KeyValue:
+            context = attention.apply({"params": params["cross_attn"]}, text, method="keys_values")
+            return context.replace(bias=bias)
+
+        return jax.lax.map(layer, stacked_params)
 
     def blocks(
         self,
@@ -292,15 +352,18 @@ class Wan:
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise ValueError(f"no blocks {start}..{stop} in a stack of {length}")
+        ahead = stream.text if isinstance(stream.text, KeyValue) else None
+        per_layer = (stacked_params, ahead)
         if (start, stop) != (0, length):
-            stacked_params = jax.tree.map(lambda leaf: leaf[start:stop], stacked_params)
+            per_layer = jax.tree.map(lambda leaf: leaf[start:stop], per_layer)
 
-        def body(video: jax.Array, params: Params) -> tuple[jax.Array, None]:
-            inputs = (video, stream.text, cond.modulation, cond.rope)
+        def body(video: jax.Array, layer: tuple[Params, KeyValue | None]) -> tuple[jax.Array, None]:
+            params, ahead = layer
+            inputs = (video, ahead or stream.text, cond.modulation, cond.rope)
             return self._block.apply({"params": params}, *inputs), None
 
         video = stream.video.astype(self.dtype)  # The caller may have added fp32 hints.
-        video, _ = jax.lax.scan(layers.remat(body, self.remat), video, stacked_params)
+        video, _ = jax.lax.scan(layers.remat(body, self.remat), video, per_layer)
         return stream.replace(video=video)
 
     def head(self, params: Params, stream: Stream, cond: Conditioning) -> jax.Array:
@@ -309,7 +372,7 @@ class Wan:
 
     def __call__(self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
         """embed, all blocks, head: the velocity noise - x0, (B, T, h, w, c) fp32."""
-        stream, cond = self.embed(params, latents, t, text)
+        stream, cond = self.embed(params, latents, t, self.embed_text(params, text))
         stream = self.blocks(params["blocks"], stream, cond)
         return self.head(params, stream, cond)
 
@@ -359,6 +422,10 @@ class Wan:
     @property
     def _embed(self) -> WanEmbed:
         return WanEmbed(self.config, self.dtype)
+
+    @property
+    def _text_embed(self) -> WanTextEmbed:
+        return WanTextEmbed(self.config, self.dtype)
 
     @property
     def _block(self) -> WanBlock:

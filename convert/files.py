@@ -1,0 +1,343 @@
+"""Where the tensors lie in PyTorch's weight files: .safetensors and .pth, read without torch.
+
+Nothing here loads a tensor or runs code of a file: a header, or the restricted pickle of a .pth, gives
+names, types, shapes and offsets; the caller reads the bytes where they lie.
+"""
+
+import collections
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prophy_jax.errors import UserError
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
+# More than the largest public checkpoints need by far, little enough to read at once.
+_HEADER_LIMIT = 100_000_000
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor in a file: contiguous, little-endian, first axis slowest."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int  # From the start of the file.
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def find(folder: Path, stem: str) -> list[Path]:
+    """The files of a model saved as `stem`: one file, or shards, with their index if there is one.
+
+    Returns:
+        The index, the .safetensors files or the .pth file; empty when the folder has none.
+    """
+    for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors", f"{stem}.pth"):
+        if (folder / name).is_file():
+            return [folder / name]
+    return sorted(folder.glob(f"{stem}*.safetensors"))
+
+
+def tensors(paths: list[Path]) -> list[Tensor]:
+    """The tensors of .safetensors and .pth files and of the shards that an index names, in file order.
+
+    Raises:
+        UserError: a file is missing, cut short or something else, or does not hold what its index says.
+    """
+    found = []
+    for path in paths:
+        found += _sharded(path) if path.suffix == ".json" else _tensors(path)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when the file is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable JSON file ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return content
+
+
+def _tensors(path: Path) -> list[Tensor]:
+    read = _safetensors if path.suffix == ".safetensors" else _pth
+    try:
+        found = read(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return sorted(found, key=lambda tensor: (tensor.offset, tensor.nbytes))
+
+
+def _sharded(index: Path) -> list[Tensor]:
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise UserError(f"{index} has no weight_map of tensor and file names: download it again")
+    found = []
+    for name in sorted(set(shard_of.values())):
+        path = index.parent / name
+        if path.parent != index.parent or not path.is_file():
+            raise UserError(f"{index} names the file {name}, which is not beside it: download it")
+        found += _tensors(path)
+    held = {(tensor.name, tensor.file.name) for tensor in found}
+    problems = [f"{name} is in {file} but not in the index" for name, file in sorted(held - shard_of.items())]
+    problems += [f"{name} is not in {file}" for name, file in sorted(shard_of.items() - held)]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{index} does not fit its files: {'; '.join(problems[:4])}{more}")
+    return found
+
+
+def _broken(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is cut short or damaged ({what}): download it again")
+
+
+def _dtype(path: Path, name: str, dtype: str) -> np.dtype:
+    if dtype not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise UserError(f"{path}: {name} is of type {dtype}; use unquantised weights, one of {known}")
+    return _DTYPES[dtype]
+
+
+def _safetensors(path: Path) -> list[Tensor]:
+    """Eight bytes of length, a JSON header, then the tensors without gaps (safetensors format)."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _broken(path, f"{size} bytes")
+        length = struct.unpack("<Q", prefix)[0]
+        if length > min(size - 8, _HEADER_LIMIT):
+            raise _broken(path, f"a header of {length} bytes in a file of {size}")
+        text = file.read(length)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+
+    found, spans = [], []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
+                type(side) is int and side >= 0 for side in shape
+            ):
+                tensor = Tensor(name, _dtype(path, name, kind), tuple(shape), path, 8 + length + begin)
+            case _:
+                raise _broken(path, f"the header's entry of {name} is malformed")
+        if begin < 0 or end - begin != tensor.nbytes:
+            raise _broken(path, f"{name} {tensor.shape} does not have the bytes {begin} to {end}")
+        found.append(tensor)
+        spans.append((begin, end))
+    end = _gapless_end(path, spans)
+    if 8 + length + end != size:
+        raise _broken(path, f"its header describes {8 + length + end} bytes, it has {size}")
+    return found
+
+
+def _gapless_end(path: Path, spans: list[tuple[int, int]]) -> int:
+    end = 0
+    for begin, stop in sorted(spans):
+        if begin != end:
+            raise _broken(path, f"gap or overlap of tensors at byte {min(begin, end)} of the data")
+        end = stop
+    return end
+
+
+# .pth: a zip archive with a pickle of names and shapes, and one uncompressed entry per storage.
+
+
+class _Inert:
+    """A value that a pickle can make but not change."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a tensor has a state of its own")
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageType(_Inert):
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage(_Inert):
+    kind: str
+    key: str
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _View(_Inert):
+    """What a pickled tensor says of itself."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
+    sides = (offset, *shape, *stride)
+    whole = all(type(side) is int and side >= 0 for side in sides) and len(shape) == len(stride)
+    if not isinstance(storage, _Storage) or not whole:
+        raise pickle.UnpicklingError("a tensor is malformed")
+    return _View(storage, offset, tuple(shape), tuple(stride))
+
+
+class _Forbidden(Exception):
+    """The pickle asks for something that a state dict does not need."""
+
+
+class _StateDictUnpickler(pickle.Unpickler):
+    """Builds dicts of tensor descriptions; every other class or function of the pickle is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if module == "torch" and name.endswith("Storage"):
+            return _StorageType(name)
+        raise _Forbidden(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", _StorageType(name), str(key), _, int(numel)) if numel >= 0:
+                return _Storage(name, key, numel)
+        raise pickle.UnpicklingError("a storage is malformed")
+
+
+def _pth(path: Path) -> list[Tensor]:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start.startswith(b"PK"):
+            raise _broken(path, "a zip archive without its end")
+        raise UserError(f"{path} is not a zip archive of torch.save: save it again with torch 1.6 or later")
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+            return _pth_tensors(path, archive, raw)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, EOFError) as error:
+        raise _broken(path, str(error)) from error
+
+
+def _pth_tensors(path: Path, archive: zipfile.ZipFile, raw: io.BufferedReader) -> list[Tensor]:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1 or any(name.split("/")[1:2] == ["code"] for name in entries):
+        raise UserError(f"{path} is a zip archive but not a state dict of torch.save: give the weights file")
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
+        raise UserError(f"{path} is compressed or encrypted, which torch.save never does: unpack it")
+    root = pickles[0].partition("/")[0]
+    if entries[pickles[0]].file_size > _HEADER_LIMIT:
+        raise UserError(f"{path} is not a plain state dict: its pickle alone has more than 100 MB")
+    order = f"{root}/byteorder"
+    if order in entries and archive.read(order) != b"little":
+        raise UserError(f"{path} was saved on a big-endian machine: save it again on another")
+    views = _state_dict(path, archive.read(pickles[0]))
+
+    found, spans = [], []
+    for name, view in views.items():
+        entry = entries.get(f"{root}/data/{view.storage.key}")
+        dtype = _dtype(path, name, _STORAGES.get(view.storage.kind, view.storage.kind))
+        if entry is None or entry.file_size != view.storage.numel * dtype.itemsize:
+            raise _broken(path, f"the storage of {name} is missing or of the wrong size")
+        if not _contiguous(view):
+            raise UserError(f"{path}: {name} is not contiguous: save it again with .contiguous()")
+        begin = _data_offset(path, entry, raw) + view.offset * dtype.itemsize
+        tensor = Tensor(name, dtype, view.shape, path, begin)
+        if view.offset + math.prod(view.shape) > view.storage.numel:
+            raise _broken(path, f"{name} reaches beyond its storage")
+        found.append(tensor)
+        spans.append((begin, begin + tensor.nbytes, name))
+    spans = sorted(span for span in spans if span[0] < span[1])
+    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise UserError(f"{path}: {first} and {second} share memory: save them again with .clone()")
+    return found
+
+
+def _state_dict(path: Path, data: bytes) -> dict[str, _View]:
+    try:
+        content = _StateDictUnpickler(io.BytesIO(data)).load()
+    except _Forbidden as error:
+        raise UserError(
+            f"{path} is not a plain state dict: it needs {error}, and code of a file is never run; "
+            "save model.state_dict() instead"
+        ) from error
+    except Exception as error:  # Any opcode may fail in any way on a damaged pickle.
+        raise _broken(path, f"its pickle does not load: {error}") from error
+    if isinstance(content, dict) and len(content) == 1 and next(iter(content)) in _WRAPPERS:
+        content = next(iter(content.values()))
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is not a plain state dict but {_describe(content)}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, _View):
+            raise UserError(
+                f"{path} is not a plain state dict: its entry {_key(key)} is {_describe(value)}; "
+                "save model.state_dict() alone"
+            )
+    return content
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(_key, list(value)[:4]))}" if value else "an empty dict"
+    return "a tensor" if isinstance(value, _View) else f"of type {type(value).__name__}"
+
+
+def _key(key: Any) -> str:
+    return key[:80] if isinstance(key, str) else f"of type {type(key).__name__}"
+
+
+def _contiguous(view: _View) -> bool:
+    expected = 1
+    for side, stride in zip(reversed(view.shape), reversed(view.stride), strict=True):
+        if side != 1 and stride != expected:
+            return math.prod(view.shape) == 0
+        expected *= side
+    return True
+
+
+def _data_offset(path: Path, entry: zipfile.ZipInfo, raw: io.BufferedReader) -> int:
+    """Where the bytes of an uncompressed entry begin: behind its local header and two variable fields."""
+    raw.seek(entry.header_offset)
+    header = raw.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise _broken(path, f"no entry {entry.filename} where the archive says")
+    offset = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    if offset + entry.file_size > os.path.getsize(path):
+        raise _broken(path, f"the entry {entry.filename} reaches beyond the file")
+    return offset

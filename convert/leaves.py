@@ -1,0 +1,149 @@
+"""Tables between PyTorch tensors and the leaves of our parameter trees.
+
+A table is a dict from the path of a leaf, "a/b/c", to a `Leaf`. It serves both directions: reading, and
+writing what `read` gave back bit by bit. Every layout is a permutation of axes and a reshape:
+a PyTorch weight (O, I, ...) of a linear layer or a convolution is our kernel (..., I, O), anything else
+keeps its order.
+
+Legend: O I output and input features.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from prophy_jax.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of our tree and the PyTorch tensors it is made of."""
+
+    names: tuple[str, ...]  # One tensor, or one per layer.
+    torch_shape: Shape  # Of each of them.
+    shape: Shape  # Ours, with the layer axis if there is one.
+    stacked: bool  # Whether the first axis of `shape` is the layer.
+    axes: Shape  # PyTorch axes in our order, before the reshape to `piece_shape`.
+
+    @property
+    def piece_shape(self) -> Shape:
+        """Shape of what one PyTorch tensor becomes."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the order in memory changes. PyTorch's first axis is then our last."""
+        return self.axes != tuple(range(len(self.axes)))
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        """One PyTorch tensor in our layout, or some rows of it: ours along the last axis if transposed."""
+        if self.transposed:
+            return tensor.transpose(self.axes).reshape(*self.piece_shape[:-1], -1)
+        return tensor.reshape(-1, *self.piece_shape[1:])
+
+    def to_torch(self, piece: np.ndarray) -> np.ndarray:
+        """The way back: one layer of a stacked leaf, or the whole of another."""
+        permuted = [self.torch_shape[axis] for axis in self.axes]
+        return piece.reshape(permuted).transpose(np.argsort(self.axes))
+
+
+def leaf(path: str, names: Iterable[str], shape: Shape, stacked: bool, torch_shape: Shape = ()) -> Leaf:
+    """A leaf by the general rule: kernels are transposed, anything else is not.
+
+    Args:
+        path: Its last part tells a "kernel".
+        names: The PyTorch names, one per layer of a stacked leaf.
+        shape: Ours.
+        stacked: Whether the leading axis of `shape` is the layer.
+        torch_shape: Of one tensor, where the rule does not give it: it has axes that ours merges or drops.
+    """
+    piece = tuple(shape[1:]) if stacked else tuple(shape)
+    kernel = path.rpartition("/")[2] == "kernel"
+    if not torch_shape:
+        torch_shape = (piece[-1], piece[-2], *piece[:-2]) if kernel else piece
+    ndim = len(torch_shape)
+    axes = (*range(2, ndim), 1, 0) if kernel else tuple(range(ndim))
+    return Leaf(tuple(names), tuple(torch_shape), tuple(shape), stacked, axes)
+
+
+def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
+    """Names and shapes of the PyTorch tensors of a table."""
+    return {name: entry.torch_shape for entry in table.values() for name in entry.names}
+
+
+def recognise(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) -> str | None:
+    """The naming whose table shares most names with `names`; None when no table shares any."""
+    names = set(names)
+    shared = {naming: len(names & tensor_shapes(table).keys()) for naming, table in tables.items()}
+    best = max(shared, key=shared.get)
+    return best if shared[best] else None
+
+
+def check(found: Iterable[tuple[str, Shape]], table: Mapping[str, Leaf], summary: str) -> None:
+    """Compares names and shapes of PyTorch tensors with a table.
+
+    Raises:
+        UserError: `summary`, then every unknown, missing, duplicate and mis-shaped tensor.
+    """
+    found = [(name, tuple(shape)) for name, shape in found]
+    expected = tensor_shapes(table)
+    _compare(found, expected, summary)
+
+
+def read(tensors: Mapping[str, np.ndarray], table: Mapping[str, Leaf]) -> dict[str, Any]:
+    """The parameter tree of checked PyTorch tensors, as NumPy arrays in their dtype."""
+    tree = {}
+    for path, entry in table.items():
+        pieces = [entry.from_torch(np.asarray(tensors[name])) for name in entry.names]
+        tree[path] = np.stack(pieces) if entry.stacked else np.ascontiguousarray(pieces[0])
+    return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def write(params: Mapping[str, Any], table: Mapping[str, Leaf], summary: str) -> dict[str, np.ndarray]:
+    """The PyTorch tensors of a parameter tree, contiguous, in its dtype.
+
+    Raises:
+        UserError: `summary`, then every unknown, missing and mis-shaped leaf.
+    """
+    tree = traverse_util.flatten_dict(params, sep="/")
+    shapes = {path: entry.shape for path, entry in table.items()}
+    _compare([(path, tuple(array.shape)) for path, array in tree.items()], shapes, summary)
+    tensors = {}
+    for path, entry in table.items():
+        host = np.asarray(tree[path])
+        pieces = host if entry.stacked else host[None]
+        for name, piece in zip(entry.names, pieces, strict=True):
+            tensors[name] = np.ascontiguousarray(entry.to_torch(piece))
+    return tensors
+
+
+def _compare(found: list[tuple[str, Shape]], expected: Mapping[str, Shape], summary: str) -> None:
+    count = Counter(name for name, _ in found)
+    problems = [f"unknown {name}" for name in sorted(count.keys() - expected.keys())]
+    problems += [f"missing {name}" for name in sorted(expected.keys() - count.keys())]
+    problems += [f"duplicate {name}" for name in sorted(count) if count[name] > 1]
+    problems += [
+        f"{name} is {shape}, not {expected[name]}"
+        for name, shape in found
+        if shape != expected.get(name, shape)
+    ]
+    if problems:
+        raise UserError(f"{summary}: {'; '.join(_by_layer(problems))}")
+
+
+def _by_layer(problems: list[str]) -> list[str]:
+    """Says once what is wrong with the same tensor of many layers, so that all of it fits on a line."""
+    groups: dict[str, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", problem), []).append(problem)
+    shown = []
+    for pattern, group in groups.items():
+        shown += group if len(group) < 4 else [f"{pattern} ({len(group)} times)"]
+    return shown

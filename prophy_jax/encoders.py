@@ -1,0 +1,194 @@
+"""The video codec and the text encoder that a configuration names, with their weights, on host arrays.
+
+    codec.latent_shape(frames, height, width) -> (T, h, w, 16)
+    codec.encode(frames (..., F, H, W, 3) uint8) -> latents (..., T, h, w, 16) float32, normalised
+    codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8
+    encoder(texts) -> (text (B, L, D) float32, zero after the last valid row, mask (B, L) bool)
+    encoder.words_lost(text) -> int, words that do not fit into L rows
+
+Models without weights (`linear_codec`, `hash_text`) offer this themselves. Those with weights are pure
+functions of a parameter tree; here they meet their weights, tokenizer, devices and cache.
+
+B clips or texts, F frames, H W pixels, T h w latent grid, L text length, D text width.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from prophy_jax import checkpoints, models, parallel
+from prophy_jax.data import text as prompts
+
+TEXTS_AT_ONCE = 4  # the scores of a longer batch would rival the encoder's weights in memory
+
+
+def load_codec(config, mesh: Mesh) -> Any:
+    """The codec of `config.codec`, with the weights of `config.codec_params` if it has any.
+
+    Raises UserError when the weights are missing or do not fit.
+    """
+    model = models.build(config.codec)
+    return VideoCodec(model, config, mesh) if hasattr(model, "init") else model
+
+
+def load_text_encoder(config, cache: str | None = None) -> Any:
+    """The encoder of `config.text_encoder`, with the weights of `config.text_encoder_params` if it has any.
+
+    `cache` is a folder where encoded texts are kept for later runs. Raises UserError when the weights or
+    the tokenizer are missing or do not fit.
+    """
+    model = models.build(config.text_encoder)
+    return TextEncoder(model, config, cache) if hasattr(model, "init") else model
+
+
+def default_cache() -> str:
+    """The user's cache folder for encoded texts."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "prophy_jax", "text")
+
+
+class VideoCodec:
+    """A video autoencoder with weights, compiled once per clip size.
+
+    Several clips are split over the mesh axes data and fsdp, the rows of each over context; the rows of a
+    single clip over all of them. Every device works on one clip at a time.
+    """
+
+    def __init__(self, model: Any, config, mesh: Mesh):
+        layout = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parallel.replicated(mesh)),
+            jax.eval_shape(model.init, jax.random.key(0)),
+        )
+        self._params = checkpoints.load_params(config.codec_params, layout, config.backbone_remedy)
+        self._mesh = mesh
+        self.latent_shape = model.latent_shape
+
+        @jax.jit
+        def encode(params, frames):
+            return model.encode(params, frames.astype(jnp.float32) / 127.5 - 1)
+
+        @jax.jit
+        def decode(params, latents):
+            video = jnp.clip(model.decode(params, latents).astype(jnp.float32), -1, 1)
+            return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+
+        self._encode, self._decode = encode, decode
+
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        return self._map(self._encode, frames)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return self._map(self._decode, latents)
+
+    def _map(self, function: Callable, clips: np.ndarray) -> np.ndarray:
+        """`function` of every clip of (..., F, H, W, C)."""
+        lead, clips = clips.shape[:-4], np.asarray(clips).reshape(-1, *clips.shape[-4:])
+        sizes = self._mesh.shape
+        clip_axes: tuple[str, ...] = () if len(clips) == 1 else ("data", "fsdp")
+        row_axes = tuple(axis for axis in parallel.AXES if axis not in clip_axes)
+        group = math.prod(sizes[axis] for axis in clip_axes)
+        if clips.shape[2] % math.prod(sizes[axis] for axis in row_axes):
+            row_axes = ()
+        sharding = NamedSharding(self._mesh, PartitionSpec(clip_axes, None, row_axes))
+        done = []
+        for first in range(0, len(clips), group):
+            rows = np.minimum(np.arange(first, first + group), len(clips) - 1)  # the last fills up a group
+            done.append(np.asarray(function(self._params, jax.device_put(clips[rows], sharding))))
+        done = np.concatenate(done)[: len(clips)]
+        return done.reshape(*lead, *done.shape[1:])
+
+
+class TextEncoder:
+    """A text encoder with weights and a tokenizer.
+
+    The weights are read when the first text needs them that the cache does not have, and are split over
+    all devices. They are freed with the object.
+    """
+
+    def __init__(self, model: Any, config, cache: str | None):
+        folder = config.text_encoder_params
+        manifest = checkpoints.read_manifest(folder, config.backbone_remedy)
+        tokenizer = os.path.join(folder, "tokenizer")
+        self._model, self._folder, self._remedy = model, folder, config.backbone_remedy
+        self._tokenizer = prompts.load_tokenizer(tokenizer, model.config.vocab_size)
+        self._params: Any = None
+        self._cache = None
+        if cache is not None:
+            spec = json.dumps(config.text_encoder.to_dict(), sort_keys=True)
+            digest = hashlib.sha256(f"{manifest['sha256']} {spec}".encode())
+            for file in sorted(Path(tokenizer).iterdir()):
+                digest.update(file.read_bytes())
+            self._cache = Path(cache) / digest.hexdigest()[:16]
+
+    def words_lost(self, text: str) -> int:
+        return len(self._tokenizer.lost(text, self._model.length).split())
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [prompts.clean(text) for text in texts]
+        rows = {text: self._recall(text) for text in dict.fromkeys(texts)}
+        new = [text for text, known in rows.items() if known is None]
+        for first in range(0, len(new), TEXTS_AT_ONCE):
+            batch = new[first : first + TEXTS_AT_ONCE]
+            for text, encoded in zip(batch, self._encode(batch), strict=True):
+                rows[text] = encoded
+                self._remember(text, encoded)
+        length, width = self._model.length, self._model.config.d_model
+        text, mask = np.zeros((len(texts), length, width), np.float32), np.zeros((len(texts), length), bool)
+        for index, key in enumerate(texts):
+            text[index, : len(rows[key])] = rows[key]
+            mask[index, : len(rows[key])] = True
+        return text, mask
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The valid rows (n, D) float32 of each text."""
+        if self._params is None:
+            self._load()
+        ids, mask = self._tokenizer(texts, self._model.length)
+        encoded = np.asarray(self._run(self._params, ids, mask), np.float32)
+        return [row[: valid.sum()] for row, valid in zip(encoded, mask, strict=True)]
+
+    def _load(self) -> None:
+        devices = jax.devices()
+        mesh = parallel.make_mesh({"data": 1, "fsdp": -1, "context": 1}, len(devices), devices)
+        shapes = jax.eval_shape(self._model.init, jax.random.key(0))
+        layout = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, self._model.dtype, sharding=place),
+            shapes,
+            parallel.shard_largest(shapes, mesh),
+        )
+        self._params = checkpoints.load_params(self._folder, layout, self._remedy)
+        # On a CPU, XLA of jax 0.10 would hoist the conversion of all blocks to fp32 out of the scan over
+        # them: 19 GB for UMT5-XXL.
+        hoisting = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+        self._run = jax.jit(
+            self._model,
+            out_shardings=parallel.replicated(mesh),
+            compiler_options=hoisting if jax.default_backend() == "cpu" else None,
+        )
+
+    def _file(self, text: str) -> Path:
+        return self._cache / f"{hashlib.sha256(text.encode()).hexdigest()}.npy"
+
+    def _recall(self, text: str) -> np.ndarray | None:
+        if self._cache is None or not self._file(text).exists():
+            return None
+        return np.load(self._file(text))
+
+    def _remember(self, text: str, rows: np.ndarray) -> None:
+        if self._cache is None:
+            return
+        self._cache.mkdir(parents=True, exist_ok=True)
+        path = self._file(text)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with open(partial, "wb") as file:
+            np.save(file, rows)
+        os.replace(partial, path)

@@ -1,0 +1,762 @@
+"""`python -m convert.wan` on files: both layouts, exactness, interruption, and every kind of bad input."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convert import files, stream
+from convert import leaves as lv
+from convert import wan as convert_wan
+from prophy_jax import checkpoints, models
+from prophy_jax.errors import UserError
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+SPECS = {
+    "transformer": dict(module="wan", dim=48, num_heads=4, num_layers=3, ffn_dim=70, text_dim=24),
+    "vae": dict(module="wan_vae", base_dim=4),
+    "text_encoder": dict(
+        module="t5",
+        vocab_size=256,
+        d_model=24,
+        d_kv=6,
+        d_ff=40,
+        num_layers=3,
+        num_heads=4,
+        shared_bias=False,
+    ),
+}
+CONFIG_JSON = {
+    "official": {
+        "transformer": dict(
+            model_type="t2v", dim=48, num_heads=4, num_layers=3, ffn_dim=70, text_dim=24, in_dim=16
+        )
+    },
+    "diffusers": {
+        "transformer": dict(
+            num_attention_heads=4,
+            attention_head_dim=12,
+            num_layers=3,
+            ffn_dim=70,
+            text_dim=24,
+            image_dim=None,
+            patch_size=[1, 2, 2],
+        ),
+        "vae": dict(base_dim=4, temperal_downsample=[False, True, True], is_residual=False),
+        "text_encoder": dict(
+            model_type="umt5",
+            feed_forward_proj="gated-gelu",
+            vocab_size=256,
+            d_model=24,
+            d_kv=6,
+            d_ff=40,
+            num_layers=3,
+            num_heads=4,
+        ),
+    },
+}
+OFFICIAL = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "Wan2.1_VAE",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
+}
+
+
+def table_of(part: str, naming: str):
+    return convert_wan.PARTS[part].leaves(models.build(SPECS[part]).config, naming)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random trees by part: the text encoder in bfloat16, the others in float32."""
+    rng = np.random.default_rng(0)
+    trees = {}
+    for part in SPECS:
+        dtype = ml_dtypes.bfloat16 if part == "text_encoder" else np.float32
+        shapes = lv.tensor_shapes(table_of(part, "official"))
+        tensors = {n: rng.standard_normal(s, np.float32).astype(dtype) for n, s in shapes.items()}
+        trees[part] = lv.read(tensors, table_of(part, "official"))
+    return trees
+
+
+def save(params, folder, layout: str, parts=tuple(SPECS), shards: int = 1):
+    """Writes parts in a layout, with tokenizer; several shards come with an index."""
+    for part in parts:
+        tensors = lv.write(params[part], table_of(part, layout), "")
+        where = folder if layout == "official" else folder / part
+        stem = OFFICIAL[part] if layout == "official" else convert_wan.PARTS[part].diffusers
+        where.mkdir(parents=True, exist_ok=True)
+        if part in CONFIG_JSON[layout]:
+            (where / "config.json").write_text(json.dumps(CONFIG_JSON[layout][part]))
+        if shards == 1:
+            save_file(tensors, where / f"{stem}.safetensors")
+        else:
+            shard = {name: f"{stem}-{i % shards + 1:05}.safetensors" for i, name in enumerate(tensors)}
+            for file in set(shard.values()):
+                save_file({n: t for n, t in tensors.items() if shard[n] == file}, where / file)
+            index = {"metadata": {}, "weight_map": shard}
+            (where / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    if "text_encoder" in parts:
+        save_tiny_tokenizer(folder / ("google/umt5-xxl" if layout == "official" else "tokenizer"))
+    return folder
+
+
+def convert(src, dst, *flags: str):
+    convert_wan.main(["--src", str(src), f"--dst={dst}", *flags])
+    return dst
+
+
+def load(folder, dtype=None):
+    """The tree of a converted part, in its own dtypes."""
+    manifest = checkpoints.read_manifest(str(folder), "")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    want = {
+        path: jax.ShapeDtypeStruct(tuple(shape), dtype or kind, sharding=device)
+        for path, (shape, kind) in manifest["shapes"].items()
+    }
+    return checkpoints.load_params(str(folder), lv.traverse_util.unflatten_dict(want, sep="/"), "")
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file, but for two in which Orbax notes the time and the folder's first name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")
+    }
+
+
+@pytest.mark.parametrize(("layout", "shards"), [("official", 1), ("diffusers", 1), ("diffusers", 3)])
+def test_every_part_of_both_layouts_is_bit_equal(tmp_path, params, layout, shards, capsys):
+    src = save(params, tmp_path / "src", layout, shards=shards)
+    dst = convert(src, tmp_path / "dst")
+    assert "MB/s" in capsys.readouterr().out
+    assert sorted(os.listdir(dst)) == sorted(SPECS)
+    for part, spec in SPECS.items():
+        manifest = checkpoints.read_manifest(str(dst / part), "")
+        assert_same(load(dst / part), params[part])
+        # The hash says nothing of the layout, and every way of computing it agrees.
+        assert manifest["sha256"] == checkpoints.tree_hash(params[part])
+        assert models.build(manifest["model"]) == models.build(spec)
+        assert manifest["part"] == part and manifest["source"]["format"] == layout
+        assert manifest["source"]["dtypes"] == ["bfloat16" if part == "text_encoder" else "float32"]
+        assert len(manifest["source"]["files"]) == shards
+        for file in manifest["source"]["files"]:
+            data = next(src.rglob(file["name"])) if layout == "official" else src / part / file["name"]
+            data = data.read_bytes()
+            assert file["bytes"] == len(data) and file["sha256"] == hashlib.sha256(data).hexdigest()
+        assert {"prophy_jax", "jax"} <= manifest["versions"].keys()
+    tokenizer = src / ("google/umt5-xxl" if layout == "official" else "tokenizer")
+    assert contents(dst / "text_encoder" / "tokenizer") == contents(tokenizer)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents(tokenizer).items()}
+    assert checkpoints.read_manifest(str(dst / "text_encoder"), "")["source"]["tokenizer"] == hashes
+
+
+def test_official_sizes_are_derived_from_shapes(tmp_path, params):
+    src = save(params, tmp_path / "src", "official")
+    (src / "config.json").unlink()
+    convert(src, tmp_path / "dst")
+    for part in ("vae", "text_encoder"):
+        model = checkpoints.read_manifest(str(tmp_path / "dst" / part), "")["model"]
+        assert models.build(model) == models.build(SPECS[part])
+    model = checkpoints.read_manifest(str(tmp_path / "dst" / "transformer"), "")["model"]
+    # The number of heads is in no shape: Wan2.1's are 128 wide.
+    assert model == {**model, **SPECS["transformer"], "num_heads": 1}
+
+
+def test_large_arrays_are_cut_and_read_back_sharded(tmp_path, params, monkeypatch):
+    """Thresholds for tiny models: layers apart, chunks with a rest, reads of a part of a row."""
+    src = save(params, tmp_path / "src", "official")
+    convert(src, tmp_path / "whole")
+    for name, value in {"_GATHERED": 256, "_CHUNK": 900, "_READ": 100, "_ROWS": 5, "_WRITE": 64}.items():
+        monkeypatch.setattr(stream, name, value)
+    dst = convert(src, tmp_path / "dst")
+    chunks = sorted(os.listdir(dst / "text_encoder/tree/blocks.ffn.up.kernel"))
+    assert {"0.0.0", "2.3.0"} <= set(chunks) and len(chunks) == 1 + 3 * 4  # 3 layers, quarters, .zarray
+    chunks = os.listdir(dst / "text_encoder/tree/blocks.attn_norm.scale")
+    assert sorted(chunks) == [".zarray", "0.0"]
+    for part in SPECS:
+        assert_same(load(dst / part), params[part])
+        whole = checkpoints.read_manifest(str(tmp_path / "whole" / part), "")
+        assert checkpoints.read_manifest(str(dst / part), "") == whole
+
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    split = jax.NamedSharding(mesh, jax.P("fsdp"))
+    want = {"embedding": {"embedding": jax.ShapeDtypeStruct((256, 24), "bfloat16", sharding=split)}}
+    rest = {k: v for k, v in params["text_encoder"].items() if k != "embedding"}
+    want |= jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P())), rest
+    )
+    tree = checkpoints.load_params(str(dst / "text_encoder"), want, "")
+    assert len(tree["embedding"]["embedding"].addressable_shards) == 8
+    assert_same(tree, params["text_encoder"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_values_are_cast_as_jax_casts_them(tmp_path, params, dtype):
+    src = save(params, tmp_path / "src", "diffusers", ["transformer", "text_encoder"])
+    dst = convert(src, tmp_path / "dst", f"--dtype={dtype}")
+    for part in ("transformer", "text_encoder"):
+        cast = jax.tree.map(lambda x: np.asarray(jax.numpy.asarray(x).astype(dtype)), params[part])
+        assert_same(load(dst / part), cast)
+
+
+def test_half_precision_is_kept_and_mixed_layers_become_float32(tmp_path, params):
+    table = table_of("transformer", "official")
+    tensors = lv.write(params["transformer"], table, "")
+    tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+    for layer in (0, 2):
+        name = f"blocks.{layer}.ffn.0.weight"
+        tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+    src = tmp_path / "src"
+    src.mkdir()
+    save_file(tensors, src / "diffusion_pytorch_model.safetensors")
+    (src / "config.json").write_text(json.dumps(CONFIG_JSON["official"]["transformer"]))
+    tree = load(convert(src, tmp_path / "dst") / "transformer")
+    assert tree["head"]["out"]["kernel"].dtype == np.float16
+    assert tree["blocks"]["ffn"]["up"]["kernel"].dtype == np.float32
+    back = lv.write(tree, table, "")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name].astype(tensor.dtype), tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_embedding_may_have_its_other_name(tmp_path, params, both):
+    src = save(params, tmp_path / "src", "diffusers", ["text_encoder"])
+    file = src / "text_encoder" / "model.safetensors"
+    tensors = lv.write(params["text_encoder"], table_of("text_encoder", "diffusers"), "")
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()
+    if not both:
+        del tensors["shared.weight"]
+    save_file(tensors, file)
+    assert_same(load(convert(src, tmp_path / "dst") / "text_encoder"), params["text_encoder"])
+    if both:
+        tensors["encoder.embed_tokens.weight"][255, 3] = 9
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=r"encoder.embed_tokens.weight differs from shared.weight"):
+            convert(src, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_what_is_missing_is_said_and_one_part_can_be_asked_for(tmp_path, params, capsys):
+    src = save(params, tmp_path / "src", "diffusers", ["transformer", "vae"])
+    dst = convert(src, tmp_path / "dst", "--component", "vae")
+    assert os.listdir(dst) == ["vae"]
+    (src / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    convert(src, dst)
+    assert sorted(os.listdir(dst)) == ["transformer", "vae"]
+    out = capsys.readouterr().out
+    assert "no vae: " in out and "no text_encoder: " in out
+    with pytest.raises(UserError, match=r"neither models_t5_umt5-xxl-enc-bf16\.pth nor text_encoder/model"):
+        convert(src, tmp_path / "dst", "--component=text_encoder")
+
+
+def test_a_dry_run_describes_and_writes_nothing(tmp_path, params, capsys):
+    src = save(params, tmp_path / "src", "diffusers")
+    convert(src, tmp_path / "dst", "--dry-run", "--dtype=bfloat16")
+    assert not (tmp_path / "dst").exists()
+    out = capsys.readouterr().out
+    count = sum(x.size for x in jax.tree.leaves(params["transformer"]))
+    assert f"transformer: diffusers naming, {count:,} parameters, everything fits" in out
+    assert "model.safetensors" in out and "dim 48" in out and "bfloat16" in out
+
+
+# Interruption.
+
+KILLED = """
+import os, signal, sys
+from convert import stream, wan
+add, count = stream._Journal.add, 0
+def add_then_die(self, name, digests):
+    global count
+    add(self, name, digests)
+    count += 1
+    if count == int(sys.argv[3]):
+        with open(os.path.join(sys.argv[2], "transformer.partial", "journal.jsonl"), "a") as file:
+            file.write('{"name": "torn')
+        os.kill(os.getpid(), signal.SIGKILL)
+stream._Journal.add = add_then_die
+stream._GATHERED = 256
+wan.main(["--src", sys.argv[1], "--dst", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize("kill_at", [1, 25])
+def test_a_killed_run_is_taken_up_and_ends_the_same(tmp_path, params, monkeypatch, kill_at):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    dst = tmp_path / "dst"
+    command = [sys.executable, "-c", KILLED, str(src), str(dst), str(kill_at)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert os.listdir(dst) == ["transformer.partial"]
+
+    written = []
+    write = stream._write
+    monkeypatch.setattr(stream, "_GATHERED", 256)
+    monkeypatch.setattr(stream, "_write", lambda file, *rest: (written.append(file), write(file, *rest)))
+    convert(src, dst)
+    resumed = len(written)
+    written.clear()
+    convert(src, tmp_path / "straight")
+    assert resumed == len(written) - kill_at
+    assert os.listdir(dst) == ["transformer"]
+    assert contents(dst) == contents(tmp_path / "straight")
+
+
+def test_work_of_another_kind_is_discarded(tmp_path, params, capsys, monkeypatch):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._Journal, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, tmp_path / "dst")
+    assert os.listdir(tmp_path / "dst") == ["transformer.partial"]
+    dst = convert(src, tmp_path / "dst", "--dtype=bfloat16")
+    assert "discarding" in capsys.readouterr().out
+    assert contents(dst) == contents(convert(src, tmp_path / "straight", "--dtype=bfloat16"))
+
+
+def test_chunks_that_a_power_cut_lost_are_written_again(tmp_path, params, monkeypatch):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    dst = tmp_path / "dst"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(dst), "rename", lambda *_: sys.exit())
+        patch.setattr(type(dst), "unlink", lambda *_: None)
+        with pytest.raises(SystemExit):
+            convert(src, dst)
+    (dst / "transformer.partial/tree/head.out.kernel/0.0").write_bytes(b"")
+    (dst / "transformer.partial/tree/head.out.bias/0").unlink()
+    convert(src, dst)
+    assert_same(load(dst / "transformer"), params["transformer"])
+
+
+def test_two_runs_at_once(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    component = convert_wan.open_component(src, "transformer", None)
+    partial = tmp_path / "transformer.partial"
+    with stream._Journal(partial, {}, None), pytest.raises(UserError, match="another conversion"):
+        convert_wan.convert(component, tmp_path)
+    assert partial.exists()
+
+
+# Bad input.
+
+
+def run(src, dst, *flags):
+    command = [sys.executable, "-m", "convert.wan", f"--src={src}", f"--dst={dst}", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_answers_bad_input_with_one_line(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    done = run(src, tmp_path / "dst")
+    assert done.returncode == 0 and "MB/s" in done.stdout
+    before = contents(tmp_path / "dst")
+    for arguments, message in [
+        ((src, tmp_path / "dst"), "dst/transformer exists: delete it or choose another --dst"),
+        ((src, tmp_path / "new", "--dtype=float8"), "argument --dtype: invalid choice"),
+    ]:
+        failed = run(*arguments)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert message in failed.stderr
+    assert contents(tmp_path / "dst") == before and not (tmp_path / "new").exists()
+
+
+def fails(src, tmp_path, *flags) -> str:
+    """What the command says of it; nothing is written."""
+    with pytest.raises(UserError) as caught:
+        convert(src, tmp_path / "dst", *flags)
+    assert not (tmp_path / "dst").exists()
+    return str(caught.value)
+
+
+def header_of(file) -> tuple[dict, bytes]:
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+def with_header(header, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _edit(**entry):
+    def damage(header, data):
+        header["head.head.bias"] |= entry
+        return with_header(header, data)
+
+    return damage
+
+
+DAMAGES = {
+    "empty": lambda header, data: b"",
+    "cut in the header": lambda header, data: with_header(header, data)[:1000],
+    "cut in the data": lambda header, data: with_header(header, data[:-1]),
+    "trailing garbage": lambda header, data: with_header(header, data + b"garbage"),
+    "endless header": lambda header, data: b"\xff" * 8 + with_header(header, data)[8:],
+    "no JSON": lambda header, data: with_header(b"{" * 40, data),
+    "no text": lambda header, data: with_header(b"\xff\xfe", data),
+    "no object": lambda header, data: with_header(b"[1, 2]", data),
+    "an entry twice": lambda header, data: with_header(
+        json.dumps(header)[:-1].encode() + b', "head.head.bias": {}}', data
+    ),
+    "no entry": lambda header, data: with_header({**header, "head.head.bias": 3}, data),
+    "negative": _edit(shape=[-64], data_offsets=[0, -256]),
+    "beyond the file": _edit(data_offsets=[10**9, 10**9 + 256]),
+    "backwards": _edit(data_offsets=[256, 0]),
+    "overlap": _edit(data_offsets=[0, 256]),
+    "other size": _edit(shape=[65]),
+    "fractions": _edit(shape=[64.0]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_shards(tmp_path, params, damage):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    file = src / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(DAMAGES[damage](*header_of(file)))
+    message = fails(src, tmp_path)
+    assert str(file) in message and "cut short or damaged" in message and "\n" not in message
+
+
+def test_quantised_weights(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    file = src / "diffusion_pytorch_model.safetensors"
+    header, data = header_of(file)
+    header["head.head.bias"]["dtype"] = "F8_E4M3"
+    file.write_bytes(with_header(header, data))
+    assert "head.head.bias is of type F8_E4M3" in fails(src, tmp_path)
+
+
+def test_an_index_that_does_not_fit(tmp_path, params):
+    src = save(params, tmp_path / "src", "diffusers", ["transformer"], shards=3)
+    index = src / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    bias = whole["weight_map"]["proj_out.bias"]
+
+    def change(**entries):
+        table = {k: v for k, v in (whole["weight_map"] | entries).items() if v is not None}
+        index.write_text(json.dumps({"weight_map": table}))
+        return fails(src, tmp_path)
+
+    assert f"proj_out.bias is in {bias} but not in the index" in change(**{"proj_out.bias": None})
+    assert f"other.bias is not in {bias}" in change(**{"other.bias": bias})
+    assert "names the file gone.safetensors" in change(**{"proj_out.bias": "gone.safetensors"})
+    assert "names the file ../x" in change(**{"proj_out.bias": "../x"})
+    index.write_text("[]")
+    assert "not a JSON object" in fails(src, tmp_path)
+    index.write_text('{"weight_map"')
+    assert "not a readable JSON file" in fails(src, tmp_path)
+    index.write_text('{"weight_map": {"a": 3}}')
+    assert "no weight_map" in fails(src, tmp_path)
+    index.write_text(json.dumps(whole))
+    (index.parent / bias).unlink()
+    assert f"names the file {bias}, which is not beside it" in fails(src, tmp_path)
+
+
+def resave(file, change) -> None:
+    tensors = files.tensors([file])
+    data = file.read_bytes()
+    arrays = {
+        t.name: np.frombuffer(data, t.dtype, int(np.prod(t.shape)), t.offset).reshape(t.shape)
+        for t in tensors
+    }
+    save_file(change(arrays), file)
+
+
+def test_keys_that_do_not_fit_are_named_at_once(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+
+    def change(arrays):
+        del arrays["head.head.bias"]
+        odd = {"extra.bias": np.zeros(3, np.float32), "blocks.1.ffn.2.bias": np.zeros(49, np.float32)}
+        return {**arrays, **odd}
+
+    resave(src / "diffusion_pytorch_model.safetensors", change)
+    message = fails(src, tmp_path)
+    for part in (
+        "unknown extra.bias",
+        "missing head.head.bias",
+        "blocks.1.ffn.2.bias is (49,), not (48,)",
+        "official naming",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "part", "change", "message"),
+    [
+        ("official", "transformer", {"ffn_dim": 71}, "blocks.0.ffn.0.weight is (70, 48), not (71, 48)"),
+        ("official", "transformer", {"num_layers": 4}, "missing blocks.3.ffn.2.bias"),
+        ("official", "transformer", {"num_heads": 5}, "config.json: Wan width 48"),
+        ("official", "transformer", {"dim": "48"}, "config.json does not describe"),
+        ("official", "transformer", {"dim": None}, "config.json: Wan sizes"),
+        ("official", "transformer", {"model_type": "i2v"}, "is a model of type i2v"),
+        ("diffusers", "transformer", {"image_dim": 1280}, "image-to-video model"),
+        ("diffusers", "vae", {"is_residual": True}, "VAE of Wan2.2"),
+        ("diffusers", "vae", {"dim_mult": [1, 2]}, "config.json: Wan VAE"),
+        ("diffusers", "text_encoder", {"feed_forward_proj": "relu"}, "with 'relu'"),
+        ("diffusers", "text_encoder", {"d_kv": None}, "config.json lacks 'd_kv'"),
+        ("diffusers", "text_encoder", {"vocab_size": 255}, "shared.weight is (256, 24), not (255, 24)"),
+    ],
+)
+def test_configurations_that_do_not_fit(tmp_path, params, layout, part, change, message):
+    src = save(params, tmp_path / "src", layout, [part])
+    where = (src if layout == "official" else src / part) / "config.json"
+    fields = json.loads(where.read_text()) | change
+    where.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    assert message in fails(src, tmp_path)
+
+
+def test_diffusers_files_need_their_configuration(tmp_path, params):
+    src = save(params, tmp_path / "src", "diffusers", ["vae"])
+    (src / "vae" / "config.json").unlink()
+    assert "vae/config.json is missing" in fails(src, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "is a LoRA"),
+        ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "is a LoRA"),
+        ("transformer.blocks.0.attn1.to_q.lora.up.weight", "is a LoRA"),
+        ("blocks.0.cross_attn.k_img.weight", "is an image-to-video model"),
+        ("condition_embedder.image_embedder.norm1.weight", "is an image-to-video model"),
+        ("vace_blocks.0.ffn.0.weight", "is a VACE model"),
+    ],
+)
+@pytest.mark.parametrize("public_name", [True, False])
+def test_other_models_are_called_by_their_name(tmp_path, name, message, public_name):
+    stem = "diffusion_pytorch_model" if public_name else "downloaded"
+    save_file({name: np.zeros((4, 4), np.float32)}, tmp_path / f"{stem}.safetensors")
+    told = fails(tmp_path, tmp_path)
+    assert message in told and name in told
+
+
+def test_an_image_to_video_model_is_known_by_its_input_channels(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    (src / "config.json").unlink()
+    wide = {"patch_embedding.weight": np.zeros((48, 36, 1, 2, 2), np.float32)}
+    resave(src / "diffusion_pytorch_model.safetensors", lambda arrays: arrays | wide)
+    assert "image-to-video model (36 input channels)" in fails(src, tmp_path)
+
+
+def test_files_of_nothing_that_we_know(tmp_path):
+    assert "nowhere is not a folder" in fails(tmp_path / "nowhere", tmp_path)
+    assert "no Wan2.1 weights" in fails(tmp_path, tmp_path)
+    save_file({"layer.weight": np.zeros(3, np.float32)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert "no tensor of a Wan2.1 transformer" in fails(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_tokenizers(tmp_path, params, layout):
+    src = save(params, tmp_path / "src", layout, ["text_encoder"])
+    folder = src / ("google/umt5-xxl" if layout == "official" else "tokenizer")
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert "neither tokenizer.json nor spiece.model" in fails(src, tmp_path)
+    folder.rename(src / "elsewhere")
+    assert f"{folder} is missing" in fails(src, tmp_path)
+    save_tiny_tokenizer(folder, 100)
+    assert "they are of different models" in fails(src, tmp_path)
+
+
+def test_not_enough_room(tmp_path, params, monkeypatch):
+    src = save(params, tmp_path / "src", "official")
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage)
+    assert "has 0 MB free" in fails(src, tmp_path)
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_the_disk_fills_up_in_the_middle(tmp_path, params, existing):
+    """A limit on the size of files stands for a full disk: Linux answers both from the same call."""
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    dst = tmp_path / "dst"
+    if existing:
+        dst.mkdir()
+        (dst / "mine").write_text("")
+    # The journal and every metadata file fit into this limit, the largest array does not.
+    program = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+        "runpy.run_module('convert.wan', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, f"--src={src}", f"--dst={dst}"]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and "error: the disk is full" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert os.listdir(dst) == ["mine"] if existing else not dst.exists()
+
+
+def test_the_disk_is_full_before_anything_is_written(tmp_path, params, monkeypatch):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")  # as TensorStore says it
+
+    monkeypatch.setattr(stream.tensorstore, "open", full)
+    assert "the disk is full" in fails(src, tmp_path)
+
+
+def test_a_source_that_shrinks_while_it_is_read(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    component = convert_wan.open_component(src, "transformer", None)
+    file = src / "diffusion_pytorch_model.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    with pytest.raises(UserError, match="became shorter"):
+        convert_wan.convert(component, tmp_path / "dst")
+
+
+# .pth files; those of torch.save are in convert_parity_test.py.
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def write_pth(path, content: bytes, **entries):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        for name, data in entries.items():
+            archive.writestr(f"archive/{name}", data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"conv1.weight": Evil()}), "needs posix.system, and code of a file is never run"),
+        (pickle.dumps({"conv1.weight": pytest.approx}), "needs _pytest"),
+        (b"cbuiltins\neval\n(V1\ntR.", "needs builtins.eval"),
+        (pickle.dumps([1, 2]), "is not a plain state dict but of type list"),
+        (pickle.dumps({}), "is not a plain state dict but an empty dict"),
+        (pickle.dumps({"model": {"a": 1}, "optimizer": {}, "epoch": 3}), "its entry model is a dict with"),
+        (pickle.dumps({"state_dict": {"a": 1}}), "its entry a is of type int"),
+        (pickle.dumps({3: "a"}), "its entry of type int is of type str"),
+        (pickle.dumps({"a": 1})[:-4], "its pickle does not load"),
+        (b"", "its pickle does not load"),
+    ],
+)
+def test_pickles_that_are_no_state_dict(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    write_pth(tmp_path / "Wan2.1_VAE.pth", content)
+    told = fails(tmp_path, tmp_path)
+    assert message in told and str(tmp_path / "Wan2.1_VAE.pth") in told and "\n" not in told
+    assert not (tmp_path / "evil").exists()
+
+
+def test_files_that_are_no_archive_of_torch(tmp_path):
+    path = tmp_path / "Wan2.1_VAE.pth"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    assert "is not a zip archive of torch.save" in fails(tmp_path, tmp_path)
+    write_pth(path, pickle.dumps({"a": 1}))
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "cut short or damaged" in fails(tmp_path, tmp_path)
+    write_pth(path, pickle.dumps({"a": 1}), **{"code/model.py": b"pass"})
+    assert "not a state dict of torch.save" in fails(tmp_path, tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "not a state dict of torch.save" in fails(tmp_path, tmp_path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": 1}))
+    assert "compressed or encrypted" in fails(tmp_path, tmp_path)
+    write_pth(path, pickle.dumps({"a": 1}), byteorder=b"big")
+    assert "big-endian" in fails(tmp_path, tmp_path)
+
+
+# Size.
+
+
+def write_large(file, table, kind: str) -> int:
+    """Random bytes under the names of a table; returns the bytes of the largest tensor."""
+    size = {"F32": 4, "BF16": 2}[kind]
+    header, end, largest = {}, 0, 0
+    for name, shape in lv.tensor_shapes(table).items():
+        nbytes = int(np.prod(shape)) * size
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end, largest = end + nbytes, max(largest, nbytes)
+    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32).tobytes()
+    with open(file, "wb") as out:
+        out.write(with_header(header, b""))
+        for start in range(0, end, len(block)):
+            out.write(block[: end - start])
+    return largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "kind", "spec"),
+    [
+        ("transformer", "F32", dict(module="wan", dim=1536, num_heads=12, num_layers=10, ffn_dim=8960)),
+        ("transformer", "F32", dict(module="wan", dim=5120, num_heads=40, num_layers=1, ffn_dim=13824)),
+        (
+            "text_encoder",
+            "BF16",
+            dict(
+                module="t5",
+                vocab_size=256384,
+                d_model=4096,
+                d_kv=64,
+                d_ff=10240,
+                num_layers=2,
+                num_heads=64,
+                shared_bias=False,
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_memory_of_the_widths_of_the_public_models(tmp_path, part, kind, spec, dtype):
+    """Peak memory at full width, some layers; prints throughput, which depends on the machine."""
+    table = convert_wan.PARTS[part].leaves(models.build(spec).config, "official")
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    largest = write_large(src / f"{OFFICIAL[part]}.safetensors", table, kind)
+    program = (
+        "import sys; from convert import wan; wan.load_tokenizer = lambda *_: None; wan.main(sys.argv[1:])"
+    )
+    (src / "google" / "umt5-xxl").mkdir(parents=True)
+    command = [sys.executable, "-c", program, f"--src={src}", f"--dst={dst}", f"--component={part}"]
+    start = time.monotonic()
+    process = subprocess.Popen(command + ([f"--dtype={dtype}"] if dtype else []))
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    assert status == 0
+    shutil.rmtree(dst)
+    start = time.monotonic()
+    shutil.copytree(src, dst)
+    copy = time.monotonic() - start
+    shutil.rmtree(dst)
+    size = sum(file.stat().st_size for file in src.iterdir() if file.is_file()) / 1e6
+    shutil.rmtree(src)
+    peak, processor = usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+    print(
+        f"{part} {kind} to {dtype}: {size:.0f} MB, largest tensor {largest / 1e6:.0f} MB; "
+        f"peak memory {peak / 1e6:.0f} MB; with imports {seconds:.1f} s = {size / seconds:.0f} MB/s, "
+        f"{processor:.1f} s of processor = {size / processor:.0f} MB/s, a copy {copy:.1f} s"
+    )
+    assert peak <= 2.5 * largest + 500e6

@@ -1,0 +1,157 @@
+"""From public files to trained branch and back, by the command lines alone: convert, prepare, train, sample,
+export. Tiny random weights under the official names; the VAE and the text encoder are the real ones."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import t5, wan
+from prophy_jax import models
+from prophy_jax.data import video
+from tests import tiny_pipeline
+from tests.conftest import ROOT
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+CONFIG = "--config=tests/tiny_pipeline.py"
+PROMPT = "A red ball falls into the blue box."
+
+
+def run(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(cwd / "cache"),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2",
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+def succeed(*arguments: str, cwd: pathlib.Path) -> str:
+    done = run(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def random_tensors(shapes, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.standard_normal(shape, np.float32)
+        if "norm" in name or name.endswith("gamma"):
+            return 1 + 0.2 * noise
+        return noise * (0.5 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1)
+
+    return {name: np.asarray(draw(name, shape), np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    """Public files in PLACE/public, converted ones in PLACE/wan, three captioned clips in PLACE/clips."""
+    place = tmp_path_factory.mktemp("pipeline")
+    public = place / "public"
+    save_tiny_tokenizer(public / "google" / "umt5-xxl")
+    for seed, (module, leaves, sizes, name) in enumerate(
+        (
+            ("wan", wan.dit_leaves, tiny_pipeline.BACKBONE, "diffusion_pytorch_model"),
+            ("wan_vae", wan.vae_leaves, tiny_pipeline.CODEC, "Wan2.1_VAE"),
+            ("t5", t5.leaves, tiny_pipeline.TEXT, "models_t5_umt5-xxl-enc-bf16"),
+        )
+    ):
+        table = leaves(models.build({"module": module, **sizes}).config, "official")
+        shapes = {name: leaf.torch_shape for leaf in table.values() for name in leaf.names}
+        save_file(random_tensors(shapes, seed), public / f"{name}.safetensors")
+    fields = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, **tiny_pipeline.BACKBONE}
+    (public / "config.json").write_text(json.dumps(fields))
+    succeed("convert.wan", f"--src={public}", f"--dst={place / 'wan'}", cwd=place)
+
+    clips = place / "clips"
+    (clips / "videos").mkdir(parents=True)
+    listed = []
+    for i in range(3):
+        frames = np.full((12, 48, 80, 3), 40, np.uint8)
+        for t in range(12):
+            frames[t, 3 * t : 3 * t + 8, 20 * i + 5 : 20 * i + 15] = (255, 60 * i, 0)
+        video.write_mp4(clips / "videos" / f"{i}.mp4", frames, 16)
+        annotation = {"q0": "collision", "q1": "none", "q2": "none"}
+        record = {"video_name": f"{i}.mp4", "captions": f"A ball {i} falls.", "label": "Collision"}
+        listed.append({**record, "physical_annotation": annotation})
+    (clips / "wisa-80k.json").write_text(json.dumps(listed))
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> pathlib.Path:
+    """A run of three steps beside the converted backbone, on clips that the converted VAE encoded."""
+    parts = {"backbone": "transformer", "codec": "vae", "text_encoder": "text_encoder"}
+    folders = [f"--config.{part}_params={place / 'wan' / name}" for part, name in parts.items()]
+    data = f"--out={place / 'data'}"
+    succeed("prophy_jax.prepare", CONFIG, *folders, f"--source={place / 'clips'}", data, cwd=place)
+    workdir = place / "run"
+    arguments = [*folders, f"--config.data.dir={place / 'data'}", f"--workdir={workdir}"]
+    succeed("prophy_jax.train", CONFIG, *arguments, cwd=place)
+    return workdir
+
+
+def test_training_beside_converted_weights(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3 and np.isfinite(lines[-1]["loss/total"])
+    clip = video.read_clip(trained / "samples" / "step_0000003.mp4", 9, 16, 96, 80)  # sample above real
+    # The lower half is a clip of the data, encoded and decoded by a VAE that knows nothing: any picture.
+    assert clip.std() > 1
+
+
+def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
+    text_encoder = place / "wan" / "text_encoder" / "tree"
+    prompts = [f"--prompt={PROMPT}", "--prompt=A blue box."]
+    arguments = [CONFIG, f"--checkpoint={place / 'wan'}", f"--branch={trained / 'branch'}", *prompts]
+    sampled = [*arguments, "--config.samples.steps=2", "--baseline", "--overlay"]
+    succeed("prophy_jax.sample", *sampled, f"--out={place / 'samples'}", cwd=place)
+    files = {f"000{i}{kind}.mp4" for i in range(2) for kind in ("", "_baseline", "_routing")}
+    assert set(os.listdir(place / "samples")) == files | {"manifest.json"}
+    assert video.read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80).shape == (9, 48, 80, 3)
+
+    # The encoded prompts are kept: without the encoder's weights the same prompts give the same clips.
+    text_encoder.rename(text_encoder.with_name("away"))
+    try:
+        succeed("prophy_jax.sample", *sampled, f"--out={place / 'again'}", cwd=place)
+        for name in files:
+            assert (place / "again" / name).read_bytes() == (place / "samples" / name).read_bytes()
+        done = run("prophy_jax.sample", *arguments, "--prompt=New.", f"--out={place / 'new'}", cwd=place)
+        assert done.returncode == 1 and "text_encoder" in done.stderr.splitlines()[-1]
+    finally:
+        text_encoder.with_name("away").rename(text_encoder)
+
+
+def test_export_gives_the_public_files_back(place, trained):
+    succeed("convert.export", f"--checkpoint={place / 'wan'}", "--format=official", f"--dst={place / 'back'}",
+            cwd=place)  # fmt: skip
+    names = [path.name for path in (place / "public").glob("*.safetensors")]
+    assert len(names) == 3
+    for name in names:
+        want, got = load_file(place / "public" / name), load_file(place / "back" / name)
+        assert want.keys() == got.keys()
+        assert all(want[key].tobytes() == got[key].tobytes() for key in want)
+    succeed("convert.export", f"--checkpoint={trained}", "--format=diffusers", f"--dst={place / 'branch'}",
+            cwd=place)  # fmt: skip
+    branch = load_file(place / "branch" / "prophy_branch.safetensors")
+    assert branch["exits.1.weight"].shape == (48, 48) and np.abs(branch["exits.1.weight"]).max() > 0
+
+
+def test_a_part_that_was_not_converted(place, tmp_path):
+    (tmp_path / "transformer").symlink_to(place / "wan" / "transformer")
+    done = run(
+        "prophy_jax.sample", CONFIG, f"--checkpoint={tmp_path}", f"--prompt={PROMPT}",
+        f"--out={tmp_path / 'out'}", cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "convert.wan" in done.stderr and not (tmp_path / "out").exists()
