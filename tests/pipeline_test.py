@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import t5, wan
-from prophy_jax import models
+from prophy_jax import checkpoints, models
 from prophy_jax.data import video
 from tests import tiny_pipeline
 from tests.conftest import ROOT
@@ -132,18 +132,18 @@ def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
         text_encoder.with_name("away").rename(text_encoder)
 
 
-def test_export_gives_the_public_files_back(place, trained):
-    succeed("convert.export", f"--checkpoint={place / 'wan'}", "--format=official", f"--dst={place / 'back'}",
-            cwd=place)  # fmt: skip
-    names = [path.name for path in (place / "public").glob("*.safetensors")]
-    assert len(names) == 3
-    for name in names:
-        want, got = load_file(place / "public" / name), load_file(place / "back" / name)
-        assert want.keys() == got.keys()
-        assert all(want[key].tobytes() == got[key].tobytes() for key in want)
-    succeed("convert.export", f"--checkpoint={trained}", "--format=diffusers", f"--dst={place / 'branch'}",
-            cwd=place)  # fmt: skip
-    branch = load_file(place / "branch" / "prophy_branch.safetensors")
+def test_export_gives_the_weights_back(place, trained):
+    for checkpoint, dst in ((place / "wan", "back"), (trained, "exported")):
+        arguments = [f"--checkpoint={checkpoint}", "--format=diffusers", f"--dst={place / dst}"]
+        succeed("convert.export", *arguments, cwd=place)
+    succeed("convert.wan", f"--src={place / 'back'}", f"--dst={place / 'wan_again'}", cwd=place)
+    for part in ("transformer", "vae", "text_encoder"):
+        first, again = (
+            checkpoints.read_manifest(str(place / folder / part), "") for folder in ("wan", "wan_again")
+        )
+        assert first["sha256"] == again["sha256"] and first["shapes"] == again["shapes"]
+        assert first["source"]["format"] == "official" and again["source"]["format"] == "diffusers"
+    branch = load_file(place / "exported" / "prophy_branch.safetensors")
     assert branch["exits.1.weight"].shape == (48, 48) and np.abs(branch["exits.1.weight"]).max() > 0
 
 
