@@ -15,6 +15,7 @@ Hardware of the paper's run: not stated by the paper. Ours: one 80 GB GPU holds 
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from prophy_jax.errors import UserError
 
@@ -93,7 +94,7 @@ def paper() -> ConfigDict:
     )
 
     config.data = dict(dir="data/wisa-80k-480p", height=480, width=832, frames=81, fps=16)
-    config.codec = dict(module="wan_vae", dtype="float32")
+    config.codec = dict(module="wan_vae", dtype="float32", tile=placeholder(tuple))
     config.text_encoder = dict(module="t5", variant="umt5-xxl", dtype="bfloat16", length=512)
 
     config.mesh = dict(data=-1, fsdp=1, context=1)

@@ -5,6 +5,7 @@
     codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8
     encoder(texts) -> (text (B, L, D) float32, zero after the last valid row, mask (B, L) bool)
     encoder.words_lost(text) -> int, words that do not fit into L rows
+    codec.sha256, encoder.sha256: hash of the weights, where there are any
 
 Models without weights (`linear_codec`, `hash_text`) offer this themselves. Those with weights are pure
 functions of a parameter tree; here they meet their weights, tokenizer, devices and cache.
@@ -69,6 +70,7 @@ class VideoCodec:
             jax.eval_shape(model.init, jax.random.key(0)),
         )
         self._params = checkpoints.load_params(config.codec_params, layout, config.backbone_remedy)
+        self.sha256 = checkpoints.read_manifest(config.codec_params, "")["sha256"]
         self._mesh = mesh
         self.latent_shape = model.latent_shape
 
@@ -116,7 +118,7 @@ class TextEncoder:
 
     def __init__(self, model: Any, config, cache: str | None):
         folder = config.text_encoder_params
-        manifest = checkpoints.read_manifest(folder, config.backbone_remedy)
+        self.sha256 = checkpoints.read_manifest(folder, config.backbone_remedy)["sha256"]
         tokenizer = os.path.join(folder, "tokenizer")
         self._model, self._folder, self._remedy = model, folder, config.backbone_remedy
         self._tokenizer = prompts.load_tokenizer(tokenizer, model.config.vocab_size)
@@ -124,7 +126,7 @@ class TextEncoder:
         self._cache = None
         if cache is not None:
             spec = json.dumps(config.text_encoder.to_dict(), sort_keys=True)
-            digest = hashlib.sha256(f"{manifest['sha256']} {spec}".encode())
+            digest = hashlib.sha256(f"{self.sha256} {spec}".encode())
             for file in sorted(Path(tokenizer).iterdir()):
                 digest.update(file.read_bytes())
             self._cache = Path(cache) / digest.hexdigest()[:16]

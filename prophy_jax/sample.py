@@ -204,6 +204,9 @@ def main(config) -> None:
     latent_shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
     grid = experiment.token_grid(run, latent_shape)
     references = experiment.check_params(run, options.branch)
+    for name, part in (("codec", codec), ("text_encoder", encoder)):
+        if hasattr(part, "sha256"):
+            references[f"{name}_sha256"] = part.sha256
 
     models = {"": (run.model, options.scale if options.branch else 0.0)}
     if options.baseline:

@@ -1,6 +1,7 @@
 """Wan2.1-T2V-1.3B at its real size, once: random files in the public format, converted, loaded, compared.
 
     make test-full      or      python -m pytest -m slow tests/full_size_test.py -s
+    python -m tests.full_size_test write DIR        the random files alone, to try the commands on
 
 Needs 30 GB of disk under TMPDIR, 16 GB of memory and, on two cores, some 15 minutes. Prints peak memory and
 speed of every conversion, and how far our outputs and PyTorch's are from PyTorch's in fp32.
@@ -77,15 +78,13 @@ def random_files(folder: pathlib.Path, table, stem: str, dtype: np.dtype) -> Non
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
+def write_public(root: pathlib.Path) -> None:
     """Wan2.1-T2V-1.3B in the diffusers layout: transformer and text encoder bfloat16, VAE fp32."""
     from convert import t5, wan
     from prophy_jax.models.t5 import UMT5_XXL
     from prophy_jax.models.wan import WAN_1_3B
     from prophy_jax.models.wan_vae import WanVAEConfig
 
-    root = tmp_path_factory.mktemp("full") / "public"
     half = np.dtype(ml_dtypes.bfloat16)
     weights = "diffusion_pytorch_model"
     random_files(root / "transformer", wan.dit_leaves(WAN_1_3B, "diffusers"), weights, half)
@@ -103,6 +102,12 @@ def public(tmp_path_factory):
     pieces = tokenizer["model"]["vocab"]
     pieces += [[f"piece{i}", -20.0] for i in range(256300 - len(pieces))]  # as many as the public one has
     file.write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    root = tmp_path_factory.mktemp("full") / "public"
+    write_public(root)
     yield root
     shutil.rmtree(root.parent)
 
@@ -258,4 +263,7 @@ def test_every_tensor_comes_back(converted):
 
 if __name__ == "__main__":
     role, *places = sys.argv[1:]
-    {"pytorch": pytorch, "ours": ours}[role](places[0], *map(pathlib.Path, places[1:]))
+    if role == "write":
+        write_public(pathlib.Path(*places))
+    else:
+        {"pytorch": pytorch, "ours": ours}[role](places[0], *map(pathlib.Path, places[1:]))

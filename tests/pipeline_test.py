@@ -119,6 +119,10 @@ def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
     files = {f"000{i}{kind}.mp4" for i in range(2) for kind in ("", "_baseline", "_routing")}
     assert set(os.listdir(place / "samples")) == files | {"manifest.json"}
     assert video.read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80).shape == (9, 48, 80, 3)
+    settings = json.loads((place / "samples" / "manifest.json").read_text())["settings"]
+    for part, name in (("backbone", "transformer"), ("codec", "vae"), ("text_encoder", "text_encoder")):
+        manifest = checkpoints.read_manifest(str(place / "wan" / name), "")
+        assert settings[f"{part}_sha256"] == manifest["sha256"]
 
     # The encoded prompts are kept: without the encoder's weights the same prompts give the same clips.
     text_encoder.rename(text_encoder.with_name("away"))
