@@ -173,7 +173,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     """
     check_params(folder, wanted, remedy)
     # Orbax would read all leaves at once and hold them twice: let it read the largest and little more.
-    largest = max(leaf.size for leaf in jax.tree.leaves(wanted)) * 4
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     with ocp.Checkpointer(handler) as checkpointer:
         place = os.path.join(os.path.abspath(folder), "tree")
