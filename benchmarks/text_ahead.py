@@ -10,7 +10,7 @@ turns:
     shortened   keys and values of the valid rows and one row for all padding given
 
 Prints the smallest time of each and the ratios of the smallest times, with the largest difference of outputs.
-`valid` is the length of the prompt: 127 is that of the official negative prompt.
+`valid` is the length of the prompt in tokens.
 """
 
 import argparse

@@ -112,13 +112,6 @@ def settle(*models):
             parameter.data = parameter.data.clone()
 
 
-needs_accelerate = pytest.mark.skipif(
-    importlib.util.find_spec("accelerate") is None,
-    reason="diffusers needs accelerate to load a Wan transformer",
-)
-
-
-@needs_accelerate
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformer_loads_and_computes_the_same(tmp_path, dtype):
     source = build_transformer(dtype)
@@ -239,7 +232,6 @@ def save_tokenizer(folder):
     return tokenizer
 
 
-@needs_accelerate
 def test_the_whole_pipeline_loads_and_samples(tmp_path):
     parts = {
         "transformer": (DIT, build_transformer()),
