@@ -3,7 +3,7 @@
     make test-full      or      python -m pytest -m slow tests/full_size_test.py -s
     python -m tests.full_size_test write DIR        the random files alone, to try the commands on
 
-Needs 30 GB of disk under TMPDIR, 16 GB of memory and, on two cores, some 15 minutes. Prints peak memory and
+Needs 30 GB of disk under TMPDIR, 20 GB of memory and, on two cores, some 15 minutes. Prints peak memory and
 speed of every conversion, and how far our outputs and PyTorch's are from PyTorch's in fp32.
 
 In bfloat16 two right implementations differ, because they round at different places. So both are compared

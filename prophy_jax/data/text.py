@@ -18,8 +18,8 @@ import numpy as np
 from prophy_jax.errors import UserError
 
 PAD_ID, END_ID = 0, 1  # of every T5 tokenizer
-# The rows of an embedding are the tokenizer's tokens, rounded up to a multiple of this.
-_ROW_MULTIPLE = 128
+# The rows of an embedding are the tokenizer's tokens and a few more. T5 has 32 thousand, UMT5 256 thousand.
+_LEAST_SHARE = 0.9
 _REMEDY = "give the tokenizer folder that came with the text encoder"
 
 
@@ -92,7 +92,7 @@ def load_tokenizer(folder: str | os.PathLike, vocab_size: int) -> Tokenizer:
             f"{folder} is no T5 tokenizer: it pads with {pad} and turns an empty prompt into {empty}, "
             f"T5 pads with {PAD_ID} and gives [{END_ID}]; {_REMEDY}"
         )
-    if not 0 <= vocab_size - len(backend) < _ROW_MULTIPLE:
+    if not _LEAST_SHARE * vocab_size <= len(backend) <= vocab_size:
         raise UserError(
             f"the tokenizer {folder} has {len(backend)} tokens, the text encoder {vocab_size} rows: "
             f"they are of different models; {_REMEDY}"
