@@ -195,3 +195,25 @@ def test_generator_equals_the_model_called_step_by_step(weights):
     silent = sample.make_generator(run.model, config)(params, noise, text[:1], mask[:1], negative, scale=0.0)
     np.testing.assert_array_equal(backbone, silent)
     assert np.abs(backbone - latents).max() > 1e-2
+
+
+def test_the_configuration_of_14b():
+    config = get_config("14b")
+    config.batch_size = 0
+    layout = experiment.abstract_params(experiment.build(config, jax.devices()[:1]))
+    sizes = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in layout.items()}
+    assert sizes["backbone"] == 14_288_491_584 and sizes["branch"] > 10 / 40 * sizes["backbone"] * 0.9
+    assert (config.samples.guidance, config.samples.shift) == (5.0, 5.0)
+    assert "Wan2.1-T2V-14B" in config.backbone_remedy
+
+
+def test_a_whole_folder_of_convert_wan_or_a_backbone_alone(tmp_path):
+    config = get_config("")
+    sample.use_checkpoint(config, str(tmp_path))
+    assert config.backbone_params == str(tmp_path)
+    assert config.codec_params == "checkpoints/wan2.1-t2v-1.3b/vae"
+    (tmp_path / "transformer").mkdir()
+    sample.use_checkpoint(config, str(tmp_path))
+    assert config.backbone_params == str(tmp_path / "transformer")
+    assert config.codec_params == str(tmp_path / "vae")
+    assert config.text_encoder_params == str(tmp_path / "text_encoder")
