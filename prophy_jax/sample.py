@@ -199,11 +199,11 @@ def main(config) -> None:
     config.batch_size, config.accumulation = options.batch or 0, 1  # 0 divides over any mesh
     run = experiment.build(config)
     batch = options.batch or run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    references = experiment.check_params(run, options.branch)
     codec = encoders.load_codec(config, run.mesh)
     encoder = encoders.load_text_encoder(config, encoders.default_cache())
     latent_shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
     grid = experiment.token_grid(run, latent_shape)
-    references = experiment.check_params(run, options.branch)
     for name, part in (("codec", codec), ("text_encoder", encoder)):
         if hasattr(part, "sha256"):
             references[f"{name}_sha256"] = part.sha256
