@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import t5, wan
-from prophy_jax import checkpoints, models
+from prophy_jax import checkpoints, encoders, models
 from prophy_jax.data import video
 from tests import tiny_pipeline
 from tests.conftest import ROOT
@@ -124,16 +124,42 @@ def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
         manifest = checkpoints.read_manifest(str(place / "wan" / name), "")
         assert settings[f"{part}_sha256"] == manifest["sha256"]
 
-    # The encoded prompts are kept: without the encoder's weights the same prompts give the same clips.
+    # The encoded prompts are kept: without the encoder's weights the same prompts give the same clips. Two
+    # devices that share threads may round apart, and the routing is stretched until that shows.
     text_encoder.rename(text_encoder.with_name("away"))
     try:
         succeed("prophy_jax.sample", *sampled, f"--out={place / 'again'}", cwd=place)
-        for name in files:
-            assert (place / "again" / name).read_bytes() == (place / "samples" / name).read_bytes()
+        assert set(os.listdir(place / "again")) == files | {"manifest.json"}
+        for name in (f"000{i}{kind}.mp4" for i in range(2) for kind in ("", "_baseline")):
+            first, again = (
+                video.read_clip(place / out / name, 9, 16, 48, 80) for out in ("samples", "again")
+            )
+            assert np.abs(first.astype(int) - again).max() <= 8
         done = run("prophy_jax.sample", *arguments, "--prompt=New.", f"--out={place / 'new'}", cwd=place)
         assert done.returncode == 1 and "text_encoder" in done.stderr.splitlines()[-1]
     finally:
         text_encoder.with_name("away").rename(text_encoder)
+
+
+def test_encoded_texts_are_kept(place, tmp_path):
+    config = tiny_pipeline.get_config()
+    config.text_encoder_params = str(place / "wan" / "text_encoder")
+    texts = [PROMPT, "", f"  {PROMPT} "]  # the last is the first, cleaned
+    text, mask = encoders.load_text_encoder(config, str(tmp_path))(texts)
+    assert text.shape == (3, tiny_pipeline.LENGTH, 32) and mask.sum(1).tolist()[1] == 1
+    assert np.abs(text[0] - text[1]).max() > 0.1 and not text[~mask].any()
+    np.testing.assert_array_equal(text[0], text[2])
+    assert len(list(tmp_path.rglob("*.npy"))) == 2
+
+    kept = encoders.load_text_encoder(config, str(tmp_path))
+    kept._load = None  # the weights are not read
+    for first, again in zip((text, mask), kept(texts), strict=True):
+        np.testing.assert_array_equal(first, again)
+    with pytest.raises(TypeError):
+        kept(["a new text"])
+    config.text_encoder.length = 8  # other settings, other results
+    assert encoders.load_text_encoder(config, str(tmp_path))(texts)[0].shape == (3, 8, 32)
+    assert encoders.load_text_encoder(config).words_lost(PROMPT) > 0
 
 
 def test_export_gives_the_weights_back(place, trained):
