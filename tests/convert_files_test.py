@@ -712,22 +712,9 @@ def write_large(file, table, kind: str) -> int:
 @pytest.mark.parametrize(
     ("part", "kind", "spec"),
     [
-        ("transformer", "F32", dict(module="wan", dim=1536, num_heads=12, num_layers=10, ffn_dim=8960)),
-        ("transformer", "F32", dict(module="wan", dim=5120, num_heads=40, num_layers=1, ffn_dim=13824)),
-        (
-            "text_encoder",
-            "BF16",
-            dict(
-                module="t5",
-                vocab_size=256384,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=2,
-                num_heads=64,
-                shared_bias=False,
-            ),
-        ),
+        ("transformer", "F32", dict(module="wan", variant="1.3b", num_layers=10)),
+        ("transformer", "F32", dict(module="wan", variant="14b", num_layers=1)),
+        ("text_encoder", "BF16", dict(module="t5", variant="umt5-xxl", num_layers=2)),
     ],
 )
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
