@@ -1,4 +1,5 @@
 # make demo          environment, install, and the whole demo: runs/demo/report.html
+# make demo-data     real clips through every stage on tiny random weights; CLIPS=DIR holds them (docs/data.md)
 # make test          environment, install, and the whole suite
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-full     the long checks that `make test` leaves out
@@ -15,7 +16,7 @@ LATEST := .venv-latest
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -rs -n 2 --dist loadfile
 
-.PHONY: install test test-latest test-full lint demo clean
+.PHONY: install test test-latest test-full lint demo demo-data clean
 
 install: $(VENV)/.installed
 
@@ -54,10 +55,26 @@ $(LATEST)/.installed: requirements.txt pyproject.toml
 demo: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1
 demo: export XLA_FLAGS += --xla_force_host_platform_device_count=2
 demo: $(VENV)/.installed
-	test -e data/demo || $(RUN) -m prophy_jax.prepare --config=configs/wan.py:demo
+	$(RUN) -m prophy_jax.prepare --config=configs/wan.py:demo
 	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo_backbone --workdir=runs/demo_backbone
 	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo --workdir=runs/demo
 	$(RUN) -m prophy_jax.evaluate --config=configs/wan.py:demo --workdir=runs/demo
 
+# The walk-through of docs/data.md, with random weights in place of the public ones.
+CLIPS ?= ../shared/data
+DEMO := runs/demo-data
+demo-data: CONFIG := --config=configs/wan.py:demo_data
+demo-data: $(VENV)/.installed-test
+	@test -d $(CLIPS)/wisa_sample || { echo "no clips at $(CLIPS): make demo-data CLIPS=DIR, see docs/data.md"; exit 1; }
+	test -e $(DEMO)/public || $(RUN) -m tests.tiny_models $(DEMO)/public
+	test -e checkpoints/demo-data || $(RUN) -m convert.wan --src=$(DEMO)/public/Wan2.1 --dst=checkpoints/demo-data
+	mkdir -p $(DEMO)/clips
+	cp -r $(CLIPS)/videophy2_examples/videos docs/demo_clips.csv $(DEMO)/clips/
+	$(RUN) -m prophy_jax.prepare $(CONFIG) --source=$(CLIPS)/wisa_sample --source=$(DEMO)/clips
+	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL
+	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL --preview=3
+	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL --check
+	$(RUN) -m prophy_jax.train $(CONFIG) --workdir=$(DEMO)/run
+
 clean:
-	rm -rf data/demo runs/demo runs/demo_backbone
+	rm -rf data/demo runs/demo runs/demo_backbone data/demo-data data/demo-data-labels checkpoints/demo-data $(DEMO)

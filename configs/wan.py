@@ -5,6 +5,7 @@
     configs/wan.py:tiny             seconds: the same path end to end on a small model; CI runs it
     configs/wan.py:demo_backbone    minutes: pretrains the demo's small backbone on the physics sandbox
     configs/wan.py:demo             minutes: trains the branch beside that backbone (`make demo`)
+    configs/wan.py:demo_data        minutes: real clips, random weights, every stage (`make demo-data`)
 
 An ablation follows a comma, e.g. configs/wan.py:demo,pb+seb. It takes parts away:
     pb, pb+seb, pb+reb              the branch without the other expert blocks and their losses
@@ -31,7 +32,10 @@ BRANCH_GROUPS = (("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None
 
 def get_config(arg: str = "") -> ConfigDict:
     variant, _, ablation = arg.partition(",")
-    variants = {"": paper, "14b": large, "tiny": tiny, "demo_backbone": demo_backbone, "demo": demo}
+    variants = {
+        **{"": paper, "14b": large, "tiny": tiny},
+        **{"demo_backbone": demo_backbone, "demo": demo, "demo_data": demo_data},
+    }
     if variant not in variants:
         raise UserError(f"configs/wan.py has no variant {variant!r}; it has {sorted(filter(None, variants))}")
     config = variants[variant]()
@@ -93,7 +97,38 @@ def paper() -> ConfigDict:
         ema=0.999,
     )
 
-    config.data = dict(dir="data/wisa-80k-480p", height=480, width=832, frames=81, fps=16)
+    config.data = dict(
+        dir="data/wisa-80k-480p",
+        labels="data/wisa-80k-480p-labels",
+        # Further (frames, height, width), such as (49, 480, 832) and (81, 832, 480): each clip takes the one
+        # of its shape, and the longest that it fills. Batches are of one of them.
+        buckets=(),
+        max_upscale=1.25,  # clips that would have to grow by more are skipped
+        categories="answers",  # 17-way, from q0, q1 and q2 of WISA-80K; or "label", its single label
+        subset=20_000,  # clips drawn at random, 0: all
+        seed=0,
+        val_share=0.01,
+        shard=64,  # clips in a file
+        height=480,
+        width=832,
+        frames=81,
+        fps=16,
+    )
+    # What a vision-language model says is where; see prophy_jax.labels. The paper leaves all of it open.
+    config.label = dict(
+        layers=(0.5, 0.85),  # a band of the depth
+        heads="mean",
+        rows="generated",  # the answer's tokens ask where; or "predicting", "last_prompt"
+        tokens="content",  # of them those that mean something; or "all"
+        denoise="difference",  # from the background; or "ratio", "log_ratio", "none"
+        scale="max",  # targets are divided by max |Q|; or "std"
+        max_new_tokens=64,
+        every=1,  # latent times in a frame pair of the model
+        cell=2,  # tokens a side in a cell of the model
+        batch=1,  # clips at a time
+        dtype="bfloat16",
+    )
+    config.label_check = dict(clips=24, size=128, frames=13, fps=8, seed=0)
     config.codec = dict(module="wan_vae", dtype="float32", tile=placeholder(tuple))
     config.text_encoder = dict(module="t5", variant="umt5-xxl", dtype="bfloat16", length=512)
 
@@ -198,6 +233,46 @@ def demo() -> ConfigDict:
     return config
 
 
+def demo_data() -> ConfigDict:
+    """The paper's run on real clips, for 50 steps, with every part real and tiny: the walk of docs/data.md.
+
+    Two CPU cores: 3 minutes in all. Expected: every loss finite and above 0; random weights know nothing.
+    """
+    config = paper()
+    folder = "checkpoints/demo-data"
+    config.backbone_params = f"{folder}/transformer"
+    config.codec_params = f"{folder}/vae"
+    config.text_encoder_params = f"{folder}/text_encoder"
+    config.backbone_remedy = (
+        f"convert them: python -m convert.wan --src=runs/demo-data/public/Wan2.1 --dst={folder}"
+    )
+    config.backbone = dict(
+        **dict(module="wan", dtype="float32", remat="none"),
+        **dict(dim=48, num_heads=3, num_layers=3, ffn_dim=64, text_dim=32, text_len=160),
+    )
+    config.frozen_dtype = "float32"
+    config.codec = dict(module="wan_vae", dtype="float32", base_dim=8)
+    config.text_encoder = dict(
+        **dict(module="t5", dtype="float32", length=160, vocab_size=256, d_model=32),
+        **dict(d_kv=8, d_ff=48, num_layers=2, num_heads=4, shared_bias=False),
+    )
+    config.branch.layers = (0, 2)
+    config.branch.semantic.update(basis_grid=(13, 12, 20), hidden=16)
+    # Clips of 5 s of 16:9, of 4 s of 16:10, and of 6 s of 3:2.
+    config.data.update(
+        **dict(dir="data/demo-data", labels="data/demo-data-labels", subset=0, shard=4, val_share=0.1),
+        **dict(frames=49, height=96, width=160, buckets=((81, 96, 160), (49, 96, 144))),
+    )
+    config.label.update(dtype="float32", max_new_tokens=16)
+    config.steps, config.batch_size = 50, 4
+    config.optimizer.warmup = 5
+    config.log.every = 5
+    config.checkpoint = dict(every=25, keep=2)
+    config.validation.update(every=25, batches=1, batch_size=1)
+    config.samples.update(every=50, clips=1, steps=4, shift=3.0, negative_prompt="")
+    return config
+
+
 def small(folder: str, size: int, frames: int) -> ConfigDict:
     """What the small runs share: fp32 on a CPU, the sandbox, and stand-ins for the VAE and the T5."""
     config = paper()
@@ -208,7 +283,9 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     config.branch = None
     config.losses = dict()
     config.objective = dict(module="flow", distribution="logit_normal", shift=2.0)
-    config.data = dict(dir=folder, height=size, width=size, frames=frames, fps=8)
+    config.data.update(
+        dir=folder, labels="", height=size, width=size, frames=frames, fps=8, subset=0, max_upscale=2.0
+    )
     config.codec = dict(module="linear_codec")
     config.text_encoder = dict(module="hash_text", dim=64, length=64)
     config.samples.negative_prompt = ""

@@ -24,11 +24,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def run(main: Callable[[ConfigDict], None], description: str) -> None:
+def run(main: Callable[[ConfigDict], None], description: str, default: str | None = None) -> None:
     """Parses `--config=FILE.py[:variant]` and `--config.KEY=VALUE` overrides, then calls main(config).
 
-    A command defines its own further absl flags before it calls this.
+    A command defines its own further absl flags before it calls this. `default` is the configuration of a
+    command line without --config.
     """
+    if default and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={default}")  # as a flag's default, it would not take overrides
     config_flags.DEFINE_config_file("config", None, "The run: file.py[:variant].", lock_config=True)
     if set(HELP) & set(sys.argv[1:]):
         print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")

@@ -159,7 +159,7 @@ class TextEncoder:
         return [row[: valid.sum()] for row, valid in zip(encoded, mask, strict=True)]
 
     def _load(self) -> None:
-        devices = jax.devices()
+        devices = jax.local_devices()
         mesh = parallel.make_mesh({"data": 1, "fsdp": -1, "context": 1}, len(devices), devices)
         shapes = jax.eval_shape(self._model.init, jax.random.key(0))
         layout = jax.tree.map(

@@ -28,29 +28,14 @@ import numpy as np
 from prophy_jax import losses, optim, parallel, sample, visualize
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.errors import UserError
+from prophy_jax.metrics import POSITIVE, roc_auc
 
 SIGMAS = (0.2, 0.5, 0.8)  # noise levels; headline numbers are of the first
-POSITIVE = 0.25  # label from which a token counts as covered; 0 is uncovered, between is left out
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 MAPPED = (2, 3, 2, 3)  # phenomena in each clip whose routing is shown
 
 
 # --- Measures, in NumPy ----------------------------------------------------------------------------
-
-
-def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
-
-    Args: scores (n,) float, positive (n,) bool. NaN unless there are positives and negatives.
-    """
-    positives = int(positive.sum())
-    negatives = positive.size - positives
-    if not positives or not negatives:
-        return float("nan")
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[group]  # from 1; equal scores share their mean rank
-    wins = ranks[positive].sum() - positives * (positives + 1) / 2
-    return float(wins / (positives * negatives))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,10 +200,12 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
 
     # 1. The run and the clips.
     manifest = check_run(config, workdir)
-    counts = experiment.check_data(config)["counts"]
+    data = experiment.check_data(config)
+    counts = data["counts"]
     split = "test" if "test" in counts else "val"
-    stored = records.open_source(config.data.dir, "records", split)
-    labelled = os.path.exists(os.path.join(config.data.dir, "alignment"))
+    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
+    latent_shape = tuple(data["buckets"][bucket]["latent_shape"])
+    stored = records.open_dataset(config.data.dir, "records", bucket, split)
     run = experiment.build(config)
     backbone = os.path.join(workdir, "backbone")  # there, if the run trained it beside the branch
     backbone = backbone if os.path.exists(backbone) else config.backbone_params
@@ -237,13 +224,14 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
         for name in splits:
             parts = []
             for batch in loader.make_loader(
-                config.data.dir, name, batch_size, 0, shuffle=False, repeat=False
+                config.data.dir, name, batch_size, 0, shuffle=False, repeat=False, labels=config.data.labels
             ):
-                parts.append(measure(before, after, batch, batch_size))
-                bar.update()
+                if batch["latents"].shape[1:] == latent_shape:
+                    parts.append(measure(before, after, batch, batch_size))
+                    bar.update()
             measured[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         seen = measured[split]
-        results, cases = summarise(run, seen, labelled)
+        results, cases = summarise(run, seen)
         results["diffusion"] = {
             name: loss_comparison(m["with_branch"], m["without"]) for name, m in measured.items()
         }
@@ -321,17 +309,20 @@ def make_measure(run):
     def measure(before, after, batch, size) -> dict[str, np.ndarray]:
         count = len(batch["id"])
         rows = np.minimum(np.arange(size), count - 1)  # the last clip fills up a smaller batch
+        batch = dict(batch) | {
+            name: batch[name].astype(np.float32) for name in ("latents", "text", "alignment")
+        }
         inputs = {name: batch[name][rows] for name in ("latents", "text", "text_mask")}
         noise = sample.make_noise(run.config.seed, batch["index"], inputs["latents"].shape[1:])
         noise = np.asarray(noise)
         inputs = parallel.put_batch(inputs | {"noise": noise[rows]}, run.mesh)
         seen = jax.device_get(look(before, after, inputs, inputs["noise"]))
-        return dict(batch) | {"noise": noise} | {name: value[:count] for name, value in seen.items()}
+        return batch | {"noise": noise} | {name: value[:count] for name, value in seen.items()}
 
     return measure
 
 
-def summarise(run, seen: Mapping[str, np.ndarray], labelled: bool):
+def summarise(run, seen: Mapping[str, np.ndarray]):
     """(results, cases by clip) from what `measure` saw of all clips."""
     results: dict[str, Any] = {
         "sigmas": list(SIGMAS),
@@ -348,7 +339,7 @@ def summarise(run, seen: Mapping[str, np.ndarray], labelled: bool):
     if "rho" in seen:
         rho, top_k = seen["rho"][:, 0], run.model.branch.refinement.top_k
         results["routers"] |= losses.router_statistics("refinement", rho, top_k)
-        if labelled:
+        if seen["alignment_present"].any():
             label, present = seen["alignment"], seen["alignment_present"]
             results["experts"] = expert_table(rho, label, present)
             cases = [

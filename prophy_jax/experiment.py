@@ -6,7 +6,9 @@ Shared by the commands that train, sample and measure.
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +17,12 @@ from ml_collections import ConfigDict
 
 from prophy_jax import checkpoints, losses, models, optim, parallel
 from prophy_jax.data import records
+from prophy_jax.data.records import differences
 from prophy_jax.errors import UserError
 from prophy_jax.models.physics import BranchConfig, ProPhy
 
 # These may differ between the run that wrote a workdir and the run that resumes it.
-MAY_CHANGE = ("mesh", "log", "checkpoint", "samples")
+MAY_CHANGE = ("mesh", "log", "checkpoint", "samples", "label", "label_check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +185,14 @@ def check_data(config: ConfigDict) -> dict[str, Any]:
             f"{config.data.dir} was prepared with another configuration ({different}): "
             "prepare it again with this one, or name another --config.data.dir"
         )
+    labelled = config.data.labels or any(Path(config.data.dir, "alignment").glob("*"))
+    if not labelled and set(config.losses) & {"alignment", "absolute_alignment"}:
+        print(
+            f"warning: {config.data.dir} has no token labels, so the alignment loss stays 0; make them with "
+            "python -m prophy_jax.label, and name them with --config.data.labels=DIR",
+            file=sys.stderr,
+        )
     return manifest
-
-
-def differences(was: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
-    """Where two nested dicts of JSON types differ, e.g. "data.frames was 9, is 13"; "" where they agree."""
-    found = []
-    for key in sorted(was.keys() | own.keys()):
-        old, new = was.get(key), own.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found.append(differences(old, new, f"{prefix}{key}."))
-        elif old != new:
-            found.append(f"{prefix}{key} was {old}, is {new}")
-    return "; ".join(filter(None, found))
 
 
 def config_as_json(config: ConfigDict) -> dict[str, Any]:

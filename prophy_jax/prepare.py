@@ -1,22 +1,33 @@
-"""Command: makes training records from the physics sandbox or from a folder of captioned videos.
+"""Command: makes training records from folders of captioned videos, or from the physics sandbox.
 
-    python -m prophy_jax.prepare --config=configs/wan.py:demo                  # the sandbox
     python -m prophy_jax.prepare --config=configs/wan.py --source=WISA --out=DIR
+    python -m prophy_jax.prepare --config=configs/wan.py:demo                     # the sandbox
 
-Without --source it draws the clips of `config.data.sandbox` (seed and the counts train, val, test),
-keeps them as a TFDS data set, and stores their exact token masks as alignment labels. With --source
-it reads a folder in the layout of WISA-80K (stated in `prophy_jax.data.wisa`), centre-crops and
-resizes its videos, and stores no alignment. Clips have the height, width, frames and fps of
-`config.data`; `config.codec` encodes them, and `config.text_encoder` their captions.
+SOURCE is a folder of WISA-80K, or a CSV or JSONL file of videos and captions (`prophy_jax.data.sources`);
+several may be given. `config.data` says which clips are taken, and into which sizes and lengths (buckets)
+they are cropped; `config.codec` encodes the videos and `config.text_encoder` the captions. Without --source
+it draws the clips of `config.data.sandbox`, and stores their exact token masks as alignment labels.
+
+Any number of processes may share the work, and any of them may be stopped and started again: those of one JAX
+job share it by themselves, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped,
+counted and listed.
+
+F frames, H W pixels, T h w latent grid, N tokens.
 """
 
+import collections
 import contextlib
-import io
-import shutil
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 import prophy_jax
@@ -26,109 +37,369 @@ from prophy_jax.errors import UserError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from prophy_jax.data.records import Recorder
-    from prophy_jax.data.wisa import Clip, Report
+    from prophy_jax.data.records import Shard
+    from prophy_jax.data.sources import Clip, Report, Sample, Source
+    from prophy_jax.data.video import Bucket
 
-PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pymunk")  # these shape the data
+PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
 SHOWN = 20  # entries of a list that the summary prints; the manifest has all of them
+THREADS = 8  # that decode; each video is decoded by several threads of FFmpeg besides
 
 
-def _record_sandbox(data: "ConfigDict", folder: Path, recorder: "Recorder") -> dict[str, Any]:
-    """Draws the sandbox into `folder`/sandbox and records it; returns its part of the manifest."""
-    if "sandbox" not in data:
-        raise UserError("this config has no config.data.sandbox to draw; give videos with --source")
-    if data.height != data.width:
-        raise UserError(
-            f"the sandbox draws square clips, but config.data is {data.height}x{data.width} pixels"
-        )
-    import tensorflow_datasets as tfds
-    import tqdm
+def prepare(
+    config: "ConfigDict",
+    sources: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    process: tuple[int, int] = (0, 1),
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Makes this process's share of a folder of training records (see `prophy_jax.data.records`).
 
-    from prophy_jax.data import records
-    from prophy_jax.data.sandbox import builder
+    Args:
+        config: with `data`, `codec` and `text_encoder`.
+        sources: folders or files of captioned videos; none draws the sandbox.
+        out: the folder to make, or to go on with; None is `config.data.dir`.
+        process: (i, P), which of how many processes this is.
+        dry_run: only list the clips and print statistics.
 
-    settings = {"size": data.height, "frames": data.frames, "fps": data.fps, **data.sandbox}
-    total = sum(data.sandbox[split] for split in records.SPLITS)
-    print(f"drawing {total} sandbox clips", flush=True)
-    tfds.disable_progress_bar()  # it would speak of downloads
-    with contextlib.redirect_stdout(io.StringIO()):
-        sandbox = builder.PhysicsSandbox(
-            data_dir=folder / "drawing",
-            config=builder.SandboxConfig(name="clips", **settings),
-            file_format="array_record",
-        )
-        sandbox.download_and_prepare()
-    Path(sandbox.data_path).rename(folder / "sandbox")  # beside "records", without TFDS's levels
-    shutil.rmtree(folder / "drawing")
-    sources = {split: records.open_source(folder, "sandbox", split) for split in records.SPLITS}
-    with tqdm.tqdm(total=total, desc="encoding", unit="clip") as bar:
-        for split, source in sources.items():
-            for clip in source:
-                clip_id, caption = clip["id"].decode(), clip["caption"].decode()
-                recorder.write(split, clip_id, caption, clip["frames"], clip["category"], clip["masks"])
-                bar.update()
-    return {"source": {"sandbox": data.sandbox.to_dict()}}
+    Returns:
+        The manifest, as in `out`/manifest.json; None when other processes are still at work, or on a dry run.
 
-
-def _record_wisa(
-    clips: list["Clip"], report: "Report", data: "ConfigDict", recorder: "Recorder"
-) -> dict[str, Any]:
-    """Decodes the videos of a WISA folder and records them; returns its part of the manifest.
-
-    The last tenth of the clips that can be read, at least one, is the validation split.
+    Raises:
+        UserError: the folder is of something else, the sources are not usable, or no clip can be read.
     """
-    import tqdm
+    from prophy_jax.data import records, statistics
 
-    from prophy_jax.data import video
+    # 1. What there is, and what is taken.
+    source, splits = list_clips(config.data, sources)
+    stats = statistics.summarise(source) if sources else None
+    if dry_run:
+        if stats:
+            print(statistics.table(stats))
+        print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
+        return None
 
-    skipped = list(report.skipped)
-    readable: dict[str, list[Clip]] = {"train": [], "val": []}
+    # 2. The encoders, and the folder: everything that can be wrong shows before the first clip.
+    import jax
 
-    with tqdm.tqdm(total=len(clips), desc="clips", unit="clip") as bar:
+    from prophy_jax import encoders, parallel
 
-        def record(split: str, clip: "Clip") -> None:
-            try:
-                frames = video.read_clip(clip.path, data.frames, data.fps, data.height, data.width)
-            except UserError as error:
-                skipped.append((clip.id, str(error)))
-            else:
-                recorder.write(split, clip.id, clip.caption, frames, clip.category)
-                readable[split].append(clip)
-            bar.update()
+    shape = {"data": -1, "fsdp": 1, "context": 1}
+    mesh = parallel.make_mesh(shape, 0, jax.local_devices())  # each process encodes its own clips
+    codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
+    buckets = list_buckets(config.data)
+    for bucket in buckets:
+        codec.latent_shape(*bucket)  # raises on a size that the codec cannot take
+    size = config.data.shard
+    chunks = {
+        split: [clips[first : first + size] for first in range(0, max(len(clips), 1), size)]
+        for split, clips in splits.items()
+    }
+    plan = make_plan(config, splits, codec, text_encoder)
+    out = Path(out or config.data.dir)
+    job = records.Job(out, plan, {split: len(parts) for split, parts in chunks.items()}, process)
 
-        remaining = list(clips)
-        while remaining and len(readable["val"]) < max(1, len(clips) // 10):
-            record("val", remaining.pop())
-        for clip in remaining:
-            record("train", clip)
+    # 3. The shards of this process. Threads decode the next clips while the devices encode.
+    mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
+    work = [clip for _, _, chunk in mine for clip in chunk]
+    progress = Progress(len(work))
+    with contextlib.closing(decode_ahead(source, work, buckets, config.data, mesh.size)) as decoded:
+        for split, index, chunk in mine:
+            with job.shard(split, index) as shard:
+                clips = itertools.islice(progress.waiting(decoded), len(chunk))
+                record_shard(shard, clips, codec, text_encoder, mesh.size, progress)
+    progress.close()
 
-    if not readable["val"]:
-        raise UserError(f"none of the {len(clips)} videos can be used; the first: {skipped[-1][1]}")
-    if not readable["train"]:
-        print(f"only {len(readable['val'])} usable: the validation split is the training split")
-        for clip in readable["val"]:
-            frames = video.read_clip(clip.path, data.frames, data.fps, data.height, data.width)
-            recorder.write("train", clip.id, clip.caption, frames, clip.category)
+    # 4. The last process to be done puts the folder together.
+    paths = [str(Path(path).resolve()) for path in sources]
+    manifest = job.finish(
+        lambda reports: describe(out, config, paths, source.report, stats, reports, codec, text_encoder)
+    )
+    if manifest is None:
+        left = len(job.missing())
+        print(f"process {process[0]} of {process[1]} is done; {left} shards are left to the others")
+    else:
+        print_summary(out, manifest)
+    return manifest
+
+
+def list_clips(data: "ConfigDict", paths: Sequence[str | Path]) -> tuple["Source", dict[str, list["Clip"]]]:
+    """The source, and split -> clips: `data.subset` of them (0: all), drawn by `data.seed`."""
+    from prophy_jax.data import sources
+
+    if not paths:
+        source = sources.draw_sandbox(data)
+        return source, sources.split_clips(source.clips, 0.0, data.seed)
+    source = sources.read_sources(paths, data.categories)
+    clips = sources.choose(source.clips, data.subset or None, data.seed)
+    return source, sources.split_clips(clips, data.val_share, data.seed)
+
+
+def list_buckets(data: "ConfigDict") -> list["Bucket"]:
+    """The main size of `data`, then its further `buckets`, (frames, height, width) each."""
+    from prophy_jax.data.video import Bucket
+
+    main = Bucket(data.frames, data.height, data.width)
+    return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
+
+
+def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> dict[str, Any]:
+    """All that decides what the records hold, and in which shards."""
+    digest = hashlib.sha256()
+    for split, clips in splits.items():
+        for clip in clips:
+            category = clip.category.tolist()
+            digest.update(
+                json.dumps([split, clip.id, clip.caption, category, clip.source, clip.video]).encode()
+            )
+    keys = ("height", "width", "frames", "fps", "buckets", "max_upscale", "shard")
+    plan = {
+        "data": {key: config.data[key] for key in keys},
+        "codec": config.codec.to_dict(),
+        "text_encoder": config.text_encoder.to_dict(),
+        "clips_sha256": digest.hexdigest(),
+        "program": prophy_jax.__version__,
+    }
+    weights = {"codec_sha256": codec, "text_encoder_sha256": text_encoder}
+    return plan | {key: part.sha256 for key, part in weights.items() if hasattr(part, "sha256")}
+
+
+# --- Clips to records ------------------------------------------------------------------------------
+
+
+def decode_ahead(
+    source: "Source", clips: Sequence["Clip"], buckets: Sequence["Bucket"], data, devices: int
+) -> Iterator[tuple["Clip", "Sample | str"]]:
+    """Yields (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
+
+    At most THREADS + 2 `devices` decoded clips are held at a time.
+    """
+
+    def read(clip: "Clip") -> "Sample | str":
+        try:
+            return source.read(clip, buckets, data.fps, data.max_upscale)
+        except UserError as error:
+            return str(error)
+
+    waiting: collections.deque = collections.deque()
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for clip in clips:
+            waiting.append((clip, pool.submit(read, clip)))
+            if len(waiting) == THREADS + 2 * devices:
+                clip, future = waiting.popleft()
+                yield clip, future.result()
+        while waiting:
+            clip, future = waiting.popleft()
+            yield clip, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def record_shard(
+    shard: "Shard", clips: Iterable, codec: Any, text_encoder: Any, group: int, progress: "Progress"
+) -> None:
+    """Encodes the clips of one shard, `group` of a bucket at a time, and writes their records.
+
+    How they are grouped depends on the shard alone, so that its bytes do too.
+    """
+    waiting: dict[Bucket, list] = collections.defaultdict(list)
+    moments = np.zeros((3, 16))  # count, sum, sum of squares, per channel
+    skipped, captions_cut = [], {}
+
+    def flush(bucket: "Bucket") -> None:
+        nonlocal moments
+        batch = waiting.pop(bucket)
+        with progress.encoding():
+            latents = codec.encode(np.stack([sample.frames for _, sample in batch]))  # (b, T, h, w, 16)
+            captions = [sample.caption or clip.caption for clip, sample in batch]
+            text, mask = text_encoder(captions)
+        for row, (clip, sample) in enumerate(batch):
+            lost = text_encoder.words_lost(captions[row])
+            if lost:
+                captions_cut[clip.id] = lost
+            moments = moments + write_record(
+                shard, clip, sample, captions[row], latents[row], text[row][mask[row]]
+            )
+
+    for clip, sample in clips:
+        if isinstance(sample, str):
+            skipped.append([clip.id, sample])
+            continue
+        waiting[sample.bucket].append((clip, sample))
+        if len(waiting[sample.bucket]) == group:
+            flush(sample.bucket)
+    for bucket in list(waiting):
+        flush(bucket)
+    shard.note(skipped=skipped, captions_cut=captions_cut, moments=moments.tolist())
+
+
+def write_record(
+    shard: "Shard", clip: "Clip", sample: "Sample", caption: str, latents: np.ndarray, text: np.ndarray
+) -> np.ndarray:
+    """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16)."""
+    from prophy_jax.data import records
+
+    stored = latents.astype(np.float16), text.astype(np.float16)
+    if not all(np.isfinite(array).all() for array in stored):
+        raise UserError(
+            f"clip {clip.id}: the encoders gave values that are not finite; mend their weights or dtype"
+        )
+    category = clip.category if sample.category is None else sample.category
+    shard.write(
+        f"records/{sample.bucket}",
+        records.record_features(latents.shape, text.shape[-1]),
+        {
+            "id": clip.id,
+            "caption": caption,
+            "source": clip.source,
+            "video": clip.video,
+            "latents": stored[0],
+            "text": stored[1],
+            "category": category,
+        },
+    )
+    if sample.masks is not None:
+        grid = records.token_grid(latents.shape)
+        if sample.masks.shape[:3] != grid:
+            raise UserError(
+                f"the sandbox has token masks {sample.masks.shape[:3]}, but config.codec gives "
+                f"latents {latents.shape}; choose a codec of stride 4 in time and space"
+            )
+        masks = sample.masks.reshape(-1, len(category))  # (T, G, G, 17) -> (N, 17)
+        shard.write(
+            f"alignment/{sample.bucket}",
+            records.alignment_features(len(masks)),
+            {"id": clip.id, "present": category, "maps": masks.T[category > 0].astype(np.float16)},
+        )
+    values = latents.reshape(-1, latents.shape[-1]).astype(np.float64)  # (T*h*w, 16)
+    return np.stack([np.full(values.shape[1], len(values)), values.sum(0), np.square(values).sum(0)])
+
+
+class Progress:
+    """The progress bar, and what the time goes to."""
+
+    def __init__(self, clips: int) -> None:
+        import tqdm
+
+        self._bar = tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips)
+        self._spent = {"waiting for decoded clips": 0.0, "encoding": 0.0}
+        self._clips, self._start = clips, time.perf_counter()
+
+    def waiting(self, decoded: Iterator) -> Iterator:
+        while True:
+            before = time.perf_counter()
+            item = next(decoded, None)
+            self._spent["waiting for decoded clips"] += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+            self._bar.update()
+
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._spent["encoding"] += time.perf_counter() - before
+
+    def close(self) -> None:
+        self._bar.close()
+        seconds = time.perf_counter() - self._start
+        if self._clips:
+            shares = ", ".join(f"{what} {spent / seconds:.0%}" for what, spent in self._spent.items())
+            print(f"{self._clips} clips in {seconds:.0f} s, {seconds / self._clips:.2f} s each: {shares}")
+
+
+# --- What was made ---------------------------------------------------------------------------------
+
+
+def describe(
+    out: Path,
+    config: "ConfigDict",
+    paths: list[str],
+    listing: "Report",
+    stats: dict[str, Any] | None,
+    reports: list[dict[str, Any]],
+    codec: Any,
+    text_encoder: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`.
+
+    Writes the encoded empty prompt and the statistics too.
+    """
+    from prophy_jax.data import records, statistics
+    from prophy_jax.data.video import Bucket
+
+    skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
+    counts = {split: 0 for split in dict.fromkeys(report["split"] for report in reports)}
+    buckets: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for dataset, size in report["datasets"].items():
+            kind, bucket = dataset.split("/")
+            if kind == "records":
+                counts[report["split"]] += size["count"]
+                found = buckets.setdefault(bucket, {"counts": dict.fromkeys(counts, 0), "bytes": 0})
+                found["counts"][report["split"]] += size["count"]
+                found["bytes"] += size["bytes"]
+    if not buckets:
+        clips = sum(len(report["skipped"]) for report in reports)
+        raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}")
+
+    text, mask = text_encoder([""])
+    np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
+    if stats:
+        (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
+        statistics.picture(stats, out / "statistics.png")
+
+    features = {}
+    aligned = any(dataset.startswith("alignment/") for report in reports for dataset in report["datasets"])
+    for bucket in sorted(buckets):
+        shape = codec.latent_shape(*Bucket.parse(bucket))
+        grid = records.token_grid(shape)
+        buckets[bucket] |= {"latent_shape": list(shape), "token_grid": list(grid)}
+        features[f"records/{bucket}"] = records.record_features(shape, text.shape[-1])
+        if aligned:
+            features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(grid)))
+    moments = sum(np.array(report["moments"]) for report in reports)
+    mean = moments[1] / moments[0]
     labels = {
-        label: {"clips": count, "first": report.examples[label]}
-        for label, count in report.unknown_labels.most_common()
+        label: {"clips": count, "first": listing.examples[label]}
+        for label, count in listing.unknown_labels.most_common()
     }
-    return {
-        "records_listed": report.records,
-        "skipped": skipped,
+    manifest = {
+        "sources": paths,
+        "counts": counts,
+        "stand_in": [report["split"] for report in reports if "stands_in" in report],
+        "buckets": {bucket: buckets[bucket] for bucket in sorted(buckets)},
+        "video": {key: config.data[key] for key in ("height", "width", "frames", "fps", "buckets")},
+        "max_upscale": config.data.max_upscale,
+        "codec": config.codec.to_dict(),
+        "text_encoder": config.text_encoder.to_dict(),
+        "sandbox": config.data.sandbox.to_dict() if not stats else None,
+        "text_length": text.shape[1],
+        "text_dim": text.shape[2],
+        "empty_text_sha256": hashlib.sha256(text.astype("<f4").tobytes()).hexdigest(),
+        # The codec normalises; these, measured on all splits, say how well.
+        "latent_mean": mean.round(4).tolist(),
+        "latent_std": np.sqrt(np.maximum(moments[2] / moments[0] - mean**2, 0)).round(4).tolist(),
+        "captions_cut": {name: lost for report in reports for name, lost in report["captions_cut"].items()},
+        "records_listed": listing.records,
+        "skipped": [*listing.skipped, *skipped],
         "labels_not_understood": labels,
-        "unannotated": report.unannotated,
-        "label_not_among_answers": report.label_differs,
+        "unannotated": listing.unannotated,
+        "label_not_among_answers": listing.label_differs,
+        "versions": versions(),
     }
+    return features, manifest
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of this program and of the packages that shape the data, where installed."""
-    versions = {"prophy_jax": prophy_jax.__version__}
+    found = {"prophy_jax": prophy_jax.__version__}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
+            found[package] = metadata.version(package)
+    return found
 
 
 def _print_list(title: str, entries: list[str]) -> None:
@@ -140,9 +411,13 @@ def _print_list(title: str, entries: list[str]) -> None:
             print(f"  ... and {len(entries) - SHOWN} more in manifest.json")
 
 
-def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
-    counts = ", ".join(f"{split} {count}" for split, count in manifest["counts"].items())
-    print(f"wrote {out}: {counts} clips of latents {tuple(manifest['latent_shape'])}")
+def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    counts = manifest["counts"]
+    print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " clips")
+    for bucket, found in manifest["buckets"].items():
+        print(f"  {bucket}: {sum(found['counts'].values())} clips of latents {tuple(found['latent_shape'])}")
+    for split in manifest["stand_in"]:
+        print(f"no clip of split {split!r} can be used: clips of the other stand in, so that they overlap")
     _print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
     _print_list(
         "labels not understood",
@@ -151,73 +426,33 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
             for label, found in manifest["labels_not_understood"].items()
         ],
     )
-    _print_list("clips without q0, q1, q2: no category", manifest["unannotated"])
-    _print_list("clips whose label is not among q0, q1, q2", manifest["label_not_among_answers"])
+    _print_list("clips without a category", manifest["unannotated"])
+    _print_list("clips whose label is not among their answers", manifest["label_not_among_answers"])
     _print_list(
         f"captions cut to {manifest['text_length']} text rows",
         [f"{name}: {lost} words lost" for name, lost in manifest["captions_cut"].items()],
     )
 
 
-def prepare(
-    config: "ConfigDict", source: str | Path | None = None, out: str | Path | None = None
-) -> dict[str, Any]:
-    """Makes a folder of training records (see `prophy_jax.data.records`) and prints a summary.
-
-    Nothing appears at `out` before it is complete, and nothing is left behind on failure.
-
-    Args:
-        config: with `data` (dir, height, width, frames, fps, sandbox), `codec` and `text_encoder`.
-        source: a folder in WISA-80K's layout; None draws the sandbox.
-        out: where to write; None is `config.data.dir`.
-
-    Returns:
-        The manifest, as in `out`/manifest.json.
-
-    Raises:
-        UserError: `out` exists, the source is not usable, or no clip can be read.
-    """
-    import jax
-
-    from prophy_jax import encoders, parallel
-    from prophy_jax.data import records, wisa
-
-    out = Path(out or config.data.dir)
-    with records.new_folder(out) as folder:
-        # Before the models load, so that a wrong folder shows at once.
-        listing = None if source is None else wisa.read_wisa(source)
-        mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, jax.devices())
-        codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
-        recorder = records.Recorder(folder, codec, text_encoder)
-        manifest = {
-            "skipped": [],
-            "labels_not_understood": {},
-            "unannotated": [],
-            "label_not_among_answers": [],
-        }
-        if listing is None:
-            manifest |= _record_sandbox(config.data, folder, recorder)
-        else:
-            manifest |= {"source": {"wisa": str(Path(source).resolve())}}
-            manifest |= _record_wisa(*listing, config.data, recorder)
-        manifest |= recorder.close() | {
-            "video": {key: config.data[key] for key in ("height", "width", "frames", "fps")},
-            "codec": config.codec.to_dict(),
-            "text_encoder": config.text_encoder.to_dict(),
-            "versions": _versions(),
-        }
-        records.write_manifest(folder, manifest)
-    manifest = records.read_manifest(out)
-    _print_summary(out, manifest)
-    return manifest
-
-
 def main(config: "ConfigDict") -> None:
-    prepare(config, flags.FLAGS.source, flags.FLAGS.out)
+    from prophy_jax.data import records
+
+    options = flags.FLAGS
+    if options.process:
+        process = records.parse_process(options.process)
+    elif options.dry_run:
+        process = (0, 1)
+    else:
+        import jax
+
+        process = (jax.process_index(), jax.process_count())
+    prepare(config, options.source, options.out, process, options.dry_run)
 
 
 if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
-    flags.DEFINE_string("source", None, "Folder in WISA-80K's layout; without it, the sandbox.")
-    flags.DEFINE_string("out", None, "Folder to make; default: config.data.dir.")
+    flags.DEFINE_multi_string("source", [], "Folder or file of captioned videos; without it, the sandbox.")
+    flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.dir.")
+    flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
+    flags.DEFINE_bool("dry_run", False, "Only list the clips and print statistics.")
     cli.run(main, __doc__)

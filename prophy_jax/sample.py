@@ -108,6 +108,9 @@ def make_validation_clips(run) -> Callable[[dict, str], None]:
     batch = next(
         loader.make_loader(config.data.dir, "val", config.samples.clips, 0, shuffle=False, repeat=False)
     )
+    batch = {name: batch[name].astype(np.float32) for name in ("latents", "text")} | {
+        name: batch[name] for name in ("text_mask", "index")
+    }
     noise = make_noise(config.seed, batch["index"], batch["latents"].shape[1:])
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": text, "text_mask": text_mask}

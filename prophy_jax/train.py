@@ -47,6 +47,14 @@ class TrainState:
 # --- The objective ---------------------------------------------------------------------------------
 
 
+def full_precision(batch: Batch) -> Batch:
+    """Latents, texts and labels are stored as float16; everything is computed from float32."""
+    return {
+        name: value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        for name, value in batch.items()
+    }
+
+
 def draw_inputs(key, objective, batch: Batch, empty: Batch, caption_dropout: float) -> Batch:
     """Adds what is random in a step, for the whole batch: noise, time, and which captions are dropped."""
     noise_key, time_key, drop_key = jax.random.split(key, 3)
@@ -136,7 +144,7 @@ def make_train_step(model: ProPhy, objective, optimizer: optax.GradientTransform
 
     def step(state: TrainState, frozen, empty, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = draw_inputs(key, objective, batch, empty, config.caption_dropout)
+        batch = draw_inputs(key, objective, full_precision(batch), empty, config.caption_dropout)
         counts = {
             name: jnp.float32(mask.sum() if config.reduction.alignment == "mean" else 1)
             for name, mask in alignment_masks(batch, config).items()
@@ -202,7 +210,11 @@ def train(config, workdir: str) -> None:
     if config.backbone_params:
         manifest = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
         references["backbone_sha256"] = manifest["sha256"]
-    latent_shape = experiment.check_data(config)["latent_shape"]
+    experiment.check_data(config)
+
+    def place(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
+        return batch["id"], parallel.put_batch({name: batch[name] for name in MODEL_INPUTS}, mesh)
+
     data = loader.make_loader(
         config.data.dir,
         "train",
@@ -210,6 +222,8 @@ def train(config, workdir: str) -> None:
         config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        labels=config.data.labels,
+        place=place,  # ahead of the step that needs it
     )
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": jnp.asarray(text), "text_mask": jnp.asarray(text_mask)}
@@ -238,7 +252,6 @@ def train(config, workdir: str) -> None:
         )
         validate = make_validation(run)
         write_clips = sample.make_validation_clips(run)
-        tokens = math.prod(model.backbone.grid(latent_shape))
 
         # 5. The loop. The state and the data position are saved together, before the data advances.
         if first_step == 0:
@@ -250,11 +263,12 @@ def train(config, workdir: str) -> None:
         step = first_step
         while step < config.steps and not stop.requested:
             with window.waiting():
-                batch = next(data)
-                inputs = parallel.put_batch({name: batch[name] for name in MODEL_INPUTS}, mesh)
-            recent_ids.append((step, batch["id"]))
+                ids, inputs = next(data)
+            recent_ids.append((step, ids))
             state, values = train_step(state, frozen, empty, inputs)
             step += 1
+            tokens = math.prod(model.backbone.grid(inputs["latents"].shape[1:]))
+            window.count(config.batch_size * tokens, config.batch_size * model.train_flops(tokens))
             bar.update()
 
             last = step == config.steps or stop.requested
@@ -266,7 +280,7 @@ def train(config, workdir: str) -> None:
                 continue
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             _stop_if_not_finite(int(state.bad_step), recent_ids, saved)
-            values |= window.close(step, config.batch_size, tokens, model.train_flops(tokens))
+            values |= window.close(step)
             bar.set_postfix_str(f"loss {values['loss/total']:.4f}", refresh=False)
             if due["validation"]:
                 values |= validate(optim.merge(state.ema, frozen))
@@ -314,6 +328,7 @@ def make_validation(run):
 
     @jax.jit
     def losses_at(params, batch):
+        batch = full_precision(batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(batch["index"])
         noise = jax.vmap(lambda key: jax.random.normal(key, batch["latents"].shape[1:]))(keys)
 
@@ -348,6 +363,7 @@ class _Window:
 
     def open(self, step: int) -> None:
         self._step, self._start, self._wait = step, time.perf_counter(), 0.0
+        self._tokens = self._flops = 0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -355,14 +371,16 @@ class _Window:
         yield
         self._wait += time.perf_counter() - before
 
-    def close(self, step: int, batch: int, tokens: int, clip_flops: int) -> dict[str, float]:
-        steps = step - self._step
-        seconds = (time.perf_counter() - self._start) / steps
+    def count(self, tokens: int, flops: int) -> None:
+        self._tokens, self._flops = self._tokens + tokens, self._flops + flops
+
+    def close(self, step: int) -> dict[str, float]:
+        steps, seconds = step - self._step, time.perf_counter() - self._start
         return {
-            "time/step_s": seconds,
+            "time/step_s": seconds / steps,
             "time/data_wait_s": self._wait / steps,
-            "speed/tokens_per_s": batch * tokens / seconds,
-            "speed/model_tflop_per_s": batch * clip_flops / seconds / 1e12,
+            "speed/tokens_per_s": self._tokens / seconds,
+            "speed/model_tflop_per_s": self._flops / seconds / 1e12,
         }
 
 

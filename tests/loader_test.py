@@ -1,6 +1,12 @@
-"""The loader: batch contract, determinism, slices per process, exact resume, refusals."""
+"""The loader: batch contract, buckets, determinism, rows of each process, exact resume, refusals.
 
+B global batch, P processes, T h w latent grid, N tokens, L text length, D text width.
+"""
+
+import shutil
+import threading
 from collections import Counter
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -10,135 +16,259 @@ import pytest
 from prophy_jax.data import loader, records
 from prophy_jax.errors import UserError
 
-NUM_TOKENS, LENGTH, WIDTH = 8, 6, 5
-COUNTS = {"train": 10, "val": 3}
+LENGTH, WIDTH = 6, 5
+WIDE, TALL = "5x16x32", "9x32x16"
+SHAPES = {WIDE: (2, 4, 8, 16), TALL: (3, 8, 4, 16)}  # (T, h, w, 16): N = 16 and 24
+COUNTS = {WIDE: {"train": 10, "val": 3}, TALL: {"train": 5, "val": 0}}
+SHARD = 4  # examples of a shard
+PAIR = np.isin(np.arange(17), (2, 9))  # the phenomena of every clip with an even index
+
+
+def _name(bucket: str, split: str, index: int) -> str:
+    return f"{split} {index} of {bucket}"
 
 
 def _present(index: int) -> np.ndarray:
-    return (np.arange(17) == index).astype(np.float32)
+    return (PAIR if index % 2 == 0 else np.zeros(17)).astype(np.float32)
 
 
-def _make(folder, alignment: bool = True, wrong_id: bool = False, alignment_count: int = 10):
-    features = records.record_features((2, 4, 4, 16), WIDTH)
-    writer = records.Writer(folder / "records", "records", features)
-    for split, count in COUNTS.items():
-        for index in range(count):
-            example = {
-                "id": f"{split}{index}",
-                "caption": "",
-                "latents": np.full((2, 4, 4, 16), index, np.float32),
-                "text": np.full((1 + index % LENGTH, WIDTH), 1.0 + index, np.float32),
-                "category": _present(index),
-            }
-            writer.write(split, example)
-    writer.close()
-    if alignment:
-        features = records.alignment_features(NUM_TOKENS)
-        writer = records.Writer(folder / "alignment", "alignment", features)
-        for split, count in (COUNTS | {"train": alignment_count}).items():
-            for index in range(count):
-                name = f"{split}{index}" if not (wrong_id and index == 7) else "other"
-                target = np.full((NUM_TOKENS, 17), 0.5 + index, np.float32)
-                writer.write(split, {"id": name, "alignment": target, "present": _present(index)})
-        writer.close()
-    records.write_manifest(folder, {"text_length": LENGTH, "num_tokens": NUM_TOKENS})
+def _maps(index: int, tokens: int) -> np.ndarray:
+    """(P, N): 0.5 + index at each token for the first phenomenon, rising along the tokens for the second."""
+    maps = np.stack([np.full(tokens, 0.5 + index), np.arange(tokens)]).astype(np.float16)
+    return maps if index % 2 == 0 else maps[:0]
+
+
+def make_folder(
+    folder: Path, datasets=("records", "alignment"), buckets=COUNTS, wrong="", **manifest
+) -> Path:
+    """A finished folder of `datasets`. In the labels, the example called `wrong` has another id."""
+    shards = {"train": 3, "val": 1}
+    job = records.Job(folder, {"datasets": list(datasets)}, shards)
+    features = {}
+    for bucket, shape in SHAPES.items():
+        features[f"records/{bucket}"] = records.record_features(shape, WIDTH)
+        features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(shape[:3])) // 4)
+    for split, shard in job.missing():
+        with job.shard(split, shard) as file:
+            for bucket, counts in buckets.items():
+                for index in range(counts[split])[shard * SHARD : (shard + 1) * SHARD]:
+                    name = _name(bucket, split, index)
+                    record = {
+                        "id": name,
+                        "caption": "",
+                        "source": 0,
+                        "video": "",
+                        "latents": np.full(SHAPES[bucket], index, np.float16),
+                        "text": np.full((index % LENGTH, WIDTH), 1 + index, np.float16),
+                        "category": _present(index),
+                    }
+                    maps = _maps(index, int(np.prod(SHAPES[bucket][:3])) // 4)
+                    label = {
+                        "id": "other" if name == wrong else name,
+                        "present": _present(index),
+                        "maps": maps,
+                    }
+                    for dataset in datasets:
+                        example = record if dataset == "records" else label
+                        file.write(f"{dataset}/{bucket}", features[f"{dataset}/{bucket}"], example)
+    chosen = {key: value for key, value in features.items() if key.split("/")[0] in datasets}
+    described = {
+        bucket: {
+            "latent_shape": SHAPES[bucket],
+            "token_grid": records.token_grid(SHAPES[bucket]),
+            "counts": counts,
+        }
+        for bucket, counts in buckets.items()
+    }
+    chosen = {key: value for key, value in chosen.items() if key.split("/")[1] in buckets}
+    totals = {split: sum(counts[split] for counts in buckets.values()) for split in shards}
+    common = {"text_length": LENGTH, "text_dim": WIDTH, "counts": totals, "buckets": described}
+    job.finish(lambda reports: (chosen, common | manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = make_folder(tmp_path_factory.mktemp("data") / "data")
     text, mask = np.ones((LENGTH, WIDTH), np.float32), np.arange(LENGTH) < 1
     np.savez(folder / "empty_text.npz", text=text, mask=mask)
     return folder
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return _make(tmp_path_factory.mktemp("data"))
+def unlabelled(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "data", datasets=["records"])
 
 
-def _indices(iterator, batches: int) -> list[list[int]]:
-    return [next(iterator)["index"].tolist() for _ in range(batches)]
+def _label(folder: Path, data_dir: Path, **changes) -> Path:
+    fingerprint = records.read_manifest(data_dir)["fingerprint"]
+    return make_folder(folder, datasets=["alignment"], **({"data_fingerprint": fingerprint} | changes))
 
 
-def test_batch_contract(data_dir):
-    batch = next(loader.make_loader(data_dir, "train", 4, seed=0))
+def _take(iterator, batches: int) -> list[list[str]]:
+    return [next(iterator)["id"].tolist() for _ in range(batches)]
+
+
+@pytest.mark.parametrize("split, bucket", [("val", WIDE), ("train", TALL)])
+def test_batch_contract(data_dir, split, bucket):
+    tokens = int(np.prod(SHAPES[bucket][:3])) // 4
+    batches = loader.make_loader(data_dir, split, 3, seed=0)
+    batch = next(batch for batch in batches if batch["latents"].shape[1:] == SHAPES[bucket])
     shapes = {key: (value.shape, value.dtype) for key, value in batch.items() if key != "id"}
     assert shapes == {
-        "latents": ((4, 2, 4, 4, 16), np.float32),
-        "text": ((4, LENGTH, WIDTH), np.float32),
-        "text_mask": ((4, LENGTH), bool),
-        "category": ((4, 17), np.float32),
-        "alignment": ((4, NUM_TOKENS, 17), np.float32),
-        "alignment_present": ((4, 17), np.float32),
-        "index": ((4,), np.int64),
+        "latents": ((3, *SHAPES[bucket]), np.float16),
+        "text": ((3, LENGTH, WIDTH), np.float16),
+        "text_mask": ((3, LENGTH), bool),
+        "category": ((3, 17), np.float32),
+        "alignment": ((3, tokens, 17), np.float16),
+        "alignment_present": ((3, 17), np.float32),
+        "index": ((3,), np.int64),
     }
-    assert batch["id"].tolist() == [f"train{index}" for index in batch["index"]]
+    assert batch["id"].tolist() == [_name(bucket, split, index) for index in batch["index"]]
     for row, index in enumerate(batch["index"]):
         assert (batch["latents"][row] == index).all()
-        assert (batch["alignment"][row] == 0.5 + index).all()
         np.testing.assert_array_equal(batch["alignment_present"][row], _present(index))
         np.testing.assert_array_equal(batch["category"][row], _present(index))
-        mask = np.arange(LENGTH) < 1 + index % LENGTH
+        mask = np.arange(LENGTH) < index % LENGTH
         np.testing.assert_array_equal(batch["text_mask"][row], mask)
         assert (batch["text"][row][mask] == 1 + index).all() and not batch["text"][row][~mask].any()
+        alignment = np.zeros((tokens, 17))
+        if index % 2 == 0:
+            alignment[:, 2], alignment[:, 9] = 0.5 + index, np.arange(tokens)
+        np.testing.assert_array_equal(batch["alignment"][row], alignment)
 
 
-def test_without_alignment_labels(tmp_path):
-    batch = next(loader.make_loader(_make(tmp_path, alignment=False), "val", 3, seed=0))
-    assert batch["alignment"].shape == (3, NUM_TOKENS, 17) and not batch["alignment"].any()
+def test_without_alignment_labels(unlabelled):
+    batch = next(loader.make_loader(unlabelled, "val", 3, seed=0))
+    assert batch["alignment"].shape == (3, 16, 17) and not batch["alignment"].any()
     assert batch["alignment_present"].shape == (3, 17) and not batch["alignment_present"].any()
 
 
+def test_labels_from_their_own_folder(unlabelled, data_dir, tmp_path):
+    labels = _label(tmp_path / "labels", unlabelled)
+    own = loader.make_loader(data_dir, "train", 5, seed=0)
+    other = loader.make_loader(unlabelled, "train", 5, seed=0, labels=labels)
+    for _ in range(3):
+        expected, batch = next(own), next(other)
+        assert expected["alignment"].any()
+        for key in expected:
+            np.testing.assert_array_equal(batch[key], expected[key])
+
+
 def test_seed_decides_the_order_and_epochs_differ(data_dir):
-    first = _indices(loader.make_loader(data_dir, "train", 5, seed=1), 4)
-    assert first == _indices(loader.make_loader(data_dir, "train", 5, seed=1), 4)
-    assert first != _indices(loader.make_loader(data_dir, "train", 5, seed=2), 4)
-    epochs = [first[0] + first[1], first[2] + first[3]]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    first = _take(loader.make_loader(data_dir, "train", 5, seed=1), 6)
+    assert first == _take(loader.make_loader(data_dir, "train", 5, seed=1), 6)
+    assert first != _take(loader.make_loader(data_dir, "train", 5, seed=2), 6)
+    wide = [name for batch in first for name in batch if WIDE in name]
+    epochs = [wide[:10], wide[10:]]  # 4 of 6 batches are of the bucket with two thirds of the clips
+    everything = sorted(_name(WIDE, "train", index) for index in range(10))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
 
 
+def test_buckets_take_turns_in_proportion(data_dir):
+    batches = _take(loader.make_loader(data_dir, "train", 2, seed=0), 300)
+    buckets = [{name.split(" of ")[1] for name in batch} for batch in batches]
+    assert all(len(bucket) == 1 for bucket in buckets)
+    # 10 and 5 clips. Grain mixes deterministically, so any 30 batches have 20 of the first, within one.
+    for start in range(0, 300, 30):
+        assert abs(sum(WIDE in bucket for bucket in buckets[start : start + 30]) - 20) <= 1
+
+
+def test_bucket_smaller_than_the_batch_repeats_within_it(data_dir):
+    batches = _take(loader.make_loader(data_dir, "train", 15, seed=0), 3)
+    (tall,) = [batch for batch in batches if TALL in batch[0]]
+    assert Counter(tall) == {_name(TALL, "train", index): 3 for index in range(5)}
+
+
 def test_one_pass_in_order(data_dir):
-    batches = loader.make_loader(data_dir, "train", 4, seed=0, shuffle=False, repeat=False)
-    expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    batches = list(loader.make_loader(data_dir, "train", 4, seed=0, shuffle=False, repeat=False))
+    expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3], [4]]
     assert [batch["index"].tolist() for batch in batches] == expected
+    assert [batch["latents"].shape[1:] for batch in batches] == 3 * [SHAPES[WIDE]] + 2 * [SHAPES[TALL]]
 
 
+@pytest.mark.parametrize("repeat", [True, False])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_each_global_batch(data_dir, processes):
-    # 10 records, batches of 4: epochs end inside a batch, where slices drift apart if done wrongly.
-    alone = _indices(loader.make_loader(data_dir, "train", 4, seed=3), 10)
-    shares = [
-        _indices(
-            loader.make_loader(data_dir, "train", 4, seed=3, process_index=rank, process_count=processes),
-            10,
-        )
-        for rank in range(processes)
-    ]
-    together = [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)]
-    assert together == [sorted(batch) for batch in alone]
-    # 10 batches of 4 are 4 epochs: every record came exactly 4 times over all processes.
-    assert Counter(sum(together, [])) == {index: 4 for index in range(10)}
+def test_processes_share_each_global_batch(data_dir, processes, repeat):
+    # 10 and 5 records, batches of 4: epochs end inside a batch, where the processes drift apart if done
+    # wrongly; without repetition the last batch of a bucket has 2 rows and 1, fewer than processes.
+    def read(**share):
+        iterator = loader.make_loader(data_dir, "train", 4, seed=3, repeat=repeat, **share)
+        batches = [next(iterator) for _ in range(15 if repeat else 5)]
+        assert repeat or next(iterator, None) is None
+        return [(batch["latents"].shape[1:], batch["id"].tolist()) for batch in batches]
+
+    alone = read()
+    shares = [read(process_index=rank, process_count=processes) for rank in range(processes)]
+    for (shape, whole), parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert {part[0] for part in parts} == {shape}
+        assert Counter(sum((part[1] for part in parts), [])) == Counter(whole)
+        assert max(len(part[1]) for part in parts) - min(len(part[1]) for part in parts) <= (not repeat)
+    # 15 batches of 4 are 4 epochs of both buckets; one pass is one.
+    everything = Counter(name for _, batch in alone for name in batch)
+    assert len(everything) == 15 and set(everything.values()) == {4 if repeat else 1}
 
 
-def test_state_resumes_exactly(data_dir):
-    iterator = loader.make_loader(data_dir, "train", 4, seed=5)
-    _indices(iterator, 3)
+def _ids(batch):
+    return {"id": batch["id"]}
+
+
+@pytest.mark.parametrize("place, other", [(None, None), (_ids, _ids), (_ids, None), (None, _ids)])
+def test_state_resumes_exactly(data_dir, place, other):
+    iterator = loader.make_loader(data_dir, "train", 4, seed=5, place=place)
+    _take(iterator, 3)
     state = iterator.get_state()
-    rest = _indices(iterator, 6)
-    again = loader.make_loader(data_dir, "train", 4, seed=5)
-    _indices(again, 1)
+    rest = _take(iterator, 8)
+    again = loader.make_loader(data_dir, "train", 4, seed=5, place=other)
+    _take(again, 1)
     again.set_state(state)
-    assert _indices(again, 6) == rest
+    assert _take(again, 8) == rest
 
 
-def test_checkpoint_resumes_exactly(data_dir, tmp_path):
-    iterator = loader.make_loader(data_dir, "train", 4, seed=5)
-    _indices(iterator, 3)
+@pytest.mark.parametrize("place", [None, _ids])
+def test_checkpoint_resumes_exactly_on_other_processes(data_dir, tmp_path, place):
+    iterator = loader.make_loader(data_dir, "train", 4, seed=5, place=place)
+    _take(iterator, 3)
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
         manager.wait_until_finished()
-        rest = _indices(iterator, 6)
-        again = loader.make_loader(data_dir, "train", 4, seed=5)
-        restore = grain.checkpoint.CheckpointRestore(again)
-        restored = manager.restore(3, args=ocp.args.Composite(data=restore))["data"]
-    assert _indices(restored, 6) == rest
+        rest = _take(iterator, 8)
+        shares = []
+        for rank in range(2):
+            again = loader.make_loader(
+                data_dir, "train", 4, seed=5, process_index=rank, process_count=2, place=place
+            )
+            restore = grain.checkpoint.CheckpointRestore(again)
+            restored = manager.restore(3, args=ocp.args.Composite(data=restore))["data"]
+            shares.append(_take(restored, 8))
+    assert [sorted(first + second) for first, second in zip(*shares, strict=True)] == [*map(sorted, rest)]
+
+
+def test_batches_are_placed_ahead_in_one_thread(data_dir):
+    placed, third = [], threading.Event()
+
+    def place(batch):
+        placed.append((threading.get_ident(), batch["id"].tolist()))
+        if len(placed) == 3:
+            third.set()
+        return len(placed)
+
+    iterator = loader.make_loader(data_dir, "train", 4, seed=5, place=place)
+    assert next(iterator) == 1
+    assert third.wait(20)  # nobody asked for it
+    iterator.close()
+    assert {thread for thread, _ in placed} != {threading.get_ident()} and len(dict(placed)) == 1
+    expected = _take(loader.make_loader(data_dir, "train", 4, seed=5), len(placed))
+    assert [ids for _, ids in placed] == expected
+
+
+def test_what_place_raises_arrives(data_dir):
+    def place(batch):
+        raise UserError("no room on the device")
+
+    with pytest.raises(UserError, match="no room on the device"):
+        next(loader.make_loader(data_dir, "train", 4, seed=5, place=place))
 
 
 def test_empty_text(data_dir, tmp_path):
@@ -146,12 +276,20 @@ def test_empty_text(data_dir, tmp_path):
     assert text.shape == (LENGTH, WIDTH) and mask.tolist() == [True] + [False] * (LENGTH - 1)
     with pytest.raises(UserError, match="no training data"):
         loader.load_empty_text(tmp_path)
+    shutil.copy(data_dir / "manifest.json", tmp_path)
+    with pytest.raises(UserError, match="empty_text.npz is missing"):
+        loader.load_empty_text(tmp_path)
+    whole = (data_dir / "empty_text.npz").read_bytes()
+    for part in (b"", whole[: len(whole) // 2], b"something else"):
+        (tmp_path / "empty_text.npz").write_bytes(part)
+        with pytest.raises(UserError, match="empty_text.npz is damaged"):
+            loader.load_empty_text(tmp_path)
 
 
 def test_refusals(data_dir, tmp_path):
     with pytest.raises(UserError, match="no training data at .*nowhere; make it with: python -m"):
         loader.make_loader(tmp_path / "nowhere", "train", 4, seed=0)
-    with pytest.raises(UserError, match="no split 'test'"):
+    with pytest.raises(UserError, match="no split 'test'; it has train, val"):
         loader.make_loader(data_dir, "test", 4, seed=0)
     with pytest.raises(UserError, match="has 3 records, fewer than the batch size 4"):
         loader.make_loader(data_dir, "val", 4, seed=0)
@@ -159,9 +297,35 @@ def test_refusals(data_dir, tmp_path):
         loader.make_loader(data_dir, "train", 4, seed=0, process_count=3)
 
 
-def test_labels_of_another_data_set_are_refused(tmp_path):
-    iterator = loader.make_loader(_make(tmp_path / "ids", wrong_id=True), "train", 10, seed=0, repeat=False)
-    with pytest.raises(UserError, match="record 7 is 'train7' but its alignment .* of 'other'"):
-        next(iterator)
-    with pytest.raises(UserError, match="10 records but 9 alignment labels"):
-        loader.make_loader(_make(tmp_path / "count", alignment_count=9), "train", 4, seed=0)
+def test_labels_of_another_data_set_are_refused(unlabelled, tmp_path):
+    other = _label(tmp_path / "other", unlabelled, data_fingerprint="0")
+    with pytest.raises(UserError, match="labels .*other belong to another data set than "):
+        loader.make_loader(unlabelled, "train", 4, seed=0, labels=other)
+    with pytest.raises(UserError, match="belong to another data set"):  # data instead of labels
+        loader.make_loader(unlabelled, "train", 4, seed=0, labels=unlabelled)
+    with pytest.raises(UserError, match="no labels at .*nowhere; make them with: python -m prophy_jax.label"):
+        loader.make_loader(unlabelled, "train", 4, seed=0, labels=tmp_path / "nowhere")
+
+
+def test_labels_that_do_not_match_are_refused(unlabelled, tmp_path):
+    wrong = _label(tmp_path / "wrong", unlabelled, wrong=_name(WIDE, "train", 7))
+    batches = loader.make_loader(unlabelled, "train", 5, seed=0, shuffle=False, repeat=False, labels=wrong)
+    next(batches)  # records 0 to 4
+    message = f"record 7 of .* is '{_name(WIDE, 'train', 7)}' but its label in .*wrong is of 'other'"
+    with pytest.raises(UserError, match=message):
+        next(batches)
+    fewer = COUNTS | {TALL: {"train": 4, "val": 0}}
+    fewer = _label(tmp_path / "fewer", unlabelled, buckets=fewer)
+    with pytest.raises(UserError, match=f"5 records of {TALL}, split 'train', but .* has 4 labels"):
+        loader.make_loader(unlabelled, "train", 4, seed=0, labels=fewer)
+    without = _label(tmp_path / "without", unlabelled, buckets={WIDE: COUNTS[WIDE]})
+    with pytest.raises(UserError, match=f"without/alignment/{TALL} is missing"):
+        loader.make_loader(unlabelled, "train", 4, seed=0, labels=without)
+
+
+def test_damaged_file_is_named(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    path = tmp_path / "data" / "records" / WIDE / "records-val.array_record-00000-of-00001"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{path.name} is damaged"):
+        next(loader.make_loader(tmp_path / "data", "val", 3, seed=0))

@@ -18,68 +18,31 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
 diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
 
-import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from convert import t5, wan  # noqa: E402
 from prophy_jax import checkpoints, encoders, experiment, models, sample  # noqa: E402
-from tests import tiny_pipeline  # noqa: E402
+from tests import tiny_models, tiny_pipeline  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
 
 PROMPT = "A red ball falls on the blue box &amp; rolls  into it."
 NEGATIVE = "静态，画面模糊, a box"
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
-STEPS, GUIDANCE, SHIFT = 8, 5.0, 3.0
-
-
-def randomise(module, seed: int, scale: float = 1.0) -> None:
-    """Every weight random: norms around 1, matrices by their fan-in, biases and tables small."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2 and "norm" not in name:
-                parameter.copy_(scale * noise / parameter[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                parameter.copy_(0.1 * noise)
-            else:
-                parameter.copy_(1 + 0.2 * noise)
+STEPS, GUIDANCE = 8, 5.0
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    """A WanPipeline of 3 blocks, width 48."""
-    with torch.no_grad():
-        transformer = diffusers.WanTransformer3DModel(
-            num_attention_heads=3, attention_head_dim=16, num_layers=3, ffn_dim=64, text_dim=32
-        )
-        vae = diffusers.AutoencoderKLWan(base_dim=8)
-        text = transformers.UMT5EncoderModel(
-            transformers.UMT5Config(
-                vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                feed_forward_proj="gated-gelu",
-            )
-        )  # fmt: skip
-    # Weights of a random text encoder are scaled down: attention is not divided by sqrt(d).
-    for seed, (module, scale) in enumerate(((transformer, 1.0), (vae, 0.9), (text, 0.5))):
-        randomise(module, seed, scale)
-    scheduler = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
-    )
-    return transformer.eval(), vae.eval(), text.eval(), scheduler
+    return tiny_models.random_parts()
 
 
 @pytest.fixture(scope="module")
 def sources(pipeline, tmp_path_factory) -> dict[str, pathlib.Path]:
     """The same weights in both public layouts."""
-    transformer, vae, text, scheduler = pipeline
+    transformer, vae, text, _ = pipeline
     root = tmp_path_factory.mktemp("public")
     public = {"diffusers": root / "diffusers", "official": root / "official"}
-    save_tiny_tokenizer(root / "tokenizer", vocab_size=250)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tokenizer")
-    whole = diffusers.WanPipeline(tokenizer, text, vae, scheduler, transformer)
-    whole.save_pretrained(public["diffusers"], safe_serialization=True)
+    tiny_models.save_pipeline(pipeline, public["diffusers"])
 
     official = public["official"]
     official.mkdir()

@@ -22,22 +22,23 @@ CONFIG = "--config=tests/tiny_pipeline.py"
 PROMPT = "A red ball falls into the blue box."
 
 
-def run(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+def run(*arguments: str, cwd: pathlib.Path, devices: int = 2) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
         env={
             **os.environ,
             "XDG_CACHE_HOME": str(cwd / "cache"),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={devices}",
         },
         capture_output=True,
         text=True,
     )
 
 
-def succeed(*arguments: str, cwd: pathlib.Path) -> str:
-    done = run(*arguments, cwd=cwd)
+def succeed(*arguments: str, cwd: pathlib.Path, devices: int = 2) -> str:
+    done = run(*arguments, cwd=cwd, devices=devices)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -89,15 +90,18 @@ def place(tmp_path_factory) -> pathlib.Path:
     return place
 
 
+def weights(place: pathlib.Path) -> list[str]:
+    parts = {"backbone": "transformer", "codec": "vae", "text_encoder": "text_encoder"}
+    return [f"--config.{part}_params={place / 'wan' / name}" for part, name in parts.items()]
+
+
 @pytest.fixture(scope="module")
 def trained(place) -> pathlib.Path:
     """A run of three steps beside the converted backbone, on clips that the converted VAE encoded."""
-    parts = {"backbone": "transformer", "codec": "vae", "text_encoder": "text_encoder"}
-    folders = [f"--config.{part}_params={place / 'wan' / name}" for part, name in parts.items()]
-    data = f"--out={place / 'data'}"
-    succeed("prophy_jax.prepare", CONFIG, *folders, f"--source={place / 'clips'}", data, cwd=place)
+    arguments = [CONFIG, *weights(place), f"--source={place / 'clips'}", f"--out={place / 'data'}"]
+    succeed("prophy_jax.prepare", *arguments, cwd=place)
     workdir = place / "run"
-    arguments = [*folders, f"--config.data.dir={place / 'data'}", f"--workdir={workdir}"]
+    arguments = [*weights(place), f"--config.data.dir={place / 'data'}", f"--workdir={workdir}"]
     succeed("prophy_jax.train", CONFIG, *arguments, cwd=place)
     return workdir
 
@@ -108,6 +112,29 @@ def test_training_beside_converted_weights(trained):
     clip = video.read_clip(trained / "samples" / "step_0000003.mp4", 9, 16, 96, 80)  # sample above real
     # The lower half is a clip of the data, encoded and decoded by a VAE that knows nothing: any picture.
     assert clip.std() > 1
+
+
+def test_two_processes_prepare_the_same_bytes(place, tmp_path):
+    """With the real VAE and text encoder, on one device each: devices that share threads may round apart."""
+
+    def prepare(name: str, *more: str) -> str:
+        arguments = [
+            CONFIG,
+            *weights(place),
+            f"--source={place / 'clips'}",
+            f"--out={tmp_path / name}",
+            *more,
+        ]
+        return succeed("prophy_jax.prepare", *arguments, cwd=place, devices=1)
+
+    prepare("one")
+    assert "1 shards are left" in prepare("two", "--process=1/2")
+    prepare("two", "--process=0/2")
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.array_record*")}
+        for name in ("one", "two")
+    )
+    assert len(one) == 2 and one == two
 
 
 def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):

@@ -1,9 +1,12 @@
-"""The prepare command: both sources, what is skipped, what is refused, and what is left behind."""
+"""The prepare command: sources, what is skipped, what is refused, any number of processes, kills."""
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -12,46 +15,62 @@ import pytest
 from ml_collections import ConfigDict
 
 from prophy_jax.data import loader, records, taxonomy, video
+from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.errors import UserError
 from prophy_jax.prepare import prepare
-from tests.conftest import ROOT, SAMPLE
+from tests.conftest import ROOT, SAMPLE, get_config
+
+BUCKET = "5x32x32"
 
 
 class _Codec:
     """Every fourth pixel and frame, as 16 channels: exact enough to recognise a clip by."""
 
+    calls = 0  # of `encode`, in all
+    fails_at = -1
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return (frames - 1) // 4 + 1, height // 4, width // 4, 16
+
     def encode(self, frames: np.ndarray) -> np.ndarray:
-        strided = frames[::4, ::4, ::4].astype(np.float32) / 127.5 - 1
+        type(self).calls += 1
+        if _Codec.calls == _Codec.fails_at:
+            raise KeyboardInterrupt
+        strided = frames[:, ::4, ::4, ::4].astype(np.float32) / 127.5 - 1
         return np.concatenate([strided] * 5 + [strided[..., :1]], axis=-1)
 
 
-@pytest.fixture(autouse=True)
-def _codec_module(monkeypatch):
+def _stored(frames: np.ndarray) -> np.ndarray:
+    return _Codec().encode(frames[None])[0].astype(np.float16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _codec_module():
     module = types.ModuleType("prophy_jax.models.every_fourth_pixel")
     module.build = _Codec
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        yield
 
 
 def _config(folder: Path, **data) -> ConfigDict:
-    sandbox = {"train": 6, "val": 2, "test": 2, "seed": 0}
-    shape = {"height": 32, "width": 32, "frames": 5, "fps": 8}
-    return ConfigDict(
-        {
-            "data": {"dir": str(folder), "sandbox": sandbox} | shape | data,
-            "codec": {"module": "every_fourth_pixel"},
-            "text_encoder": {"module": "hash_text", "dim": 16, "length": 8},
-        }
-    )
+    config = get_config("tiny")
+    config.data.update(dir=str(folder), height=32, width=32, frames=5, max_upscale=1.0, val_share=0.1)
+    config.data.sandbox = {"train": 6, "val": 2, "test": 2, "seed": 0}
+    config.data.update(data)
+    config.codec = {"module": "every_fourth_pixel"}
+    config.text_encoder = {"module": "hash_text", "dim": 16, "length": 8}
+    return config
 
 
-def _wisa(root: Path, count: int, frames: int = 8) -> Path:
-    """A folder of `count` videos of one grey each, 48x64 pixels at 8 frames per second."""
+def _wisa(root: Path, count: int, frames: int = 8, sizes=((48, 64),)) -> Path:
+    """A folder of `count` videos of one grey each, at 8 frames per second."""
     (root / "videos").mkdir(parents=True)
     annotation = {"q0": "collision", "q1": "none", "q2": "rainbow"}
     listed = []
     for index in range(count):
         name = f"clip{index}.mp4"
-        grey = np.full((frames, 48, 64, 3), 20 * index, np.uint8)
+        grey = np.full((frames, *sizes[index % len(sizes)], 3), 20 * index % 256, np.uint8)
         video.write_mp4(root / "videos" / name, grey, fps=8)
         record = {"video_name": name, "captions": f"Number {index}.", "label": "Melting"}
         listed.append(record | {"physical_annotation": annotation})
@@ -59,46 +78,52 @@ def _wisa(root: Path, count: int, frames: int = 8) -> Path:
     return root
 
 
-def _ids(data_dir: Path, split: str) -> list[str]:
-    return [record["id"].decode() for record in records.open_source(data_dir, "records", split)]
+def _read(data_dir: Path, split: str, bucket: str = BUCKET, name: str = "records") -> list[dict]:
+    return list(records.open_dataset(data_dir, name, bucket, split))
+
+
+def _ids(data_dir: Path, split: str, bucket: str = BUCKET) -> list[str]:
+    return [record["id"].decode() for record in _read(data_dir, split, bucket)]
 
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def _bytes(folder: Path) -> dict[str, str]:
+    """Hash of every file of a data folder but the manifest, which tells versions and paths."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json" and path.suffix != ".png"
+    }
+
+
+# --- Sources ---------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
-def sandbox_dir(tmp_path_factory):
-    module = types.ModuleType("prophy_jax.models.every_fourth_pixel")
-    module.build = _Codec
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, module.__name__, module)
-        out = tmp_path_factory.mktemp("sandbox") / "data"
-        prepare(_config(out))
+def sandbox_dir(tmp_path_factory, _codec_module):
+    out = tmp_path_factory.mktemp("sandbox") / "data"
+    prepare(_config(out))
     return out
 
 
 def test_sandbox_records_and_alignment(sandbox_dir):
-    assert sorted(os.listdir(sandbox_dir)) == [
-        "alignment",
-        "empty_text.npz",
-        "manifest.json",
-        "records",
-        "sandbox",
-    ]
+    assert sorted(os.listdir(sandbox_dir)) == ["alignment", "empty_text.npz", "manifest.json", "records"]
     for split, count in {"train": 6, "val": 2, "test": 2}.items():
-        drawn = records.open_source(sandbox_dir, "sandbox", split)
-        stored = records.open_source(sandbox_dir, "records", split)
-        labels = records.open_source(sandbox_dir, "alignment", split)
-        assert len(drawn) == len(stored) == len(labels) == count
-        for clip, record, label in zip(drawn, stored, labels, strict=True):
-            assert clip["id"] == record["id"] == label["id"]
-            np.testing.assert_array_equal(record["latents"], _Codec().encode(clip["frames"]))
-            np.testing.assert_array_equal(record["category"], clip["category"])
-            np.testing.assert_array_equal(label["present"], clip["category"])
-            # Frame-major tokens: (T, G, G, 17) -> (N, 17).
-            np.testing.assert_array_equal(label["alignment"], clip["masks"].reshape(-1, 17))
-            assert label["alignment"].any()
+        stored, labels = (_read(sandbox_dir, split, name=name) for name in ("records", "alignment"))
+        assert len(stored) == len(labels) == count
+        for index, (record, label) in enumerate(zip(stored, labels, strict=True)):
+            clip = make_clip(0, split, index, size=32, frames=5, fps=8)
+            assert clip.id == record["id"].decode() == label["id"].decode()
+            assert clip.caption == record["caption"].decode()
+            np.testing.assert_array_equal(record["latents"], _stored(clip.frames))
+            np.testing.assert_array_equal(record["category"], clip.category)
+            np.testing.assert_array_equal(label["present"], clip.category)
+            # Frame-major tokens: (T, G, G, 17) -> (N, 17), then the rows of the categories present.
+            np.testing.assert_array_equal(label["maps"], clip.masks.reshape(-1, 17).T[clip.category > 0])
+            assert label["maps"].any()
 
 
 def test_sandbox_batch_and_empty_text(sandbox_dir):
@@ -112,64 +137,106 @@ def test_sandbox_batch_and_empty_text(sandbox_dir):
 
 def test_manifest_of_the_sandbox(sandbox_dir):
     manifest = records.read_manifest(sandbox_dir)
-    assert manifest["source"] == {"sandbox": {"train": 6, "val": 2, "test": 2, "seed": 0}}
-    assert manifest["video"] == {"height": 32, "width": 32, "frames": 5, "fps": 8}
-    assert manifest["counts"] == {"train": 6, "val": 2, "test": 2}
-    assert manifest["latent_shape"] == [2, 8, 8, 16] and manifest["num_tokens"] == 32
+    assert manifest["sandbox"] == {"train": 6, "val": 2, "test": 2, "seed": 0} and manifest["sources"] == []
+    video = {"height": 32, "width": 32, "frames": 5, "fps": 8, "buckets": []}
+    assert manifest["video"] == video and manifest["counts"] == {"train": 6, "val": 2, "test": 2}
+    found = manifest["buckets"][BUCKET]
+    assert found["latent_shape"] == [2, 8, 8, 16] and found["token_grid"] == [2, 4, 4]
+    assert found["counts"] == manifest["counts"] and list(manifest["buckets"]) == [BUCKET]
     assert (manifest["text_length"], manifest["text_dim"]) == (8, 16)
     assert manifest["codec"] == {"module": "every_fourth_pixel"}
-    assert manifest["text_encoder"] == {"module": "hash_text", "dim": 16, "length": 8}
-    assert len(manifest["empty_text_sha256"]) == 64
+    assert len(manifest["empty_text_sha256"]) == len(manifest["fingerprint"]) == 64
     assert manifest["versions"]["prophy_jax"] and manifest["versions"]["numpy"] == np.__version__
-    latents = [record["latents"] for record in records.open_source(sandbox_dir, "records", "train")]
-    stacked = np.stack(latents).reshape(-1, 16)
-    # The manifest rounds to 4 decimals.
-    np.testing.assert_allclose(manifest["latent_mean"], stacked.mean(0), atol=1e-4)
-    np.testing.assert_allclose(manifest["latent_std"], stacked.std(0), atol=1e-4)
+    latents = [record["latents"] for split in manifest["counts"] for record in _read(sandbox_dir, split)]
+    stacked = np.stack(latents).reshape(-1, 16).astype(np.float64)
+    # The manifest rounds to 4 decimals, the records to 3 digits.
+    np.testing.assert_allclose(manifest["latent_mean"], stacked.mean(0), atol=2e-4)
+    np.testing.assert_allclose(manifest["latent_std"], stacked.std(0), atol=2e-4)
 
 
 def test_wisa_folder(tmp_path, capsys):
     source = _wisa(tmp_path / "wisa", 11)
-    config = _config(tmp_path / "unused")
-    manifest = prepare(config, source, tmp_path / "out")
+    manifest = prepare(_config(tmp_path / "unused"), [source], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out", "wisa"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["empty_text.npz", "manifest.json", "records"]
-    assert _ids(tmp_path / "out", "val") == ["clip10"]  # the last tenth
-    assert _ids(tmp_path / "out", "train") == [f"clip{index}" for index in range(10)]
-    for index, record in enumerate(records.open_source(tmp_path / "out", "records", "train")):
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        *("empty_text.npz", "manifest.json", "records", "statistics.md", "statistics.png"),
+    ]
+    (held_out,) = _ids(tmp_path / "out", "val")  # a tenth
+    rest = [f"clip{index}" for index in range(11) if f"clip{index}" != held_out]
+    assert _ids(tmp_path / "out", "train") == rest
+    for record in _read(tmp_path / "out", "train"):
+        index = int(record["id"].decode().removeprefix("clip"))
         # H.264 stores limited-range 8-bit luma: a grey returns within 2 of 255 levels.
-        grey = (record["latents"] + 1) * 127.5
+        grey = (record["latents"].astype(np.float32) + 1) * 127.5
         np.testing.assert_allclose(grey, 20 * index, atol=2)
         assert record["caption"].decode() == f"Number {index}."
-        expected = taxonomy.multi_hot(["collision"])
-        np.testing.assert_array_equal(record["category"], expected)
+        assert record["video"].decode() == f"videos/clip{index}.mp4" and record["source"] == 0
+        np.testing.assert_array_equal(record["category"], taxonomy.multi_hot(["collision"]))
     assert manifest == records.read_manifest(tmp_path / "out")
-    assert manifest["source"] == {"wisa": str(source)} and manifest["records_listed"] == 11
+    assert manifest["sources"] == [str(source.resolve())] and manifest["records_listed"] == 11
     assert manifest["labels_not_understood"] == {'q2: "rainbow"': {"clips": 11, "first": "clip0"}}
     assert manifest["label_not_among_answers"] == [f"clip{index}" for index in range(11)]
     printed = capsys.readouterr().out
     assert "train 10" in printed and 'q2: "rainbow" in 11, first clip0' in printed
+    assert "collision" in (tmp_path / "out" / "statistics.md").read_text()
     batch = next(loader.make_loader(tmp_path / "out", "train", 4, seed=0))
     assert not batch["alignment"].any() and not batch["alignment_present"].any()
 
 
+def test_single_labels_subset_and_seed(tmp_path):
+    source = _wisa(tmp_path / "wisa", 12)
+    chosen = {}
+    for seed in (0, 0, 1):
+        out = tmp_path / f"out{len(chosen)}-{seed}"
+        prepare(_config(out, categories="label", subset=5, seed=seed), [source])
+        assert len(_ids(out, "train")) == 4 and len(_ids(out, "val")) == 1
+        np.testing.assert_array_equal(_read(out, "train")[0]["category"], taxonomy.multi_hot(["melting"]))
+        ids = _ids(out, "train") + _ids(out, "val")
+        assert chosen.setdefault(seed, ids) == ids
+    assert chosen[0] != chosen[1]
+
+
+def test_buckets_of_aspect_and_length(tmp_path):
+    source = _wisa(tmp_path / "wisa", 4, frames=9, sizes=((48, 64), (64, 48)))
+    config = _config(tmp_path / "out", height=24, width=32, buckets=((9, 24, 32), (5, 32, 24)), val_share=0.0)
+    manifest = prepare(config, [source])
+    assert manifest["buckets"]["9x24x32"]["latent_shape"] == [3, 6, 8, 16]
+    assert {bucket: sum(found["counts"].values()) for bucket, found in manifest["buckets"].items()} == {
+        "9x24x32": 2,
+        "5x32x24": 2,
+    }
+    wide, high = (_ids(tmp_path / "out", "train", bucket) for bucket in ("9x24x32", "5x32x24"))
+    assert set(wide) <= {"clip0", "clip2"} and set(high) <= {"clip1", "clip3"}
+    shapes = {
+        next(iter(batch["latents"])).shape
+        for batch in loader.make_loader(tmp_path / "out", "train", 1, 0, repeat=False)
+    }
+    assert shapes == {(3, 6, 8, 16), (2, 8, 6, 16)}
+
+
 def test_bad_videos_are_skipped_and_listed(tmp_path, capsys):
-    source = _wisa(tmp_path / "wisa", 4)
+    source = _wisa(tmp_path / "wisa", 8)
     _cut(source / "videos" / "clip1.mp4")
     (source / "videos" / "clip2.mp4").unlink()
-    short = np.zeros((3, 48, 64, 3), np.uint8)
-    video.write_mp4(source / "videos" / "clip3.mp4", short, fps=8)
-    manifest = prepare(_config(tmp_path), source, tmp_path / "out")
-    # clip3 would have been the validation split: the last readable clip takes its place ...
-    assert _ids(tmp_path / "out", "val") == ["clip0"]
-    assert _ids(tmp_path / "out", "train") == ["clip0"]  # ... and is all there is
+    video.write_mp4(source / "videos" / "clip3.mp4", np.zeros((3, 48, 64, 3), np.uint8), fps=8)
+    video.write_mp4(source / "videos" / "clip4.mp4", np.zeros((8, 16, 24, 3), np.uint8), fps=8)
+    (source / "videos" / "clip5.mp4").write_bytes((source / "videos" / "clip0.mp4").read_bytes())
+    (source / "videos" / "clip6.mp4").write_bytes(b"")
+    labels = json.loads((source / "wisa-80k.json").read_text())
+    labels[7]["captions"] = " "
+    (source / "wisa-80k.json").write_text(json.dumps(labels))
+    manifest = prepare(_config(tmp_path), [source], tmp_path / "out")
+    # One clip is left: it is both splits, and that is said.
+    assert _ids(tmp_path / "out", "val") == _ids(tmp_path / "out", "train") == ["clip0"]
+    assert len(manifest["stand_in"]) == 1 and manifest["counts"] == {"train": 1, "val": 1}
     reasons = dict(manifest["skipped"])
-    assert sorted(reasons) == ["clip1", "clip2", "clip3"]
-    assert "is missing" in reasons["clip2"] and "too short" in reasons["clip3"]
-    assert "clip1.mp4" in reasons["clip1"]
+    assert sorted(reasons) == [f"clip{index}" for index in range(1, 8)]
+    kinds = ("cut short", "missing: no video", "too short", "too small", "same content as clip0", "damaged")
+    for index, reason in enumerate((*kinds, "no caption")):
+        assert reason in reasons[f"clip{index + 1}"]
     printed = capsys.readouterr().out
-    assert "skipped: 3" in printed and all(reason in printed for reason in reasons.values())
-    assert "only 1 usable: the validation split is the training split" in printed
+    assert "skipped: 7" in printed and all(reason in printed for reason in reasons.values())
+    assert "so that they overlap" in printed
 
 
 def test_captions_that_do_not_fit_are_listed(tmp_path):
@@ -177,17 +244,100 @@ def test_captions_that_do_not_fit_are_listed(tmp_path):
     labels = json.loads((source / "wisa-80k.json").read_text())
     labels[0]["captions"] = "one two three four five six seven eight nine"
     (source / "wisa-80k.json").write_text(json.dumps(labels))
-    manifest = prepare(_config(tmp_path), source, tmp_path / "out")
+    manifest = prepare(_config(tmp_path), [source], tmp_path / "out")
     assert manifest["captions_cut"] == {"clip0": 2}  # 8 rows: 7 words and the end token
 
 
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    source = _wisa(tmp_path / "wisa", 3)
+    assert prepare(_config(tmp_path / "out"), [source], dry_run=True) is None
+    assert os.listdir(tmp_path) == ["wisa"]
+    printed = capsys.readouterr().out
+    assert "collision" in printed and "train 2, val 1 clips would be taken" in printed
+
+
+# --- Processes and interruptions -------------------------------------------------------------------
+
+
+def _shared(tmp_path: Path, out: str) -> ConfigDict:
+    buckets = ((5, 32, 24), (9, 32, 32))
+    return _config(tmp_path / out, buckets=buckets, shard=3, val_share=0.3)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, _codec_module):
+    """14 clips, one damaged, and the folder that one uninterrupted process makes of them."""
+    root = tmp_path_factory.mktemp("many")
+    source = _wisa(root / "wisa", 14, frames=9, sizes=((48, 64), (64, 48), (48, 48)))
+    _cut(source / "videos" / "clip5.mp4")
+    prepare(_shared(root, "whole"), [source])
+    return root
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_make_what_one_makes(many, processes):
+    config = _shared(many, f"by{processes}")
+    for index in reversed(range(processes)):
+        manifest = prepare(config, [many / "wisa"], process=(index, processes))
+        assert (manifest is None) == (index > 0)
+        if index:
+            with pytest.raises(UserError, match="is not finished"):
+                loader.make_loader(config.data.dir, "train", 1, seed=0)
+    assert _bytes(many / f"by{processes}") == _bytes(many / "whole")
+    one, several = (records.read_manifest(many / name) for name in ("whole", f"by{processes}"))
+    assert one == several
+
+
+@pytest.mark.parametrize("call", [1, 4, 7])
+def test_interrupted_work_goes_on(many, call, monkeypatch):
+    config = _shared(many, f"interrupted{call}")
+    monkeypatch.setattr(_Codec, "fails_at", _Codec.calls + call)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, [many / "wisa"])
+    parts = [path for path in Path(config.data.dir, "work").iterdir() if ".records." in path.name]
+    done = [path for path in Path(config.data.dir, "work").glob("*-*.json")]
+    # No half shard.
+    assert {path.name.split(".")[0] for path in parts} <= {path.stem for path in done}
+    with pytest.raises(UserError, match="is not finished"):
+        records.read_manifest(config.data.dir)
+    calls = _Codec.calls
+    prepare(config, [many / "wisa"])
+    assert _bytes(Path(config.data.dir)) == _bytes(many / "whole")
+    if call > 4:  # what was done is not done again
+        assert _Codec.calls - calls < 13
+    calls = _Codec.calls
+    assert prepare(config, [many / "wisa"]) == records.read_manifest(many / "whole")  # done: nothing to do
+    assert _Codec.calls == calls
+
+
+def test_killed_command_goes_on(tmp_path):
+    source = _wisa(tmp_path / "wisa", 40, frames=9)
+    config = ("--config=configs/wan.py:tiny", "--config.data.shard=2", f"--source={source}")
+    whole = _command(*config, f"--out={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "prophy_jax.prepare", *config, f"--out={out}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("work/*-*.json")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    again = _command(*config, f"--out={out}")
+    assert again.returncode == 0, again.stderr
+    assert _bytes(out) == _bytes(tmp_path / "whole")
+
+
+# --- Refusals --------------------------------------------------------------------------------------
+
+
 def test_all_videos_unreadable(tmp_path):
-    source = _wisa(tmp_path / "wisa", 2)
+    source = _wisa(tmp_path / "wisa", 2, sizes=((48, 64), (64, 48)))
     for path in (source / "videos").iterdir():
         _cut(path)
-    with pytest.raises(UserError, match="none of the 2 videos can be used; the first: .*clip0.mp4"):
-        prepare(_config(tmp_path), source, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["wisa"]
+    with pytest.raises(UserError, match="none of the 2 videos can be used; the first: .*clip"):
+        prepare(_config(tmp_path), [source], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -211,17 +361,31 @@ def test_no_sandbox_in_the_config(tmp_path):
         prepare(config)
 
 
-def test_existing_destination_is_kept(tmp_path):
+def test_foreign_folder_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="already exists and is not of this program"):
         prepare(_config(tmp_path / "out"))
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
+def test_folder_of_another_configuration_is_kept(sandbox_dir):
+    before = _bytes(sandbox_dir)
+    with pytest.raises(UserError, match="begun differently .*data.fps was 8, is 4"):
+        prepare(_config(sandbox_dir, fps=4))
+    assert _bytes(sandbox_dir) == before
+
+
+def test_encoder_that_gives_nan(tmp_path, monkeypatch):
+    source = _wisa(tmp_path / "wisa", 2)
+    monkeypatch.setattr(_Codec, "encode", lambda self, frames: np.full((len(frames), 2, 8, 8, 16), np.nan))
+    with pytest.raises(UserError, match="clip clip.: the encoders gave values that are not finite"):
+        prepare(_config(tmp_path), [source], tmp_path / "out")
+
+
 def _command(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "prophy_jax.prepare", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_command_refuses_in_one_line(tmp_path):
@@ -232,6 +396,8 @@ def test_command_refuses_in_one_line(tmp_path):
         (f"--config={tmp_path}/none.py",): f"error: cannot read the configuration {tmp_path}/none.py: ",
         (config, "stray"): "error: unexpected argument 'stray': flags start with --\n",
         (config, f"--source={tmp_path}/wisa", f"--out={tmp_path}/out"): "is not a JSON file",
+        (config, f"--out={tmp_path}/out", "--process=4/4"): "--process=4/4: say which of how many",
+        (config, "--out=/proc/out"): "cannot write /proc/out: ",
     }.items():
         result = _command(*arguments)
         assert result.returncode == 1 and message in result.stderr, result.stderr
@@ -242,14 +408,13 @@ def test_command_refuses_in_one_line(tmp_path):
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no WISA sample at {SAMPLE}")
 def test_real_wisa_clips(tmp_path):
     config = _config(tmp_path / "out", height=48, width=80)
-    manifest = prepare(config, SAMPLE)
+    manifest = prepare(config, [SAMPLE])
     assert manifest["counts"] == {"train": 5, "val": 1} and manifest["skipped"] == []
-    assert manifest["latent_shape"] == [2, 12, 20, 16] and manifest["num_tokens"] == 120
-    # The same scenes at 16 and at 30 fps: resampled to 8 fps they must look nearly alike.
-    labels = json.loads((SAMPLE / "wisa-80k.json").read_text())
-    for record, listed in zip(
-        records.open_source(tmp_path / "out", "records", "train"), labels, strict=False
-    ):
-        assert record["id"].decode() == Path(listed["video_name"]).stem
-        assert record["caption"].decode() == listed["captions"].strip()
+    assert manifest["buckets"]["5x48x80"]["token_grid"] == [2, 6, 10]
+    listed = {
+        Path(record["video_name"]).stem: record["captions"].strip()
+        for record in json.loads((SAMPLE / "wisa-80k.json").read_text())
+    }
+    for record in _read(tmp_path / "out", "train", "5x48x80"):
+        assert record["caption"].decode() == listed[record["id"].decode()]
         assert record["latents"].std() > 0.1  # not a black clip

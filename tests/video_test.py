@@ -1,5 +1,6 @@
 """Video files in and out: rates, sizes, colours, odd formats and damaged files, all made here."""
 
+import io
 import sys
 from fractions import Fraction
 
@@ -44,6 +45,12 @@ def cut(path, target, share):
     data = path.read_bytes()
     target.write_bytes(data[: int(len(data) * share)])
     return target
+
+
+def in_memory(path):
+    file = io.BytesIO(path.read_bytes())
+    file.name = str(path)
+    return file
 
 
 # ---- write and read ------------------------------------------------------------------------------
@@ -218,6 +225,87 @@ def test_read_clip_follows_presentation_times(tmp_path):
     assert indices(video.read_clip(path, 8, 10, 48, 64)) == [0, 3, 5, 6, 7, 8, 9, 10]
 
 
+# ---- buckets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "max_upscale", "expected"),
+    [
+        (480, 832, 1, (480, 832)),  # its own shape
+        (1080, 1920, 1, (480, 832)),  # 16:9 is 1.026 times wider than 480x832, 1.185 times than 480x720
+        (1080, 1500, 1, (480, 720)),  # 1.389 to 1.5 is a factor of 1.08, to 1 of 1.389
+        (1000, 1000, 1, (480, 480)),
+        (1280, 720, 1, (832, 480)),  # portrait
+        (240, 416, 3, (480, 832)),  # equal aspects: the largest
+        (240, 416, 1.5, (240, 416)),  # without enlarging more than 1.5 times
+        (400, 832, 1.2, (480, 832)),  # 2.08 is nearest to 1.733; 480/400 = 1.2 is just allowed
+        (400, 832, 1.19, (240, 416)),  # and now not: of the same aspect, the smaller one
+        (200, 200, 1, None),
+    ],
+)
+def test_size_is_the_nearest_in_aspect_that_the_clip_covers(height, width, max_upscale, expected):
+    sizes = [(480, 832), (832, 480), (480, 720), (480, 480), (240, 416)]
+    buckets = [video.Bucket(81, *size) for size in sizes]
+    assert video.choose_size(height, width, buckets, max_upscale) == expected
+    assert video.choose_size(height, width, buckets[::-1], max_upscale) == expected
+
+
+def test_a_square_clip_takes_the_first_of_two_equally_near_sizes():
+    buckets = [video.Bucket(5, 32, 64), video.Bucket(5, 64, 32)]
+    assert video.choose_size(100, 100, buckets) == (32, 64)
+
+
+@pytest.mark.parametrize(("num_frames", "expected"), [(16, 5), (17, 9), (32, 9), (33, 17), (50, 17)])
+def test_longest_bucket_that_the_clip_fills(tmp_path, num_frames, expected):
+    # At half the rate 5, 9 and 17 frames are the source's frames up to 8, 16 and 32.
+    path = tmp_path / "clip.mp4"
+    encode(path, counting_clip(num_frames, step=4))
+    buckets = [video.Bucket(frames, 24, 24) for frames in (9, 5, 17)] + [video.Bucket(3, 24, 96)]
+    frames, bucket = video.read_bucket(path, buckets, 15)
+    assert bucket == (expected, 24, 24) and frames.shape == (expected, 24, 24, 3)
+    assert indices(frames, step=4) == list(range(0, 2 * expected, 2))
+
+
+def test_portrait_clip_by_rotation_takes_the_upright_bucket(tmp_path):
+    encode(tmp_path / "phone.mp4", counting_clip(9), rotation=90)
+    buckets = [video.Bucket(5, 24, 32), video.Bucket(5, 32, 24)]
+    assert video.read_bucket(tmp_path / "phone.mp4", buckets, 30)[1] == (5, 32, 24)
+
+
+def test_too_small_and_too_short_name_the_file(tmp_path):
+    path = tmp_path / "clip.mp4"
+    encode(path, counting_clip(9))
+    buckets = [video.Bucket(5, 96, 128), video.Bucket(5, 64, 64)]
+    with pytest.raises(UserError, match=r"clip.mp4: too small: 48x64 pixels .* 1.25 times"):
+        video.read_bucket(path, buckets, 30, max_upscale=1.25)
+    assert video.read_bucket(path, buckets, 30, max_upscale=1.5)[1] == (5, 64, 64)  # 64/48 = 1.33
+    with pytest.raises(UserError, match=r"clip.mp4: too short: 11 frames at 30 fps needed, 9 found"):
+        video.read_bucket(path, [video.Bucket(13, 48, 64), video.Bucket(11, 48, 64)], 30)
+
+
+def test_bucket_as_text():
+    bucket = video.Bucket(81, 480, 832)
+    assert str(bucket) == f"{bucket}" == "81x480x832" and video.Bucket.parse("81x480x832") == bucket
+
+
+@pytest.mark.parametrize("text", ["480x832", "81x480x832x3", "81xax832", "0x480x832", ""])
+def test_bucket_of_other_text(text):
+    with pytest.raises(UserError, match="FRAMESxHEIGHTxWIDTH"):
+        video.Bucket.parse(text)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "ffv1"])
+def test_a_file_in_memory_reads_as_the_path(tmp_path, codec):
+    path = tmp_path / ("clip.mp4" if codec == "libx264" else "clip.mkv")
+    encode(path, counting_clip(20), codec=codec)
+    frames, fps = video.read_video(in_memory(path))
+    assert fps == 30
+    np.testing.assert_array_equal(frames, video.read_video(path)[0])
+    np.testing.assert_array_equal(
+        video.read_clip(in_memory(path), 5, 8, 24, 24), video.read_clip(path, 5, 8, 24, 24)
+    )
+
+
 # ---- formats -------------------------------------------------------------------------------------
 
 
@@ -301,6 +389,10 @@ def test_bad_files_are_one_line_naming_the_file(tmp_path, capfd, name, read):
         read(tmp_path / name)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
     assert capfd.readouterr().err == ""  # FFmpeg's own log stays quiet
+    if (tmp_path / name).is_file():
+        with pytest.raises(UserError, match=message) as again:
+            read(in_memory(tmp_path / name))
+        assert str(again.value) == str(error.value)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
@@ -312,8 +404,9 @@ def test_damage_behind_the_index_is_found_when_it_is_reached(tmp_path, share):
     # FFmpeg either reports the last packet as damaged or ends early without a word.
     with pytest.raises(UserError, match="cut.mp4: .*cut short"):
         video.read_video(broken)
-    with pytest.raises(UserError, match="cut.mp4: .*cut short"):
-        video.read_clip(broken, 31, 30, 16, 16)
+    for file in (broken, in_memory(broken)):
+        with pytest.raises(UserError, match="cut.mp4: .*cut short"):
+            video.read_clip(file, 31, 30, 16, 16)
 
 
 def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):

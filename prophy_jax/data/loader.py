@@ -1,13 +1,17 @@
-"""Reads prepared records as batches: deterministic, sliced per process, resumable to the record.
+"""Reads prepared records as batches: deterministic, shared between processes, resumable to the batch.
 
-Every process walks the same endless, reshuffled stream of records and takes every P-th of it.
-Global batch k is therefore the same set of records for any number of processes, each epoch holds
-every record once, and a run may resume on another number of processes.
+Each batch is of one bucket (size and length of video). The records of a bucket are an endless stream,
+shuffled anew each epoch and cut into global batches; buckets take turns in proportion to their clips. Global
+batch k follows from k and the seed alone, and process i of P reads its rows i, i + P, ... So it is the same
+set of records for any number of processes, and a run may resume on another number of them.
 
-B global batch, P processes, T h w latent grid, N tokens, L text length, D text width.
+B global batch, P processes, b rows of one process, T h w latent grid, N tokens, L text length, D text width,
+M phenomena with a map.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +21,75 @@ import numpy as np
 from prophy_jax.data import records, taxonomy
 from prophy_jax.errors import UserError
 
+# Threads suffice: reading a record is checking and copying it, in code that runs beside Python. Each reads a
+# whole batch, so the buffer counts batches.
+_READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+_PLACED_AHEAD = 2  # batches on the devices before they are asked for
 
-class _Examples:
-    """Random access to records joined with their alignment, as unbatched numpy examples."""
 
-    def __init__(self, data_dir: Path, split: str) -> None:
-        manifest = records.read_manifest(data_dir)
-        self._text_length = manifest["text_length"]
-        self._num_tokens = manifest["num_tokens"]
-        self._data_dir = data_dir
-        self._records = records.open_source(data_dir, "records", split)
-        self._alignment = None
-        if (data_dir / "alignment").exists():
-            self._alignment = records.open_source(data_dir, "alignment", split)
-            if len(self._alignment) != len(self._records):
+class _Bucket:
+    """The records of one bucket and split, joined with their labels by position."""
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        bucket: str,
+        manifest: Mapping[str, Any],
+        labels: str | Path | None,
+    ) -> None:
+        description = manifest["buckets"][bucket]
+        self._latent_shape = tuple(description["latent_shape"])
+        self._num_tokens = math.prod(description["token_grid"])
+        self._text_shape = manifest["text_length"], manifest["text_dim"]
+        self._records = records.open_dataset(data_dir, "records", bucket, split)
+        self._data_dir, self._labels_dir, self._labels = data_dir, labels, None
+        if labels is not None:
+            self._labels = records.open_dataset(labels, "alignment", bucket, split)
+            if len(self._labels) != len(self._records):
                 raise UserError(
-                    f"{data_dir}, split {split!r}: {len(self._records)} records but "
-                    f"{len(self._alignment)} alignment labels; prepare the data again"
+                    f"{data_dir} has {len(self._records)} records of {bucket}, split {split!r}, but {labels} "
+                    f"has {len(self._labels)} labels; make the labels again"
                 )
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self._records[index]
-        text = np.zeros((self._text_length, record["text"].shape[1]), np.float32)
-        valid = len(record["text"])
-        text[:valid] = record["text"]
-        if self._alignment is None:
-            alignment = np.zeros((self._num_tokens, taxonomy.NUM_PHENOMENA), np.float32)
-            present = np.zeros(taxonomy.NUM_PHENOMENA, np.float32)
-        else:
-            label = self._alignment[index]
-            if label["id"] != record["id"]:
-                raise UserError(
-                    f"{self._data_dir}: record {index} is {record['id'].decode()!r} but its "
-                    f"alignment label is of {label['id'].decode()!r}; prepare the data again"
-                )
-            alignment, present = label["alignment"], label["present"]
-        return {
-            "latents": record["latents"],
-            "text": text,
-            "text_mask": np.arange(self._text_length) < valid,
-            "category": record["category"],
-            "alignment": alignment,
-            "alignment_present": present,
-            "id": np.str_(record["id"].decode()),
-            "index": np.int64(index),
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The batch of records `indices` (b,); each array is copied once, from the bytes of its record."""
+        rows = len(indices)
+        batch = {
+            "latents": np.empty((rows, *self._latent_shape), np.float16),
+            "text": np.zeros((rows, *self._text_shape), np.float16),
+            "text_mask": np.zeros((rows, self._text_shape[0]), bool),
+            "category": np.empty((rows, taxonomy.NUM_PHENOMENA), np.float32),
+            "alignment": np.zeros((rows, self._num_tokens, taxonomy.NUM_PHENOMENA), np.float16),
+            "alignment_present": np.zeros((rows, taxonomy.NUM_PHENOMENA), np.float32),
+            "index": indices,
         }
-
-
-def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        names = []
+        for row, index in enumerate(indices):
+            record = self._records.read(index)
+            name = bytes(record["id"]).decode()
+            names.append(name)
+            batch["latents"][row] = np.frombuffer(record["latents"], np.float16).reshape(self._latent_shape)
+            text = np.frombuffer(record["text"], np.float16).reshape(-1, self._text_shape[1])  # (n, D)
+            batch["text"][row, : len(text)] = text
+            batch["text_mask"][row, : len(text)] = True
+            batch["category"][row] = np.frombuffer(record["category"], np.float32)
+            if self._labels is not None:
+                label = self._labels.read(index)
+                labelled = bytes(label["id"]).decode()
+                if labelled != name:
+                    raise UserError(
+                        f"record {index} of {self._data_dir} is {name!r} but its label in {self._labels_dir} "
+                        f"is of {labelled!r}; make the labels again"
+                    )
+                present = np.frombuffer(label["present"], np.float32)
+                maps = np.frombuffer(label["maps"], np.float16).reshape(-1, self._num_tokens)  # (M, N)
+                batch["alignment"][row][:, present > 0] = maps.T
+                batch["alignment_present"][row] = present
+        return batch | {"id": np.array(names, np.str_)}
 
 
 def make_loader(
@@ -80,15 +101,19 @@ def make_loader(
     repeat: bool = True,
     process_index: int = 0,
     process_count: int = 1,
+    labels: str | Path = "",
+    place: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> grain.DatasetIterator:
-    """An iterator over one split, with this process's share of each batch.
+    """An iterator over one split, with this process's rows of each batch.
 
-    Each batch is a dict of numpy arrays with a leading B / P: latents (T, h, w, 16), text (L, D)
-    with zero rows after the last valid one, category (17,), alignment (N, 17) and
-    alignment_present (17,), all float32; text_mask (L,) bool; id () str; index () int64, the
-    position within the split. Without alignment labels the two alignment arrays are zero.
+    Each batch is a dict of numpy arrays with a leading b = B / P: latents (T, h, w, 16), text (L, D) with
+    zero rows after the last valid one, alignment (N, 17), all float16; category (17,) and alignment_present
+    (17,) float32; text_mask (L,) bool; id () str; index () int64, the position within the bucket and split.
+    Without alignment labels the two alignment arrays are zero.
 
-    `get_state` and `set_state` of the iterator, or `grain.checkpoint`, resume it exactly.
+    `get_state` and `set_state` of the iterator, or `grain.checkpoint`, resume it exactly, with and without
+    `place` and on any number of processes. Batches are read, and placed, ahead of their use in threads;
+    `close` ends them.
 
     Args:
         data_dir: a folder written by `prophy_jax.prepare`.
@@ -96,42 +121,80 @@ def make_loader(
         batch_size: B, over all processes.
         seed: of the shuffle; each epoch is shuffled anew.
         shuffle: False keeps the order on disk.
-        repeat: True never ends: every batch holds B records, and one batch may span two epochs.
-            False gives every record once, and the last batch may be smaller.
+        repeat: True never ends: every batch holds B records, and one batch may span two epochs of its bucket.
+            False gives every record once, bucket after bucket; the last batch of a bucket may be smaller, and
+            some processes may have no rows of it.
         process_index: which of the P processes this is.
         process_count: P.
+        labels: a folder written by `prophy_jax.label`; "" takes the labels of `data_dir` itself, if any.
+        place: turns a batch into what the iterator gives, such as arrays on devices. It runs in one thread,
+            two batches ahead.
 
     Raises:
-        UserError: no data there, no such split, labels of another data set (also while reading), B
-            does not divide by P, or B is larger than a split that repeats.
+        UserError: no data there, no such split, labels of another data set (also while reading), damaged
+            files (while reading), B does not divide by P, or B is larger than a split that repeats.
     """
-    examples = _Examples(Path(data_dir), split)
     if batch_size % process_count:
         raise UserError(f"batch size {batch_size} does not divide over {process_count} processes")
-    if repeat and len(examples) < batch_size:
+    buckets = _open_buckets(data_dir, split, labels)
+    count = sum(len(bucket) for bucket in buckets)
+    if repeat and count < batch_size:
         raise UserError(
-            f"split {split!r} of {data_dir} has {len(examples)} records, fewer than the batch size "
-            f"{batch_size}; lower the batch size or prepare more clips"
+            f"split {split!r} of {data_dir} has {count} records, fewer than the batch size {batch_size}; "
+            "lower the batch size or prepare more clips"
         )
-    dataset = grain.MapDataset.source(examples).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
+    parts = []
+    for bucket in buckets:
+        indices = grain.MapDataset.range(len(bucket)).seed(seed)
+        if shuffle:
+            indices = indices.shuffle()
+        if repeat:
+            indices = indices.repeat(None, reseed_each_epoch=True)
+        # Global batches of indices; only the rows of this process are read.
+        batches = indices.batch(batch_size).map(lambda batch: batch[process_index::process_count])
+        parts.append(batches.map(bucket.read))
     if repeat:
-        dataset = dataset.repeat(None, reseed_each_epoch=True)
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count, batch_fn=_stack)
-    # Threads suffice, as reading a record is little more than a copy. The buffer counts batches.
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-    return iter(dataset.to_iter_dataset(options))
+        dataset = grain.MapDataset.mix(parts, weights=[len(bucket) for bucket in buckets])
+    else:
+        dataset = grain.MapDataset.concatenate(parts)
+    batches = dataset.to_iter_dataset(_READ)
+    if place is not None:
+        batches = grain.experimental.ThreadPrefetchIterDataset(
+            batches.map(place), prefetch_buffer_size=_PLACED_AHEAD
+        )
+    return iter(batches)
+
+
+def _open_buckets(data_dir: str | Path, split: str, labels: str | Path) -> list[_Bucket]:
+    manifest = records.read_manifest(data_dir)
+    if labels:
+        if not Path(labels).is_dir():
+            raise UserError(
+                f"no labels at {labels}; make them with: "
+                f"python -m prophy_jax.label --data={data_dir} --out={labels}"
+            )
+        if records.read_manifest(labels).get("data_fingerprint") != manifest["fingerprint"]:
+            raise UserError(f"the labels {labels} belong to another data set than {data_dir}; label that one")
+    elif (Path(data_dir) / "alignment").exists():
+        labels = data_dir
+    names = [name for name, found in manifest["buckets"].items() if found["counts"].get(split)]
+    if not names:
+        found = ", ".join(split for split in records.SPLITS if manifest["counts"].get(split))
+        raise UserError(f"{data_dir} has no split {split!r}; it has {found}")
+    return [_Bucket(data_dir, split, name, manifest, labels or None) for name in names]
 
 
 def load_empty_text(data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The encoded empty prompt of the data: text (L, D) float32 and mask (L,) bool.
 
-    Raises UserError when `data_dir` holds no prepared data.
+    Raises UserError when `data_dir` holds no prepared data, or it is damaged.
     """
     records.read_manifest(data_dir)
     path = Path(data_dir) / "empty_text.npz"
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
-    with np.load(path) as stored:
-        return stored["text"], stored["mask"]
+    try:
+        with np.load(path) as stored:
+            return stored["text"], stored["mask"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged; prepare the data again") from error

@@ -1,257 +1,406 @@
-"""Training records on disk: what `prophy_jax.prepare` writes and `prophy_jax.data.loader` reads.
+"""Data sets on disk: written by `prophy_jax.prepare` and `.label`, read by `prophy_jax.data.loader`.
 
-    DATA_DIR/manifest.json     what the records are and how they were made
-    DATA_DIR/empty_text.npz    the encoded empty prompt (text, mask), for caption dropout
-    DATA_DIR/records/          TFDS data set "records": id, caption, latents, text, category
-    DATA_DIR/alignment/        TFDS data set "alignment", same order: id, alignment, present;
-                               absent when there are no token labels
-    DATA_DIR/sandbox/          the drawn clips, same order, when the physics sandbox is the source
+    DATA_DIR/manifest.json           what the records are and how they were made; there when all is there
+    DATA_DIR/empty_text.npz          the encoded empty prompt (text, mask), for caption dropout
+    DATA_DIR/statistics.md, .png     what the source holds
+    DATA_DIR/records/81x480x832/     one TFDS data set "records" per bucket, with splits train, val, test
+    DATA_DIR/alignment/81x480x832/   TFDS data set "alignment", same order; with exact labels (the sandbox)
+    LABELS_DIR/manifest.json, LABELS_DIR/alignment/81x480x832/    the same, from `prophy_jax.label`
+    DIR/work/                        shards and locks, until DIR is complete
 
-All data sets are TFDS in array_record format with one record per group (random access), written
-and read without TensorFlow.
+All data sets are TFDS in array_record format with one record per group (random access), written and read
+without TensorFlow. Latents and texts are float16: 3 digits, for a third of the disk and of the traffic.
 
-F frames, H W pixels, T h w latent grid, G tokens a side, N tokens, L text length, n <= L valid rows
-of one text, D text width.
+T h w latent grid, N tokens, P phenomena with a map, n valid rows of one text, D text width.
 """
 
 import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from google.protobuf import json_format
+from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import taxonomy
 from prophy_jax.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
-SHARD_BYTES = 1 << 30
 PATCH = 2  # latent pixels a side of one token, on every supported backbone
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_OPEN_FILES = 64  # of one data set and split at a time; many systems allow a process 1,024
+_OPTIONS = "group_size:1,uncompressed"  # float16 noise hardly shrinks, and would take thrice as long to read
 
 
 def record_features(latent_shape: Sequence[int], text_dim: int) -> tfds.features.FeaturesDict:
-    """Features of "records": latents (T, h, w, 16) and text (n, D) float32, category (17,)."""
+    """Features of "records": latents (T, h, w, 16) and text (n, D) float16, category (17,) float32.
+
+    `video` says where the clip is in source number `source` of the manifest.
+    """
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
             "caption": tfds.features.Text(),
-            "latents": tfds.features.Tensor(shape=tuple(latent_shape), dtype=np.float32, encoding="bytes"),
-            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float32, encoding="bytes"),
+            "source": tfds.features.Scalar(dtype=np.int64),
+            "video": tfds.features.Text(),
+            "latents": tfds.features.Tensor(shape=tuple(latent_shape), dtype=np.float16, encoding="bytes"),
+            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16, encoding="bytes"),
             "category": tfds.features.Tensor(shape=(taxonomy.NUM_PHENOMENA,), dtype=np.float32),
         }
     )
 
 
 def alignment_features(num_tokens: int) -> tfds.features.FeaturesDict:
-    """Features of "alignment": alignment (N, 17) and present (17,) float32."""
+    """Features of "alignment": present (17,) float32 and maps (P, N) float16.
+
+    Row i of `maps` is the target of the i-th phenomenon with present = 1, in the order of the taxonomy.
+    """
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
-            "alignment": tfds.features.Tensor(  # mostly zeros: compressed
-                shape=(num_tokens, taxonomy.NUM_PHENOMENA), dtype=np.float32, encoding="zlib"
-            ),
             "present": tfds.features.Tensor(shape=(taxonomy.NUM_PHENOMENA,), dtype=np.float32),
+            "maps": tfds.features.Tensor(shape=(None, num_tokens), dtype=np.float16, encoding="bytes"),
         }
     )
 
 
-@contextlib.contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder: on success it is renamed to `out`, on failure it is removed.
+def token_grid(latent_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Grid of video tokens of latents (T, h, w, 16)."""
+    times, height, width = latent_shape[:3]
+    return times, height // PATCH, width // PATCH
+
+
+# --- Writing ---------------------------------------------------------------------------------------
+
+
+class Job:
+    """A folder of data sets that any number of processes write, shard by shard, through any interruption.
+
+    A shard is a fixed piece of the work. What it holds depends on the plan alone, not on who writes it or
+    when, so the finished folder is the same for 1 and for 100 processes, interrupted or not. A shard appears
+    under its name when it is whole, with a JSON file that says so and reports on it; one that was interrupted
+    is made again. Process i of P makes the shards i, i + P, ...; the last to be done puts them together.
+
+    Args:
+        out: the folder.
+        plan: JSON types; all that decides what is written. A folder begun by another plan is refused.
+        shards: number of shards of each split.
+        process: (i, P).
 
     Raises:
-        UserError: `out` exists, or cannot be created.
-    """
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} already exists; remove it or choose another --out")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        message = f"cannot create {partial} ({error.strerror}); choose another --out"
-        raise UserError(message) from error
-    try:
-        yield partial
-        if out.exists():  # rename would replace an empty folder made in the meantime
-            raise UserError(f"{out} appeared while it was being prepared; choose another --out")
-        partial.rename(out)
-    except BaseException:  # also on Ctrl-C: never leave half a data set behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-class Writer:
-    """Streams the examples of one TFDS data set into `folder`; `close` completes it.
-
-    Attributes:
-        counts: split -> number of examples written.
+        UserError: `out` is of another plan, is something else, or cannot be written.
     """
 
-    def __init__(self, folder: Path, name: str, features: tfds.features.FeaturesDict) -> None:
-        self.counts: dict[str, int] = {}
-        self._folder = folder
-        self._name = name
-        self._features = features
-        self._shards: dict[str, list[list[int]]] = defaultdict(list)  # split -> [examples, bytes]
-        self._files: dict[str, array_record_module.ArrayRecordWriter] = {}  # open shard per split
-        folder.mkdir(parents=True)
+    def __init__(
+        self,
+        out: str | Path,
+        plan: Mapping[str, Any],
+        shards: Mapping[str, int],
+        process: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.out = Path(out)
+        self._work = self.out / "work"
+        self._shards = [(split, index) for split in shards for index in range(shards[split])]
+        self._process = process
+        plan = json.loads(json.dumps(plan))
+        with _writing(self.out):
+            self._claim(plan)
 
-    def _unfinished(self, split: str, shard: int) -> Path:
-        return self._folder / f"{split}-{shard:05d}"  # the final name has the number of shards
+    def _claim(self, plan: dict[str, Any]) -> None:
+        if self.complete():
+            found = read_manifest(self.out).get("plan")
+        else:
+            path = self._work / "plan.json"
+            if not path.exists():
+                # The folder "work" of another program must not be taken for ours, and removed in the end.
+                inside = [entry for entry in _entries(self._work) if entry.name != "plan.lock"]
+                beside = [entry for entry in _entries(self.out) if entry != self._work]
+                if beside or any(not entry.name.startswith(".plan.json.") for entry in inside):
+                    raise UserError(
+                        f"{self.out} already exists and is not of this program; choose another --out"
+                    )
+                self._work.mkdir(parents=True, exist_ok=True)
+            with _lock(self._work / "plan.lock", wait=True):
+                if not path.exists():
+                    _write_atomically(path, json.dumps(plan, indent=1))
+            found = json.loads(path.read_text(encoding="utf-8"))
+        different = differences(found, plan)
+        if different:
+            raise UserError(
+                f"{self.out} was begun differently ({different}); give the same configuration and source, "
+                "remove the folder, or choose another --out"
+            )
 
-    def write(self, split: str, example: Mapping[str, Any]) -> None:
-        """Appends one example. Raises ValueError when it does not match the features."""
-        data = self._features.serialize_example(example)
-        shards = self._shards[split]
-        if not shards or shards[-1][1] + len(data) > SHARD_BYTES:
-            if shards:
-                self._files[split].close()
-            path = self._unfinished(split, len(shards))
-            self._files[split] = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            shards.append([0, 0])
-        self._files[split].write(data)
-        shards[-1][0] += 1
-        shards[-1][1] += len(data)
-        self.counts[split] = self.counts.get(split, 0) + 1
+    def complete(self) -> bool:
+        """Whether the folder is finished."""
+        return (self.out / "manifest.json").exists()
 
-    def close(self) -> None:
-        """Closes the shards, gives them their final names and writes the TFDS metadata."""
+    def _name(self, split: str, index: int) -> Path:
+        return self._work / f"{split}-{index:05d}"
+
+    def missing(self, mine: bool = False) -> list[tuple[str, int]]:
+        """(split, shard) of what is still to be made: by all processes, or by this one."""
+        if self.complete():
+            return []
+        first, step = self._process if mine else (0, 1)
+        return [shard for shard in self._shards[first::step] if not self._report(*shard).exists()]
+
+    def _report(self, split: str, index: int) -> Path:
+        return self._name(split, index).with_suffix(".json")
+
+    @contextlib.contextmanager
+    def shard(self, split: str, index: int) -> Iterator["Shard"]:
+        """Makes one shard: it is there when the body ends, and nothing of it is when the body raises.
+
+        Raises UserError when another process is at it, or when the disk is full.
+        """
+        with contextlib.ExitStack() as stack:
+            with _writing(self.out):
+                stack.enter_context(_lock(self._name(split, index).with_suffix(".lock")))
+            shard = Shard(self._name(split, index), self.out)
+            try:
+                yield shard
+                with _writing(self.out):
+                    _write_atomically(self._report(split, index), json.dumps(shard.close()))
+            except BaseException:  # also on Ctrl-C
+                shard.discard()
+                raise
+
+    def finish(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> dict[str, Any] | None:
+        """Puts the folder together if every shard is made; does nothing otherwise.
+
+        Args:
+            describe: takes the reports of all shards in order, each {"split", "shard", "datasets", "ids", and
+                what was noted}; returns the features of each data set ("records/81x480x832") and the rest of
+                the manifest.
+
+        Returns:
+            The manifest, or None when shards are missing.
+        """
+        with _writing(self.out):
+            if not self.complete() and self.missing():
+                return None
+            try:
+                with _lock(self._work / "finish.lock", wait=True):
+                    if not self.complete():
+                        self._put_together(describe)
+                    shutil.rmtree(self._work)
+            except FileNotFoundError:
+                if not self.complete():  # otherwise another process did it meanwhile
+                    raise
+        return read_manifest(self.out)
+
+    def _put_together(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> None:
+        reports = [
+            {"split": split, "shard": index}
+            | json.loads(self._report(split, index).read_text(encoding="utf-8"))
+            for split, index in self._shards
+        ]
+        _let_stand_in(reports)
+        features, manifest = describe(reports)
+        for dataset in features:
+            self._assemble(dataset, features[dataset], reports)
+        plan = json.loads((self._work / "plan.json").read_text(encoding="utf-8"))
+        write_manifest(self.out, {**manifest, "fingerprint": _fingerprint(reports), "plan": plan})
+
+    def _assemble(self, dataset: str, features: tfds.features.FeaturesDict, reports: list[dict]) -> None:
+        """Gives the shards of one data set their final names, and writes the metadata of TFDS.
+
+        May be interrupted and done again.
+        """
+        folder, name = self.out / dataset, dataset.split("/")[0]
+        folder.mkdir(parents=True, exist_ok=True)
         template = tfds.core.ShardedFileTemplate(
-            data_dir=self._folder,
-            dataset_name=self._name,
-            filetype_suffix="array_record",
-            template=_TEMPLATE,
+            data_dir=folder, dataset_name=name, filetype_suffix="array_record", template=_TEMPLATE
         )
+        filled = defaultdict(list)  # split -> (file, examples, bytes)
+        for report in reports:
+            size = report["datasets"].get(dataset)
+            if size:
+                file = _part(
+                    self._name(*report.get("stands_in", (report["split"], report["shard"]))), dataset
+                )
+                filled[report["split"]].append((file, size["count"], size["bytes"]))
         infos = []
-        for split, shards in self._shards.items():
-            self._files[split].close()
+        for split, files in filled.items():
             names = template.replace(split=split)
-            for index in range(len(shards)):
-                final = names.sharded_filepath(shard_index=index, num_shards=len(shards))
-                self._unfinished(split, index).rename(final)
+            for index, (path, _, _) in enumerate(files):
+                final = names.sharded_filepath(shard_index=index, num_shards=len(files))
+                if not final.exists():
+                    os.link(path, final)
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
-                    shard_lengths=[examples for examples, _ in shards],
-                    num_bytes=sum(size for _, size in shards),
+                    shard_lengths=[count for _, count, _ in files],
+                    num_bytes=sum(size for _, _, size in files),
                     filename_template=names,
                 )
             )
         tfds.folder_dataset.write_metadata(
-            data_dir=self._folder,
-            features=self._features,
+            data_dir=folder,
+            features=features,
             split_infos=infos,
             filename_template=template,
             check_data=False,  # the check needs TensorFlow
         )
 
 
-class Recorder:
-    """Encodes clips one by one and writes them as records; as alignment too where masks exist."""
+class Shard:
+    """The files of one shard, one per data set, while it is made; see `Job.shard`."""
 
-    def __init__(self, folder: Path, codec: Any, text_encoder: Any) -> None:
-        self._folder = folder
-        self._codec = codec
-        self._text_encoder = text_encoder
-        self._writers: dict[str, Writer] = {}
-        self._latent_shape: tuple[int, ...] = ()
-        self._moments = np.zeros((3, 1))  # count, sum, sum of squares, per channel
-        self._captions_cut: dict[str, int] = {}  # clip id -> words lost
+    def __init__(self, name: Path, out: Path) -> None:
+        self._name, self._out = name, out
+        self._files: dict[str, array_record_module.ArrayRecordWriter] = {}
+        self._report: dict[str, Any] = {"datasets": {}, "ids": {}}
 
-    def _writer(self, name: str, features: tfds.features.FeaturesDict) -> Writer:
-        if name not in self._writers:
-            self._writers[name] = Writer(self._folder / name, name, features)
-        return self._writers[name]
+    def write(self, dataset: str, features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> None:
+        """Appends an example to a data set such as "records/81x480x832". ValueError if it does not match."""
+        data = features.serialize_example(example)
+        # TFDS writes the features in an order that differs from process to process.
+        data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
+        with _writing(self._out):
+            if dataset not in self._files:
+                path = str(_partial(_part(self._name, dataset)))
+                self._files[dataset] = array_record_module.ArrayRecordWriter(path, _OPTIONS)
+                self._report["datasets"][dataset] = {"count": 0, "bytes": 0}
+                self._report["ids"][dataset] = []
+            self._files[dataset].write(data)
+        self._report["datasets"][dataset]["count"] += 1
+        self._report["datasets"][dataset]["bytes"] += len(data)
+        self._report["ids"][dataset].append(example["id"])
 
-    def write(
-        self,
-        split: str,
-        clip_id: str,
-        caption: str,
-        frames: np.ndarray,
-        category: np.ndarray,
-        masks: np.ndarray | None = None,
-    ) -> None:
-        """Adds one clip: frames (F, H, W, 3) uint8, category (17,), masks (T, G, G, 17) or None."""
-        latents = self._codec.encode(frames)
-        self._latent_shape = latents.shape
-        text, mask = self._text_encoder([caption])
-        lost = self._text_encoder.words_lost(caption)
-        if lost:
-            self._captions_cut[clip_id] = lost
-        features = record_features(latents.shape, text.shape[-1])
-        self._writer("records", features).write(
-            split,
-            {
-                "id": clip_id,
-                "caption": caption,
-                "latents": latents,
-                "text": text[0][mask[0]],
-                "category": category,
-            },
-        )
-        if split == "train":
-            values = latents.reshape(-1, latents.shape[-1]).astype(np.float64)  # (T*h*w, 16)
-            sums = [np.full(values.shape[1], len(values)), values.sum(0), np.square(values).sum(0)]
-            self._moments = self._moments + np.stack(sums)
-        if masks is not None:
-            times, height, width, _ = latents.shape
-            if masks.shape[:3] != (times, height // PATCH, width // PATCH):
-                raise UserError(
-                    f"the sandbox has token masks {masks.shape[:3]}, but config.codec gives "
-                    f"latents {latents.shape}; choose a codec of stride 4 in time and space"
-                )
-            alignment = masks.reshape(-1, masks.shape[-1]).astype(np.float32)  # (N, 17)
-            features = alignment_features(len(alignment))
-            self._writer("alignment", features).write(
-                split, {"id": clip_id, "alignment": alignment, "present": category}
-            )
+    def note(self, **values: Any) -> None:
+        """Adds to the shard's report; JSON types."""
+        self._report |= values
 
     def close(self) -> dict[str, Any]:
-        """Completes the data sets and the empty prompt; returns their part of the manifest."""
-        for writer in self._writers.values():
-            writer.close()
-        text, mask = self._text_encoder([""])
-        np.savez(self._folder / "empty_text.npz", text=text[0], mask=mask[0])
-        times, height, width, _ = self._latent_shape
-        count, total, squares = self._moments
-        mean = total / count
-        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        counts = self._writers["records"].counts
-        return {
-            "counts": {split: counts[split] for split in SPLITS if split in counts},
-            "latent_shape": list(self._latent_shape),
-            "num_tokens": times * (height // PATCH) * (width // PATCH),
-            "text_length": text.shape[1],
-            "text_dim": text.shape[2],
-            "empty_text_sha256": hashlib.sha256(text.astype("<f4").tobytes()).hexdigest(),
-            # The codec normalises; these, measured on the training split, say how well.
-            "latent_mean": mean.round(4).tolist(),
-            "latent_std": deviation.round(4).tolist(),
-            "captions_cut": self._captions_cut,
-        }
+        for dataset, file in self._files.items():
+            file.close()  # here, not earlier, a full disk shows
+            path = _part(self._name, dataset)
+            with _partial(path).open("rb") as written:
+                os.fsync(written.fileno())
+            reader = array_record_module.ArrayRecordReader(str(_partial(path)))
+            if reader.num_records() != self._report["datasets"][dataset]["count"]:
+                raise OSError(f"{path} was not written whole")
+            reader.close()
+            # A shard that is made a second time, by mistake, never changes the file that others may read.
+            os.replace(_partial(path), path)
+        return self._report
+
+    def discard(self) -> None:
+        for dataset, file in self._files.items():
+            with contextlib.suppress(Exception):  # it failed, and says so elsewhere
+                file.close()
+            _partial(_part(self._name, dataset)).unlink(missing_ok=True)
+
+
+def _let_stand_in(reports: list[dict[str, Any]]) -> None:
+    """Where nothing of the validation split could be used, a shard of the training split stands in, and the
+    other way round: a handful of clips is still data to try things on. The report gets "stands_in"."""
+    for split, other in (("val", "train"), ("train", "val")):
+        own = [report for report in reports if report["split"] == split]
+        others = [report for report in reports if report["split"] == other and report["datasets"]]
+        if own and not any(report["datasets"] for report in own) and others:
+            own[0] |= {key: others[0][key] for key in ("datasets", "ids")}
+            own[0]["stands_in"] = (other, others[0]["shard"])
+
+
+def _part(shard: Path, dataset: str) -> Path:
+    return shard.with_suffix("." + dataset.replace("/", "."))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _fingerprint(reports: list[dict[str, Any]]) -> str:
+    """Of the ids of all examples in their order: equal for data sets that belong together."""
+    digest = hashlib.sha256()
+    for report in reports:
+        for dataset in sorted(report["ids"]):
+            digest.update(
+                json.dumps([report["split"], dataset.split("/")[1], report["ids"][dataset]]).encode()
+            )
+    return digest.hexdigest()
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).split(";")[0]
+        raise UserError(
+            f"cannot write {out}: {reason}; nothing that was finished is lost: mend this and run the same "
+            "command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds a lock that the system releases when the process ends, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is writing to {path.parent}: wait for it, or give each its share of the "
+                "work with --process=0/2, --process=1/2 and so on"
+            ) from error
+        yield
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def parse_process(text: str) -> tuple[int, int]:
+    """ "1/4" -> (1, 4). Raises UserError unless it is I/P with 0 <= I < P."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--process={text}: say which of how many this is, from 0/4 to 3/4")
+    return int(index), int(count)
+
+
+# --- Reading ---------------------------------------------------------------------------------------
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes DATA_DIR/manifest.json with the schema version first."""
+    """Writes DIR/manifest.json, with the schema version first; it makes the folder complete."""
     text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2)
-    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    _write_atomically(folder / "manifest.json", text + "\n")
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     """The manifest of `data_dir`; UserError when it is absent, damaged or of another schema."""
     path = Path(data_dir) / "manifest.json"
     if not path.is_file():
+        if (Path(data_dir) / "work").is_dir():
+            raise UserError(f"{data_dir} is not finished: run the command that makes it again")
         raise UserError(
             f"no training data at {data_dir}; make it with: "
             f"python -m prophy_jax.prepare --config=... --out={data_dir}"
@@ -269,17 +418,101 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def open_source(data_dir: str | Path, name: str, split: str) -> Sequence[Mapping[str, Any]]:
-    """The random-access examples of one split of data set `name`, such as "records".
+class Dataset(Sequence[Mapping[str, Any]]):
+    """Random access to the examples of one split, from any thread; see `open_dataset`.
 
-    Raises:
-        UserError: the split does not exist or one of its files is missing.
+    Of any number of shards, only the few that were read last are open.
     """
-    folder = Path(data_dir) / name
-    builder = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        raise UserError(f"{folder} has no split {split!r}; it has {sorted(builder.info.splits)}")
-    for path in builder.info.splits[split].filepaths:
-        if not path.exists():
-            raise UserError(f"{path} is missing; prepare the data again")
-    return builder.as_data_source(split)
+
+    def __init__(self, features: tfds.features.FeaturesDict, split: tfds.core.SplitInfo) -> None:
+        self._features = features
+        self._files = [str(path) for path in split.filepaths]
+        self._ends = np.cumsum(split.shard_lengths)
+        self._reader = functools.lru_cache(_OPEN_FILES)(_open_reader)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._features.deserialize_example_np(self._serialized(index))
+
+    def read(self, index: int) -> dict[str, memoryview]:
+        """The values of one example as they are stored, none copied: the fast way for large arrays.
+
+        Of arrays, their bytes; of texts, UTF-8; integers as encoded. UserError when the file is damaged.
+        """
+        # Each level of the format is a sequence of length-delimited fields. The classes that Protocol Buffers
+        # generates for it copy every value twice.
+        values = {}
+        (features,) = _fields(memoryview(self._serialized(index)))  # Example.features
+        for entry in _fields(features):  # Features.feature, a map
+            name, feature = _fields(entry)
+            for kind in _fields(feature):  # bytes_list, float_list (packed) or int64_list
+                for value in _fields(kind):
+                    values[str(name, "utf-8")] = value
+        return values
+
+    def _serialized(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[shard - 1]) if shard else 0
+        path = self._files[shard]
+        try:
+            return self._reader(path).read([index - first])[0]
+        except (RuntimeError, IndexError) as error:  # array_record raises RuntimeError
+            raise UserError(f"{path} is damaged; make the data again") from error
+
+
+def _fields(message: memoryview) -> Iterator[memoryview]:
+    """The values of a Protocol Buffers message whose fields are length-delimited and numbered below 16."""
+    position = 0
+    while position < len(message):
+        position += 1  # the field's number
+        size = shift = 0
+        more = True
+        while more:  # seven bits of the length a byte, the lowest first
+            byte = message[position]
+            size |= (byte & 127) << shift
+            more = byte > 127
+            shift, position = shift + 7, position + 1
+        yield message[position : position + size]
+        position += size
+
+
+def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
+    # Reading ahead would be in vain where the next record is of another file.
+    return array_record_module.ArrayRecordReader(
+        path, options="readahead_buffer_size:0", file_reader_buffer_size=32768
+    )
+
+
+def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Dataset:
+    """The random-access examples of one split and bucket of data set "records" or "alignment".
+
+    Raises UserError when the split does not exist or one of its files is missing; later, one that is damaged.
+    """
+    folder = Path(data_dir) / name / bucket
+    try:
+        info = tfds.builder_from_directory(folder).info
+    except (OSError, ValueError, TypeError, json_format.Error) as error:
+        raise UserError(f"{folder} is missing or damaged; make the data again") from error
+    if split not in info.splits:
+        raise UserError(f"{folder} has no split {split!r}; it has {sorted(info.splits)}")
+    present = {path.name for path in folder.iterdir()}
+    for path in info.splits[split].filepaths:
+        if path.name not in present:
+            raise UserError(f"{path} is missing; make the data again")
+    return Dataset(info.features, info.splits[split])
+
+
+def differences(was: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
+    """Where two nested dicts of JSON types differ, e.g. "data.frames was 9, is 13"; "" where they agree."""
+    found = []
+    for key in sorted(was.keys() | own.keys()):
+        old, new = was.get(key), own.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(differences(old, new, f"{prefix}{key}."))
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return "; ".join(filter(None, found))

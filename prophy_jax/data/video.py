@@ -1,24 +1,54 @@
 """Video files in and out, through PyAV (FFmpeg in a wheel; the optional extra "video").
 
-Decoding streams: `read_clip` keeps only the frames it returns and stops at the last one it needs.
+Decoding streams: `read_bucket` keeps only the frames it returns and stops at the last one it needs.
+
+A bucket is a shape that clips are cropped and resized to; training batches hold one bucket each.
 
 Legend: F frames, H W pixels. Frames are uint8 RGB (F,H,W,3), upright (rotation metadata applied),
-whatever the bit depth and the chroma format of the file. Rates are frames per second.
+whatever the bit depth and the chroma format of the file. Rates are frames per second. A video is a
+path, or a seekable binary file with a `name`, such as a member of a zip file held in memory.
 """
 
 import contextlib
+import itertools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from prophy_jax.errors import UserError
 
+Video = str | os.PathLike | BinaryIO
 
-def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+
+class Bucket(NamedTuple):
+    """A shape of training clips; as text "81x480x832"."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """Raises UserError unless `text` is three positive numbers, such as "81x480x832"."""
+        try:
+            bucket = cls(*map(int, text.split("x")))
+        except (TypeError, ValueError):
+            bucket = None
+        if bucket is None or min(bucket) < 1:
+            raise UserError(f"bucket {text!r} is not FRAMESxHEIGHTxWIDTH, such as 81x480x832")
+        return bucket
+
+
+def read_video(path: Video) -> tuple[np.ndarray, float]:
     """Decodes a whole file into memory.
 
     Returns:
@@ -32,7 +62,7 @@ def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
     with _open_video(path) as (rate, frames):
         decoded = [_to_rgb(frame) for _, frame in frames]
         if not decoded:
-            raise UserError(f"{path}: the video holds no frames")
+            raise UserError(f"{_name(path)}: the video holds no frames")
         return np.stack(decoded), float(rate)
 
 
@@ -75,10 +105,86 @@ def center_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarra
     return np.stack(resized)
 
 
-def read_clip(
-    path: str | os.PathLike, num_frames: int, target_fps: float, height: int, width: int
-) -> np.ndarray:
-    """Reads the first num_frames at target_fps, cropped and resized; decodes no more than it needs.
+def choose_size(
+    height: int, width: int, buckets: Sequence[Bucket], max_upscale: float = math.inf
+) -> tuple[int, int] | None:
+    """The (height, width) of the buckets that suits an upright clip of height x width pixels best.
+
+    It is the one whose aspect ratio differs from the clip's by the smallest factor, among those that
+    the clip covers when enlarged by at most `max_upscale`; of equally good ones the largest, then the
+    one listed first. None if there is no such bucket.
+    """
+
+    def rank(size: tuple[int, int]) -> tuple[Fraction, int]:
+        ratio = Fraction(size[0] * width, size[1] * height)
+        return max(ratio, 1 / ratio), -size[0] * size[1]  # exact, so that equal aspects are equal
+
+    sizes = [(bucket.height, bucket.width) for bucket in buckets]
+    covered = [size for size in sizes if max(size[0] / height, size[1] / width) <= max_upscale]
+    return min(covered, key=rank, default=None)
+
+
+def read_bucket(
+    video: Video, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
+) -> tuple[np.ndarray, Bucket]:
+    """Reads a clip into the bucket that suits it best; decodes no more than it needs.
+
+    `choose_size` takes the height and width. Of the buckets of that size it is the one with most
+    frames that the clip fills at `fps`, from its first frame on. Each frame is the nearest one by
+    presentation time, of two equally near ones the later; `center_crop_resize` shapes it.
+
+    Args:
+        video: a path, or a seekable binary file with a `name`.
+        buckets: one or more.
+        fps: frames per second of the result.
+        max_upscale: the largest factor that the clip may be enlarged by.
+
+    Returns:
+        uint8 (F,H,W,3) and its bucket (F,H,W).
+
+    Raises:
+        UserError: "too small: ...", "too short: ...", or as `read_video`; always naming the file.
+    """
+    name = _name(video)
+    clip: list[np.ndarray] = []
+    with _open_video(video) as (rate, frames):
+        first = next(frames, None)
+        if first is None:
+            raise UserError(f"{name}: the video holds no frames")
+        upright = _to_rgb(first[1]).shape[:2]
+        size = choose_size(*upright, buckets, max_upscale)
+        if size is None:
+            raise UserError(
+                f"{name}: too small: {upright[0]}x{upright[1]} pixels would have to be enlarged more "
+                f"than {max_upscale:g} times for every bucket ({', '.join(map(str, buckets))})"
+            )
+        lengths = sorted(bucket.frames for bucket in buckets if (bucket.height, bucket.width) == size)
+        wanted = [Fraction(k) / Fraction(fps) for k in range(lengths[-1])]  # seconds
+
+        last_time, last_frame, found = None, None, 0
+        for time, frame in itertools.chain([first], frames):
+            found += 1
+            while len(clip) < len(wanted) and wanted[len(clip)] <= time:
+                target = wanted[len(clip)]
+                earlier = last_frame is not None and target - last_time < time - target
+                clip.append(_prepare(last_frame if earlier else frame, *size))
+            last_time, last_frame = time, frame
+            if len(clip) == len(wanted):
+                return np.stack(clip), Bucket(len(clip), *size)
+        # Past the last frame, it stays the nearest for half a frame.
+        while len(clip) < len(wanted) and wanted[len(clip)] - last_time < 1 / (2 * rate):
+            clip.append(_prepare(last_frame, *size))
+    filled = [length for length in lengths if length <= len(clip)]
+    if not filled:
+        raise UserError(
+            f"{name}: too short: {lengths[0]} frames at {fps:g} fps needed, "
+            f"{len(clip)} found ({found} frames at {float(rate):g} fps)"
+        )
+    return np.stack(clip[: filled[-1]]), Bucket(filled[-1], *size)
+
+
+def read_clip(path: Video, num_frames: int, target_fps: float, height: int, width: int) -> np.ndarray:
+    """`read_bucket` with one bucket: the first num_frames at target_fps, cropped and resized.
 
     At a constant frame rate the same as `read_video`, `sample_frames`, `center_crop_resize`; at a
     varying one the frames are chosen by their presentation times.
@@ -89,28 +195,7 @@ def read_clip(
     Raises:
         UserError: as `read_video` and `sample_frames`, always naming the file.
     """
-    wanted = [Fraction(k) / Fraction(target_fps) for k in range(num_frames)]  # seconds
-    clip: list[np.ndarray] = []
-    with _open_video(path) as (rate, frames):
-        last_time, last_frame, found = None, None, 0
-        for time, frame in frames:
-            found += 1
-            while len(clip) < num_frames and wanted[len(clip)] <= time:
-                target = wanted[len(clip)]
-                earlier = last_frame is not None and target - last_time < time - target
-                clip.append(_prepare(last_frame if earlier else frame, height, width))
-            last_time, last_frame = time, frame
-            if len(clip) == num_frames:
-                return np.stack(clip)
-        # Past the last frame, it stays the nearest for half a frame.
-        while len(clip) < num_frames and found and wanted[len(clip)] - last_time < 1 / (2 * rate):
-            clip.append(_prepare(last_frame, height, width))
-    if len(clip) < num_frames:
-        raise UserError(
-            f"{path}: too short: {num_frames} frames at {target_fps:g} fps needed, "
-            f"{len(clip)} found ({found} frames at {float(rate):g} fps)"
-        )
-    return np.stack(clip)
+    return read_bucket(path, [Bucket(num_frames, height, width)], target_fps)[0]
 
 
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
@@ -168,29 +253,39 @@ def _import_av():
     return av
 
 
+def _name(video: Video) -> str:
+    return str(video.name if hasattr(video, "read") else video)
+
+
+def _size(video: Video) -> int:
+    """Bytes. Leaves the position of an open file at its end."""
+    return video.seek(0, os.SEEK_END) if hasattr(video, "read") else os.path.getsize(video)
+
+
 @contextlib.contextmanager
-def _open_video(path: str | os.PathLike) -> Iterator[tuple[Fraction, Iterator]]:
+def _open_video(video: Video) -> Iterator[tuple[Fraction, Iterator]]:
     """Yields the average rate and an iterator of (seconds after the first frame, PyAV frame)."""
     av = _import_av()
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such video file")
+    name, is_file = _name(video), hasattr(video, "read")
+    if not is_file and not Path(video).is_file():
+        raise UserError(f"{name}: no such video file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(video if is_file else name) as container:
             if not container.streams.video:
-                raise UserError(f"{path}: the file has no video stream")
+                raise UserError(f"{name}: the file has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
-                raise UserError(f"{path}: the video holds no frames or no frame rate")
-            yield rate, _frames(path, container, stream, rate)
+                raise UserError(f"{name}: the video holds no frames or no frame rate")
+            yield rate, _frames(video, container, stream, rate)
     except av.error.FFmpegError as error:
         raise UserError(
-            f"{path}: cannot be decoded; it is empty, damaged, cut short or not a video ({error.strerror})"
+            f"{name}: cannot be decoded; it is empty, damaged, cut short or not a video ({error.strerror})"
         ) from error
 
 
-def _frames(path: str | os.PathLike, container, stream, rate: Fraction) -> Iterator:
+def _frames(video: Video, container, stream, rate: Fraction) -> Iterator:
     """Pairs each frame with its exact time; a raw stream without times counts frames instead."""
     start = None
     for index, frame in enumerate(container.decode(stream)):
@@ -201,9 +296,9 @@ def _frames(path: str | os.PathLike, container, stream, rate: Fraction) -> Itera
         start = time if start is None else start
         yield time - start, frame
     # FFmpeg often ends a shortened file without an error, but its index still points past the end.
-    size = os.path.getsize(path)
+    size = _size(video)
     if any(entry.pos + entry.size > size for entry in stream.index_entries):
-        raise UserError(f"{path}: the video is cut short: its index goes on after the file ends")
+        raise UserError(f"{_name(video)}: the video is cut short: its index goes on after the file ends")
 
 
 def _to_rgb(frame) -> np.ndarray:

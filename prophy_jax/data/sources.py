@@ -1,0 +1,343 @@
+"""Sources of clips: folders of captioned videos, in WISA-80K's layout or a plain one, and the sandbox.
+
+    FOLDER/wisa-80k.json or clips.csv or clips.jsonl      see `prophy_jax.data.annotations`
+    FOLDER/videos/...                                     at any depth, also inside .zip files
+
+Listing a source reads captions and the directories of zip files, and decodes nothing. Whatever is
+skipped or not understood is in the `Report`.
+
+WISA's answers q0, q1 and q2 (dynamics, thermodynamics, optics) give the category vector. Its single
+`label` is the collection the clip came from; it is not always one of the 17.
+
+Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a side.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from prophy_jax.data import annotations, taxonomy, video
+from prophy_jax.data.annotations import Entry
+from prophy_jax.data.video import Bucket
+from prophy_jax.data.video_files import VideoFile, VideoFolder, content_keys
+from prophy_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+@dataclass(frozen=True, eq=False)  # arrays do not compare
+class Clip:
+    """One usable clip.
+
+    Attributes:
+        id: unique among all clips; by default the stem of the video's file name.
+        caption: stripped, not empty; of a sandbox clip "", its sample has it.
+        category: (17,) float32 multi-hot in the order of `taxonomy.PHENOMENA`.
+        source: index of its source in the list given.
+        video: where, relative to the source: "videos/a.mp4", "videos/0.zip:any/prefix/a.mp4"; of a
+            sandbox clip "train/12".
+        split: "train", "val" or "test" if the source fixes it, else "".
+        record: position of its record in the annotation file.
+    """
+
+    id: str
+    caption: str
+    category: np.ndarray
+    source: int
+    video: str
+    split: str = ""
+    record: int = 0
+
+
+class Sample(NamedTuple):
+    """A clip read: frames (F,H,W,3) uint8 in their bucket. The sandbox also gives masks
+    (T,G,G,17) float16, and the caption and category that its listing lacks."""
+
+    frames: np.ndarray
+    bucket: Bucket
+    masks: np.ndarray | None = None
+    caption: str | None = None
+    category: np.ndarray | None = None
+
+
+@dataclass
+class Report:
+    """What was found and what was not.
+
+    Attributes:
+        records: records of all annotation files.
+        skipped: (clip id, reason) of each record that gives no clip. The part of the reason before a
+            colon is one of few.
+        unknown_labels: 'field: "text"' -> number of clips, for labels outside the 17 phenomena.
+        examples: the same keys -> id of the first such clip.
+        unannotated: ids of clips used that nothing was said about; their category vector is zero.
+        label_differs: ids of WISA clips whose `label` is one of the 17 but not among their answers.
+    """
+
+    records: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    unknown_labels: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    unannotated: list[str] = field(default_factory=list)
+    label_differs: list[str] = field(default_factory=list)
+
+    def add_unknown(self, clip_id: str, where: str, text: str) -> None:
+        key = f'{where}: "{text}"'
+        self.unknown_labels[key] += 1
+        self.examples.setdefault(key, clip_id)
+
+
+class Source:
+    """Clips listed, in order, and how to read one.
+
+    Attributes:
+        clips: the usable clips.
+        report: what was skipped or not understood.
+    """
+
+    clips: list[Clip]
+    report: Report
+
+    def read(
+        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
+    ) -> Sample:
+        """Reads one clip of `clips`, as `video.read_bucket` does. Several threads may read at once.
+
+        Raises:
+            UserError: the clip cannot be read or fits no bucket, whatever is wrong with its video.
+        """
+        raise NotImplementedError
+
+    def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
+        """Each clip with its raw record, read again from the annotation file; {} without one."""
+        raise NotImplementedError
+
+
+class CaptionedVideos(Source):
+    """Made by `read_sources`."""
+
+    def __init__(self, paths: list[Path], clips: list[Clip], videos: dict[str, VideoFile], report: Report):
+        self.clips = clips
+        self.report = report
+        self._paths = paths  # of the annotation files
+        self._videos = videos  # by clip id
+
+    def read(
+        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
+    ) -> Sample:
+        found = self._videos.get(clip.id)
+        if found is None:
+            folders = ", ".join(str(path.parent) for path in self._paths)
+            raise UserError(f"there is no clip {clip.id} ({clip.video}) in {folders}")
+        try:
+            return Sample(*video.read_bucket(found.open(), buckets, fps, max_upscale))
+        except UserError:
+            raise
+        except Exception as error:  # a damaged video must not end a run over many
+            kind = type(error).__name__
+            raise UserError(f"{found.path}: {clip.video} cannot be decoded ({kind}: {error})") from error
+
+    def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
+        clips = iter(self.clips)  # in the order of sources, and of records within each
+        clip = next(clips)
+        for source, path in enumerate(self._paths):
+            for number, record in enumerate(annotations.read_records(path)):
+                if (source, number) == (clip.source, clip.record):
+                    yield clip, record
+                    clip = next(clips, None)
+                    if clip is None:
+                        return
+
+
+class Sandbox(Source):
+    """Made by `draw_sandbox`."""
+
+    def __init__(self, seed: int, bucket: Bucket, fps: float, counts: Mapping[str, int]):
+        zero = np.zeros(taxonomy.NUM_PHENOMENA, np.float32)
+        self.clips = [
+            Clip(f"{split}-{index:06d}", "", zero, 0, f"{split}/{index}", split)
+            for split, count in counts.items()
+            for index in range(count)
+        ]
+        self.report = Report(records=len(self.clips))
+        self._seed, self._bucket, self._fps = seed, bucket, fps
+
+    def read(
+        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
+    ) -> Sample:
+        """Draws the clip, in its one shape and at its one rate."""
+        from prophy_jax.data.sandbox.clip import make_clip
+
+        split, index = clip.video.split("/")
+        drawn = make_clip(self._seed, split, int(index), self._bucket.height, self._bucket.frames, self._fps)
+        return Sample(drawn.frames, self._bucket, drawn.masks, drawn.caption, drawn.category)
+
+    def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
+        return ((clip, {}) for clip in self.clips)
+
+
+def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "answers") -> CaptionedVideos:
+    """Lists the clips of one or several sources; videos are found but not decoded.
+
+    Of videos with the same content the first in order is used. They are compared by size, then
+    CRC-32, then SHA-256, so that few are read.
+
+    Args:
+        paths: for each source its folder, or its annotation file.
+        categories: where WISA's category vectors come from: "answers" (q0, q1 and q2) or "label".
+
+    Returns:
+        The clips in the order of `paths` and of their records, and the report.
+
+    Raises:
+        UserError: a source or its annotation file is missing or not usable, a zip file is broken, or
+            no record of a source gives a clip.
+    """
+    if categories not in ("answers", "label"):
+        raise UserError(f'categories must be "answers" or "label", not {categories!r}')
+    files = [
+        annotations.find_annotations(path) for path in ([paths] if isinstance(paths, str | Path) else paths)
+    ]
+    listed = [_locate(path) for path in files]
+    keys = content_keys(found for source in listed for _, found in source if isinstance(found, VideoFile))
+
+    report = Report(records=sum(map(len, listed)))
+    clips: list[Clip] = []
+    videos: dict[str, VideoFile] = {}
+    used: dict[tuple, str] = {}  # content -> id
+    for source, entries in enumerate(listed):
+        for number, (entry, found) in enumerate(entries):
+            clip_id = entry.id or Path(entry.video.replace("\\", "/")).stem or f"record {number}"
+            if isinstance(found, str):
+                reason = found
+            elif used.get(keys[found]) == clip_id and videos[clip_id] == found:
+                reason = "second record of this video; the first is used"
+            elif keys[found] in used:
+                reason = f"duplicate: same content as {used[keys[found]]}"
+            elif clip_id in videos:
+                reason = f"second clip of this id: {videos[clip_id].name} has it"
+            else:
+                used[keys[found]], videos[clip_id] = clip_id, found
+                category = _category(entry.labels, categories, clip_id, report)
+                clips.append(Clip(clip_id, entry.caption, category, source, found.name, record=number))
+                continue
+            report.skipped.append((clip_id, reason))
+    return CaptionedVideos(files, clips, videos, report)
+
+
+def draw_sandbox(data: "ConfigDict") -> Sandbox:
+    """The physics sandbox as a source; each clip is drawn when it is read.
+
+    Args:
+        data: `config.data`: square `height` and `width`, `frames`, `fps`, and `sandbox` with `seed` and
+            the counts `train`, `val` and `test`.
+
+    Raises:
+        UserError: no `data.sandbox`, or a shape that the sandbox cannot draw.
+    """
+    from prophy_jax.data.sandbox.clip import SPLITS, check_shape
+
+    if "sandbox" not in data:
+        raise UserError("this config has no config.data.sandbox to draw; give videos with --source")
+    if data.height != data.width:
+        raise UserError(
+            f"the sandbox draws square clips, but config.data is {data.height}x{data.width} pixels"
+        )
+    check_shape(data.height, data.frames, data.fps)
+    counts = {split: data.sandbox[split] for split in SPLITS}
+    return Sandbox(data.sandbox.seed, Bucket(data.frames, data.height, data.width), data.fps, counts)
+
+
+def choose(clips: Sequence[Clip], subset: int | None, seed: int) -> list[Clip]:
+    """A random subset of `subset` clips in their order; all of them if `subset` is None or not fewer.
+
+    Which ones depends on the ids, `subset` and `seed` alone, in every process and version.
+
+    Raises:
+        UserError: `subset` is less than 1.
+    """
+    if subset is None:
+        return list(clips)
+    if subset < 1:
+        raise UserError(f"a subset of {subset} clips is empty; give at least 1, or none for all")
+    chosen = {clip.id for clip in _ranked(clips, f"subset {seed}")[:subset]}
+    return [clip for clip in clips if clip.id in chosen]
+
+
+def split_clips(clips: Sequence[Clip], share: float, seed: int) -> dict[str, list[Clip]]:
+    """Splits clips into "train" and "val", in order; clips of a fixed split keep it.
+
+    Of n others, "val" gets max(1, round(share n)) at random by ids and `seed`, but one stays in
+    "train". "test" is there if a clip is fixed to it.
+
+    Raises:
+        UserError: `share` is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"the share of validation clips must be at least 0 and below 1, not {share}")
+    others = [clip for clip in clips if not clip.split]
+    count = min(max(1, round(share * len(others))), len(others) - 1)
+    val = {clip.id for clip in _ranked(others, f"split {seed}")[: max(count, 0)]}
+    splits: dict[str, list[Clip]] = {"train": [], "val": []}
+    for clip in clips:
+        split = clip.split or ("val" if clip.id in val else "train")
+        splits.setdefault(split, []).append(clip)
+    return splits
+
+
+def _ranked(clips: Sequence[Clip], salt: str) -> list[Clip]:
+    """Clips in a random order. Hashes, since NumPy may change what a generator draws."""
+    return sorted(clips, key=lambda clip: hashlib.sha256(f"{salt} {clip.id}".encode()).digest())
+
+
+def _locate(path: Path) -> list[tuple[Entry, VideoFile | str]]:
+    """The entries of an annotation file, each with its video or with the reason why it has none."""
+    root = path.parent
+    folder = VideoFolder(root, root / "videos" if path.suffix.lower() == ".json" else root)
+    located: list[tuple[Entry, VideoFile | str]] = []
+    for record in annotations.read_records(path):
+        entry = annotations.parse_record(path, record)
+        if not entry.video:
+            found: VideoFile | str = "no video name"
+        elif not entry.caption:
+            found = "no caption"
+        else:
+            try:
+                found = folder.find(entry.video)
+            except UserError as error:
+                found = str(error)
+        located.append((entry, found))
+    if all(isinstance(found, str) for _, found in located):
+        entry, reason = located[0]
+        raise UserError(
+            f"none of the {len(located)} records of {path} can be used (first, {entry.video or 'record 0'}: "
+            f"{reason}); put the videos, in folders or zip files, under {folder.folder}"
+        )
+    return located
+
+
+def _category(labels: Mapping[str, str], categories: str, clip_id: str, report: Report) -> np.ndarray:
+    """(17,) float32 multi-hot; notes in `report` what was not understood."""
+    known: dict[str, list[str]] = {}
+    for where, text in labels.items():
+        known[where], unknown = taxonomy.parse_labels(text)
+        for label in unknown:
+            report.add_unknown(clip_id, where, label)
+    answers = [where for where in labels if where != "label"]
+    answered = {name for where in answers for name in known[where]}
+    if not answered.issuperset(known.get("label", ())):
+        report.label_differs.append(clip_id)
+    if categories == "label" and "label" in labels:
+        if not labels["label"]:
+            report.unannotated.append(clip_id)
+        return taxonomy.multi_hot(known["label"])
+    if not any(labels[where] for where in answers):
+        report.unannotated.append(clip_id)
+    return taxonomy.multi_hot(sorted(answered))

@@ -1,0 +1,251 @@
+"""What a source of captioned videos holds, as numbers, as a Markdown table and as a picture.
+
+Durations, frame rates and sizes are what the annotation file says of them (WISA-80K does); no video is
+opened.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prophy_jax.data import taxonomy
+
+if TYPE_CHECKING:
+    from prophy_jax.data.sources import Source
+
+GROUP_COLOURS = {"dynamics": "#2563a8", "thermodynamics": "#c8502d", "optics": "#2f8f6b"}
+_INK, _GREY, _BARS = "#1d242c", "#586473", "#8a97a6"
+_BINS = 24
+_SHOWN = 8  # entries of a list in the picture; the table has all
+
+
+def summarise(source: "Source") -> dict[str, Any]:
+    """Statistics of the clips used, JSON types only.
+
+    Returns:
+        records, used: numbers of records and of clips.
+        skipped: kind of reason -> records, most frequent first.
+        phenomena: each of the 17 -> clips.
+        groups: dynamics, thermodynamics, optics -> clips with at least one of the group's phenomena.
+        phenomena_per_clip: "0", "1", ... -> clips.
+        caption_words, duration (seconds): `_spread`; duration only if the records state it.
+        fps, resolution: rate, and width x height -> clips, most frequent first; where stated.
+        labels_not_understood: 'field: "text"' -> clips, most frequent first.
+    """
+    report = source.report
+    categories = np.stack([clip.category for clip in source.clips]).astype(bool)  # (clips, 17)
+    durations, rates, sizes = [], Counter(), Counter()
+    for _, record in source.annotations():
+        duration, fps, width, height = (
+            _number(record.get(key)) for key in ("duration", "fps", "width", "height")
+        )
+        if duration is not None:
+            durations.append(duration)
+        if fps is not None:
+            rates[f"{fps:.4g}"] += 1
+        if width is not None and height is not None:
+            sizes[f"{width:g}x{height:g}"] += 1
+    per_clip = np.bincount(categories.sum(1))
+    return {
+        "records": report.records,
+        "used": len(source.clips),
+        "skipped": _ordered(Counter(reason.partition(":")[0] for _, reason in report.skipped)),
+        "phenomena": dict(zip(taxonomy.PHENOMENA, categories.sum(0).tolist(), strict=True)),
+        "groups": {
+            group: int(categories[:, list(members)].any(1).sum())
+            for group, members in taxonomy.GROUPS.items()
+        },
+        "phenomena_per_clip": {str(number): int(count) for number, count in enumerate(per_clip)},
+        "caption_words": _spread([len(clip.caption.split()) for clip in source.clips], whole=True),
+        "duration": _spread(durations),
+        "fps": _ordered(rates),
+        "resolution": _ordered(sizes),
+        "labels_not_understood": _ordered(report.unknown_labels),
+    }
+
+
+def table(stats: Mapping[str, Any]) -> str:
+    """The statistics as Markdown."""
+    used = stats["used"]
+    lines = [f"{used:,} of {stats['records']:,} records are used.", ""]
+
+    def add(title: str, counts: Mapping[str, int], share: bool = True) -> None:
+        if not counts:
+            return
+        lines.extend(
+            [f"| {title} | clips |{' share |' if share else ''}", f"|---|--:|{'--:|' if share else ''}"]
+        )
+        for name, count in counts.items():
+            # A bar or a line break in a name would end the cell.
+            name = " ".join(name.replace("|", "\\|").split())
+            lines.append(f"| {name} | {count:,} |" + (f" {count / used:.1%} |" if share else ""))
+        lines.append("")
+
+    add("skipped", stats["skipped"], share=False)
+    add("group", stats["groups"])
+    add("phenomenon", stats["phenomena"])
+    add("phenomena in a clip", stats["phenomena_per_clip"])
+    spreads = {"words in the caption": stats["caption_words"], "seconds": stats["duration"]}
+    lines.extend(["| | min | 5 % | median | mean | 95 % | max |", "|---|--:|--:|--:|--:|--:|--:|"])
+    for name, spread in spreads.items():
+        if spread:
+            lines.append(f"| {name} | " + " | ".join(f"{spread[key]:.4g}" for key in _SPREAD) + " |")
+    lines.append("")
+    add("frames per second", stats["fps"])
+    add("width x height", stats["resolution"])
+    add("label not understood", stats["labels_not_understood"], share=False)
+    return "\n".join(lines)
+
+
+def picture(stats: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Draws the statistics into a PNG. The same statistics give the same pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8.4), dpi=110, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
+    figure.suptitle(
+        f"{stats['used']:,} clips of {stats['records']:,} records",
+        x=0.012, ha="left", fontsize=17, fontweight="bold", color=_INK,
+    )  # fmt: skip
+    unknown = sum(stats["labels_not_understood"].values())
+    figure.text(0.988, 0.985, f"labels not understood: {unknown:,}", ha="right", va="top", color=_GREY)
+    grid = figure.add_gridspec(3, 3, width_ratios=(1.55, 1, 1))
+    _draw_phenomena(figure.add_subplot(grid[:, 0]), stats)
+    panels = iter([(row, column) for row in range(3) for column in (1, 2)])
+
+    def panel(title: str) -> Any:
+        axes = figure.add_subplot(grid[next(panels)])
+        _style(axes, title)
+        return axes
+
+    _draw_columns(panel("phenomena in a clip"), stats["phenomena_per_clip"])
+    _draw_histogram(panel("words in the caption"), stats["caption_words"])
+    if stats["duration"]:
+        _draw_histogram(panel("seconds"), stats["duration"])
+    for title, key in (
+        ("frames per second", "fps"),
+        ("width x height", "resolution"),
+        ("records skipped", "skipped"),
+    ):
+        if stats[key]:
+            _draw_rows(panel(title), stats[key])
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+_SPREAD = ("min", "p5", "median", "mean", "p95", "max")
+
+
+def _spread(values: Sequence[float], whole: bool = False) -> dict[str, Any]:
+    """{min, p5, median, mean, p95, max, edges, counts} of some values, the last two a histogram; or {}.
+
+    The histogram reaches to the 99.5th percentile; its last bin has all that is above. The bins of whole
+    numbers hold equally many of them.
+    """
+    if not len(values):
+        return {}
+    low, p5, median, p95, top, high = np.percentile(values, [0, 5, 50, 95, 99.5, 100]).tolist()
+    if whole:
+        width = np.ceil((top - low + 1) / _BINS)
+        edges = np.arange(low - 0.5, top + width, width)
+    else:
+        margin = max(0, 0.5 - (top - low) / 2)  # of nearly equal values, so that they fill one bin
+        edges = np.linspace(low - margin, top + margin, _BINS + 1)
+    counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)
+    return {
+        **dict(zip(_SPREAD, (low, p5, median, float(np.mean(values)), p95, high), strict=True)),
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A positive finite number, also one written as text; else None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < float("inf") else None
+
+
+def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
+    """Most frequent first, then by name."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c3cad3")
+    axes.tick_params(colors=_GREY, labelsize=9, length=0)
+
+
+def _draw_phenomena(axes: Any, stats: Mapping[str, Any]) -> None:
+    """A row for each phenomenon, in the colour of its group."""
+    from matplotlib.patches import Patch
+
+    _style(axes, "clips with each phenomenon")
+    colours = {
+        taxonomy.PHENOMENA[index]: GROUP_COLOURS[group]
+        for group, members in taxonomy.GROUPS.items()
+        for index in members
+    }
+    _draw_rows(axes, stats["phenomena"], list(colours.values()), stats["used"])
+    axes.tick_params(axis="y", labelsize=10, labelcolor=_INK)
+    axes.legend(
+        handles=[
+            Patch(color=colour, label=f"{group}: {stats['groups'][group]:,} clips")
+            for group, colour in GROUP_COLOURS.items()
+        ],
+        loc="upper center", bbox_to_anchor=(0.4, -0.01), ncols=3, frameon=False, fontsize=9.5,
+        handlelength=1, handleheight=1, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _draw_rows(axes: Any, counts: Mapping[str, int], colours: Any = _BARS, whole: int | None = None) -> None:
+    """Horizontal bars from the top down, with their counts, and shares of `whole`."""
+    if whole is None and len(counts) > _SHOWN:
+        shown = dict(list(counts.items())[: _SHOWN - 1])
+        counts = {**shown, f"{len(counts) - len(shown)} others": sum(counts.values()) - sum(shown.values())}
+    names, values = list(counts), list(counts.values())
+    bars = axes.barh(range(len(names)), values, color=colours, height=0.72)
+    labels = [f"{value:,}" + (f"  ({value / whole:.0%})" if whole else "") for value in values]
+    axes.bar_label(bars, labels, padding=4, fontsize=9, color=_GREY)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(len(names), 5) - 0.4, -0.6)
+    axes.set_xlim(0, max(values) * 1.25 or 1)  # room for the counts
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def _draw_columns(axes: Any, counts: Mapping[str, int]) -> None:
+    """Vertical bars with their counts; the last has all that is beyond."""
+    names, values = list(counts), list(counts.values())
+    if len(names) > _SHOWN:
+        names = [*names[: _SHOWN - 1], f"{names[_SHOWN - 1]}+"]
+        values = [*values[: _SHOWN - 1], sum(values[_SHOWN - 1 :])]
+    bars = axes.bar(range(len(names)), values, color=_BARS, width=0.72)
+    axes.bar_label(bars, [f"{value:,}" for value in values], padding=2, fontsize=8, color=_GREY)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.6, max(len(names), 5) - 0.4)
+    axes.set_ylim(0, max(values) * 1.15)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
+def _draw_histogram(axes: Any, spread: Mapping[str, Any]) -> None:
+    edges = np.array(spread["edges"])
+    axes.bar(
+        edges[:-1], spread["counts"], np.diff(edges), align="edge", color=_BARS, edgecolor="white", lw=0.5
+    )
+    axes.axvline(spread["median"], color=_INK, lw=1.2)
+    axes.annotate(
+        f"median {spread['median']:.4g}",
+        (spread["median"], 1), (5, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
+        va="top", fontsize=9, color=_INK, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1},
+    )  # fmt: skip
+    axes.set_ylim(0, max(spread["counts"]) * 1.2)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)

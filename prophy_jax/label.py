@@ -1,0 +1,554 @@
+"""Command: alignment labels for prepared records, from the attention of a vision-language model.
+
+    python -m prophy_jax.label --vlm=Qwen2.5-VL-7B-Instruct --data=DATA_DIR --out=LABELS_DIR
+
+Of every phenomenon that a clip shows, it asks where and how it shows (`prophy_jax.labels.questions`). The
+attention of the answer onto the video, less that of the answer to a general prompt, becomes the target on
+the token grid of the diffusion model (`prophy_jax.labels.targets`). The frames are those that the records
+were made of, from the same videos; --source says where these have moved. LABELS_DIR holds a data set in the
+order of the records.
+
+    --check      labels clips of the physics sandbox, whose masks are exact, and reports for every band of
+                 layers and every way of denoising how well the labels find them: ROC AUC, 0.5 is chance.
+                 Takes no --data; writes LABELS_DIR-check/check.json.
+    --preview=N  only draws the labels of N clips, with questions and answers, into LABELS_DIR-preview.
+
+`config.label` has the settings, `config.label_check` the clips of --check; --config may name another file.
+Any number of processes may share the work (--process=0/4 to --process=3/4), and any of them may be stopped
+and started again. Process I takes GPU I modulo the number of GPUs it sees; a model larger than one GPU is
+spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES. Needs the extra "label".
+
+T h w token grid, N = T h w tokens, P phenomena of a clip, T' H' W' grid of the vision-language model.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+import prophy_jax
+from prophy_jax import cli
+from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
+from prophy_jax.errors import UserError
+from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from prophy_jax.data.records import Shard
+    from prophy_jax.labels.asking import View
+    from prophy_jax.labels.vlm import Reading, Vlm
+
+PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "pillow", "av")  # these shape the labels
+TRIED = 8  # clips that must not all be unreadable
+LOOKED_AT = 20  # of a part of the data, to find a clip with a phenomenon
+SHOWN = 20  # entries of a list that the summary prints; the manifest has all of them
+PANEL = 416  # pixels: wider panels of a preview are halved
+
+
+def label(
+    config: "ConfigDict",
+    model_folder: str | Path,
+    data: str | Path,
+    out: str | Path,
+    process: tuple[int, int] = (0, 1),
+    sources: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """Makes this process's share of a folder of labels (see `prophy_jax.data.records`).
+
+    Args:
+        config: with `label`.
+        model_folder: a Qwen2.5-VL model.
+        data: prepared records.
+        out: the folder to make, or to go on with.
+        process: (i, P), which of how many processes this is.
+        sources: where the sources of the records are now; none: where they were.
+
+    Returns:
+        The manifest, as in `out`/manifest.json; None when other processes are still at work.
+
+    Raises:
+        UserError: no data, no such model, a setting that does not exist, videos that cannot be found, or
+            `out` is of other data, another model or other settings.
+    """
+    import tqdm
+
+    from prophy_jax.data import records
+
+    # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
+    asking = import_asking(config)
+    prepared = Prepared(data, sources)
+    model, described = open_model(model_folder, config, process[0])
+    reading = asking.make_reading(config.label, asking.choose_layers(config.label.layers, model.num_layers))
+    plan = {
+        "data_fingerprint": prepared.manifest["fingerprint"],
+        "label": settings_of(config),
+        "vlm": described,
+        "questions_sha256": hashlib.sha256(json.dumps([BACKGROUND, QUESTIONS]).encode()).hexdigest(),
+        "program": prophy_jax.__version__,
+    }
+    pieces = prepared.pieces
+    job = records.Job(out, plan, {split: len(own) for split, own in pieces.items()}, process)
+    mine = [pieces[split][index] for split, index in job.missing(mine=True)]
+    views = prepared.views(config)
+    for bucket in dict.fromkeys(piece.bucket for piece in mine):
+        print_view(bucket, views[bucket], model, config)
+
+    # 2. The shards of this process. A thread reads the next clips while the model looks at these.
+    clips = sum(piece.count for piece in mine)
+    with (
+        tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips) as bar,
+        ThreadPoolExecutor(1) as reader,
+    ):
+        for piece in mine:
+            batches = read_ahead(reader, prepared, piece, config.label.batch)
+            with job.shard(piece.split, piece.index) as shard:
+                label_shard(shard, model, batches, piece.bucket, views[piece.bucket], reading, config, bar)
+
+    # 3. The last process to be done puts the folder together.
+    manifest = job.finish(lambda reports: describe(reports, prepared, views, reading, plan))
+    if manifest is None:
+        left = len(job.missing())
+        print(f"process {process[0]} of {process[1]} is done; {left} shards are left to the others")
+    else:
+        print_summary(out, manifest)
+    return manifest
+
+
+def preview(
+    config: "ConfigDict",
+    model_folder: str | Path,
+    data: str | Path,
+    out: str | Path,
+    count: int,
+    sources: Sequence[str] = (),
+) -> None:
+    """Draws the labels of `count` clips from all over the data into the folder `out`: an mp4 and a text each.
+
+    An mp4 shows the clip, and beside it one panel for each phenomenon with its positive labels over the clip.
+    Raises UserError as `label` does.
+    """
+    from prophy_jax.data import video
+
+    asking = import_asking(config)
+    prepared = Prepared(data, sources)
+    model, _ = open_model(model_folder, config, 0)
+    reading = asking.make_reading(config.label, asking.choose_layers(config.label.layers, model.num_layers))
+    views = prepared.views(config)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for piece, clip in prepared.spread(count):
+        if clip.frames is None:
+            print(f"{clip.id} cannot be read: {clip.problem}")
+            continue
+        view = views[piece.bucket]
+        [answers] = asking.ask(model, [clip.frames], [clip.category], view, reading)
+        maps = asking.make_targets(answers, view, config.label)
+        names = [PHENOMENA[e] for e in np.flatnonzero(clip.category)]
+        path = out / f"{piece.split}-{clip.id}.mp4"
+        video.write_mp4(path, draw(clip.frames, names, maps, view.grid), prepared.fps)
+        questions = [*(QUESTIONS[name] for name in names), BACKGROUND]
+        lines = [f"{q}\n    {answer.text}\n" for q, answer in zip(questions, answers, strict=True)]
+        path.with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
+        print(f"wrote {path}: {', '.join(names)}", flush=True)
+
+
+def check(config: "ConfigDict", model_folder: str | Path, out: str | Path) -> dict[str, Any]:
+    """Measures the labels of the physics sandbox, prints the tables, and writes `out`/check.json.
+
+    Returns what `prophy_jax.labels.check.measure` does. Raises UserError as `label` does.
+    """
+    import tqdm
+
+    asking = import_asking(config)
+    from prophy_jax.labels import check as checking
+
+    model, described = open_model(model_folder, config, 0)
+    asking.choose_layers(config.label.layers, model.num_layers)  # before the progress bar, if it is wrong
+    with tqdm.tqdm(total=config.label_check.clips, unit="clip", dynamic_ncols=True) as bar:
+        results = checking.measure(model, config.label, config.label_check, bar.update)
+    print(checking.table(results))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    path = Path(out) / "check.json"
+    sandbox = config.label_check.to_dict()
+    everything = {"vlm": described, "label": settings_of(config), "label_check": sandbox, **results}
+    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    return results
+
+
+# --- The model -------------------------------------------------------------------------------------
+
+
+def import_asking(config: "ConfigDict"):
+    """The module `labels.asking`. UserError when its packages are missing, or a setting does not exist."""
+    try:
+        from prophy_jax.labels import asking
+    except ImportError as error:
+        raise UserError(f'{error}: the labels need more packages: pip install "prophy_jax[label]"') from error
+    asking.check_settings(config.label)
+    return asking
+
+
+def open_model(folder: str | Path, config: "ConfigDict", process: int) -> tuple["Vlm", dict[str, str]]:
+    """The model and what the manifest says of it. UserError as `vlm.load`."""
+    from prophy_jax.labels import vlm
+
+    described = vlm.describe(folder)
+    device = vlm.choose_device(folder, process)
+    print(f"opening {described['name']} on {device}", flush=True)
+    return vlm.load(folder, device, config.label.dtype), described
+
+
+def settings_of(config: "ConfigDict") -> dict[str, Any]:
+    """`config.label` as JSON types, without what changes nothing in the labels but their rounding."""
+    settings = json.loads(config.label.to_json())
+    del settings["batch"]
+    return settings
+
+
+def print_view(bucket: str, view: "View", model: "Vlm", config: "ConfigDict") -> None:
+    """Says how large the model's view is and how much memory it will take."""
+    settings = config.label
+    times, height, width = view.shown
+    need = {
+        name: f"{size / 2**30:.1f}"
+        for name, size in model.memory(view.shown, settings.batch, 4, settings.max_new_tokens).items()
+    }
+    print(
+        f"{bucket}: {times} x {height} x {width} video tokens, frames of {28 * height}x{28 * width}; for "
+        f"{settings.batch} clips at a time with 3 phenomena each about {need['peak']} GiB: weights "
+        f"{need['weights']}, keys and values {need['cache']}",
+        flush=True,
+    )
+    last = int((times - 1) * model.time_step(view.seconds))
+    if last >= max(height, width):
+        print(
+            f"{bucket}: note: few cells for so long a clip: temporal positions reach {last}, those of the "
+            f"text begin at {max(height, width)}; a smaller config.label.cell keeps them apart",
+            flush=True,
+        )
+
+
+# --- The records and their videos ------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """The examples of one file of the records: one shard of the labels."""
+
+    bucket: str
+    split: str
+    index: int  # among the shards of the split
+    first: int  # example of the bucket's split
+    count: int
+
+
+class Clip(NamedTuple):
+    """A record as the model needs it: frames (F, H, W, 3) uint8, or None and why."""
+
+    id: str
+    category: np.ndarray  # (17,)
+    frames: np.ndarray | None
+    problem: str = ""
+
+
+class Prepared:
+    """Prepared records, and the videos that they were made of.
+
+    Args:
+        data: the folder.
+        moved: where its sources are now; none: where they were.
+
+    Raises:
+        UserError: no data, or the videos cannot be found.
+    """
+
+    def __init__(self, data: str | Path, moved: Sequence[str]) -> None:
+        from prophy_jax.data import records
+
+        self.data = Path(data)
+        self.manifest = records.read_manifest(data)
+        self.fps = self.manifest["video"]["fps"]
+        self._source = self._open_source(moved)
+        self._open: dict[tuple[str, str], Sequence] = {}
+        self.pieces = self._list_pieces()
+        tried = list(self.spread(TRIED))
+        if tried and all(clip.frames is None for _, clip in tried):
+            clip = tried[0][1]
+            raise UserError(
+                f"the videos of {data} cannot be read ({clip.id}: {clip.problem}); if they have moved, say "
+                "where: --source=DIR"
+            )
+
+    def _open_source(self, moved: Sequence[str]):
+        from ml_collections import ConfigDict
+
+        from prophy_jax.data import sources
+
+        paths = self.manifest["sources"]
+        if moved and len(moved) != len(paths):
+            raise UserError(
+                f"{self.data} has {len(paths)} sources and {len(moved)} are named: name each with --source, "
+                "in order"
+            )
+        if not paths:
+            return sources.draw_sandbox(
+                ConfigDict({**self.manifest["video"], "sandbox": self.manifest["sandbox"]})
+            )
+        try:
+            return sources.read_sources(moved or paths)
+        except UserError as error:
+            raise UserError(f"{error}; if the source has moved, say where it is: --source=DIR") from error
+
+    def _list_pieces(self) -> dict[str, list[Piece]]:
+        """Split -> one piece for each file of the records, bucket by bucket."""
+        import tensorflow_datasets as tfds
+
+        pieces: dict[str, list[Piece]] = {}
+        for bucket in self.manifest["buckets"]:
+            info = tfds.builder_from_directory(self.data / "records" / bucket).info
+            for split in info.splits:
+                own = pieces.setdefault(split, [])
+                lengths = info.splits[split].shard_lengths
+                for first, count in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
+                    own.append(Piece(bucket, split, len(own), first, count))
+        return pieces
+
+    def views(self, config: "ConfigDict") -> dict[str, "View"]:
+        """How the clips of each bucket are shown to the model."""
+        from prophy_jax.labels import asking
+
+        every, cell = config.label.every, config.label.cell
+        return {
+            bucket: asking.View.of(found["token_grid"], self.fps, every, cell)
+            for bucket, found in self.manifest["buckets"].items()
+        }
+
+    def read(self, bucket: str, split: str, index: int) -> Clip:
+        """The clip of one record, cropped as for the record; without frames if it shows no phenomenon."""
+        from prophy_jax.data import records, sources, video
+
+        if (bucket, split) not in self._open:
+            self._open[bucket, split] = records.open_dataset(self.data, "records", bucket, split)
+        stored = self._open[bucket, split][index]
+        name, caption, place = (stored[key].decode() for key in ("id", "caption", "video"))
+        category = stored["category"]
+        if not category.any():
+            return Clip(name, category, None)
+        clip = sources.Clip(name, caption, category, int(stored["source"]), place, split)
+        try:
+            sample = self._source.read(
+                clip, [video.Bucket.parse(bucket)], self.fps, self.manifest["max_upscale"]
+            )
+        except UserError as error:
+            return Clip(name, category, None, str(error))
+        return Clip(name, category, sample.frames)
+
+    def spread(self, count: int) -> Iterator[tuple[Piece, Clip]]:
+        """The first clip with a phenomenon in each of `count` parts of the data; it may be unreadable."""
+        examples = [
+            (piece, piece.first + i)
+            for own in self.pieces.values()
+            for piece in own
+            for i in range(piece.count)
+        ]
+        starts = np.unique(np.linspace(0, len(examples), count, endpoint=False).astype(int))
+        for begin, end in itertools.pairwise([*starts, len(examples)]):
+            for piece, index in examples[begin : min(end, begin + LOOKED_AT)]:
+                clip = self.read(piece.bucket, piece.split, index)
+                if clip.category.any():
+                    yield piece, clip
+                    break
+
+
+def read_ahead(
+    reader: ThreadPoolExecutor, prepared: Prepared, piece: Piece, batch: int
+) -> Iterator[list[Clip]]:
+    """Yields the clips of a piece in order, `batch` at a time, with the next ones being read meanwhile."""
+
+    def read(first: int) -> list[Clip]:
+        stop = min(first + batch, piece.first + piece.count)
+        return [prepared.read(piece.bucket, piece.split, index) for index in range(first, stop)]
+
+    waiting = None
+    for first in range(piece.first, piece.first + piece.count, batch):
+        reading = reader.submit(read, first)
+        if waiting is not None:
+            yield waiting.result()
+        waiting = reading
+    if waiting is not None:
+        yield waiting.result()
+
+
+# --- Clips to labels -------------------------------------------------------------------------------
+
+
+def label_shard(
+    shard: "Shard",
+    model: "Vlm",
+    batches: Iterator[list[Clip]],
+    bucket: str,
+    view: "View",
+    reading: "Reading",
+    config: "ConfigDict",
+    bar: Any,
+) -> None:
+    """Asks about the clips of one shard and writes their labels; a clip without a video gets none."""
+    from prophy_jax.data import records
+    from prophy_jax.labels import asking
+
+    tokens = int(np.prod(view.grid))
+    nothing = np.zeros(NUM_PHENOMENA, np.float32), np.zeros((0, tokens), np.float16)
+    unreadable, questions, begin = [], 0, time.perf_counter()
+    for clips in batches:
+        seen = [clip for clip in clips if clip.frames is not None]
+        frames, categories = [clip.frames for clip in seen], [clip.category for clip in seen]
+        answers = asking.ask(model, frames, categories, view, reading)
+        labels = {
+            clip.id: (clip.category, asking.make_targets(own, view, config.label))
+            for clip, own in zip(seen, answers, strict=True)
+        }
+        for clip in clips:
+            present, maps = labels.get(clip.id, nothing)
+            example = {"id": clip.id, "present": present, "maps": maps}
+            shard.write(f"alignment/{bucket}", records.alignment_features(tokens), example)
+        unreadable += [[clip.id, clip.problem] for clip in clips if clip.problem]
+        questions += sum(map(len, answers))
+        bar.update(len(clips))
+    seconds = round(time.perf_counter() - begin, 3)
+    shard.note(unreadable=unreadable, questions=questions, seconds=seconds, peak_bytes=peak_bytes())
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held: of the GPUs where there are some, otherwise of the host."""
+    import torch
+
+    if torch.cuda.is_available():
+        return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def draw(
+    frames: np.ndarray, names: Sequence[str], maps: np.ndarray, grid: tuple[int, int, int]
+) -> np.ndarray:
+    """frames (F, H, W, 3), and beside them the positive part of each of maps (P, N) over them, named.
+
+    Full colour is the 99th percentile of a map's positive part: single tokens stand far out.
+    """
+    from PIL import Image, ImageDraw
+
+    from prophy_jax import visualize
+
+    step = 2 if frames.shape[2] > PANEL else 1
+    panels = [frames[:, ::step, ::step]]
+    for name, tokens in zip(names, maps.astype(np.float32), strict=True):
+        full = np.quantile(tokens[tokens > 0], 0.99) if (tokens > 0).any() else 1.0
+        heat = visualize.tokens_to_frames(np.clip(tokens / full, 0, 1), grid, frames.shape[:3])
+        images = [Image.fromarray(frame) for frame in visualize.overlay(frames, heat)[:, ::step, ::step]]
+        for image in images:
+            ImageDraw.Draw(image).text((3, 1), name, fill="white", stroke_fill="black", stroke_width=1)
+        panels.append(np.stack([np.asarray(image) for image in images]))
+    return np.concatenate(panels, 2)  # (F, H, (1 + P) W, 3)
+
+
+# --- What was made ---------------------------------------------------------------------------------
+
+
+def describe(
+    reports: list[dict[str, Any]], prepared: Prepared, views: Mapping[str, "View"], reading: "Reading", plan
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`."""
+    from prophy_jax.data import records
+
+    clips = sum(size["count"] for report in reports for size in report["datasets"].values())
+    features = {
+        f"alignment/{bucket}": records.alignment_features(int(np.prod(view.grid)))
+        for bucket, view in views.items()
+    }
+    manifest = {
+        **plan,
+        "layers": list(reading.layers),
+        "buckets": {
+            bucket: {
+                "token_grid": list(view.grid),
+                "vlm_grid": list(view.shown),
+                "frames": view.frames,
+                "seconds_per_cell": view.seconds,
+            }
+            for bucket, view in views.items()
+        },
+        "clips": clips,
+        "questions": sum(report["questions"] for report in reports),
+        "unreadable": [tuple(entry) for report in reports for entry in report["unreadable"]],
+        "seconds_per_clip": sum(report["seconds"] for report in reports) / max(clips, 1),
+        "peak_bytes": max(report["peak_bytes"] for report in reports),
+        "versions": versions(),
+    }
+    return features, manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program and of the packages that shape the labels, where installed."""
+    found = {"prophy_jax": prophy_jax.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
+    print(
+        f"{out}: labels of {manifest['clips']} clips, {manifest['questions']} questions asked, "
+        f"{manifest['seconds_per_clip']:.2f} s per clip, {manifest['peak_bytes'] / 2**30:.1f} GiB at most"
+    )
+    unreadable = manifest["unreadable"]
+    if unreadable:
+        print(f"without labels, their videos cannot be read: {len(unreadable)}")
+        for name, problem in unreadable[:SHOWN]:
+            print(f"  {name}: {problem}")
+        if len(unreadable) > SHOWN:
+            print(f"  ... and {len(unreadable) - SHOWN} more in manifest.json")
+
+
+def main(config: "ConfigDict") -> None:
+    from prophy_jax.data import records
+
+    options = flags.FLAGS
+    if not options.vlm:
+        raise UserError("name the folder of a Qwen2.5-VL model: --vlm=DIR")
+    if "label" not in config:
+        raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
+    data, out = options.data or config.data.dir, options.out or config.data.labels
+    if not out:
+        raise UserError("name the folder to write: --out=DIR")
+    if options.check:
+        check(config, options.vlm, f"{out}-check")
+    elif options.preview:
+        preview(config, options.vlm, data, f"{out}-preview", options.preview, options.source)
+    else:
+        process = records.parse_process(options.process)
+        label(config, options.vlm, data, out, process, options.source)
+
+
+if __name__ == "__main__":
+    # Defined here, so that importing several commands into one program does not define flags twice.
+    flags.DEFINE_string("vlm", None, "Folder of a Qwen2.5-VL model.")
+    flags.DEFINE_string("data", None, "Folder of prepared records; default: config.data.dir.")
+    flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.labels.")
+    flags.DEFINE_multi_string(
+        "source", [], "Where a source of the records is now, one for each; default: as it was."
+    )
+    flags.DEFINE_string("process", "0/1", "I/P: which of how many processes this is, such as 0/4.")
+    flags.DEFINE_integer("preview", 0, "Draw the labels of so many clips instead.", lower_bound=0)
+    flags.DEFINE_bool("check", False, "Measure the labels of the physics sandbox instead.")
+    cli.run(main, __doc__, default="configs/wan.py")

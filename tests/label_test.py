@@ -1,0 +1,535 @@
+"""The command that labels records: on a small prepared folder, on the sandbox, and on bad input."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+torch = pytest.importorskip("torch", reason="labels need the extra label")
+transformers = pytest.importorskip("transformers", reason="labels need the extra label")
+
+from prophy_jax import label  # noqa: E402
+from prophy_jax.data import records, sources, taxonomy, video  # noqa: E402
+from prophy_jax.data.sandbox.clip import make_clip  # noqa: E402
+from prophy_jax.errors import UserError  # noqa: E402
+from prophy_jax.labels import asking, check, vlm  # noqa: E402
+from prophy_jax.labels.questions import BACKGROUND, QUESTIONS  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
+from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
+
+BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
+FPS = 8
+# Of 7 clips the phenomena and the bucket; clip 3 shows nothing.
+CLIPS = (
+    (("melting",), 0),
+    (("melting", "gas motion"), 0),
+    (("collision",), 1),
+    ((), 0),
+    (("combustion", "reflection", "gas motion"), 1),
+    (("explosion",), 0),
+    (("refraction",), 1),
+)
+SPLITS = {"train": [[0, 1, 2], [3, 4], [5]], "val": [[6]]}  # split -> clips of each shard of the records
+
+
+def get_config():
+    config = ConfigDict()
+    config.label = dict(
+        layers=(0.5, 1.0), heads="mean", rows="generated", tokens="content", denoise="difference",
+        scale="max", max_new_tokens=5, every=1, cell=2, batch=2, dtype="float32",
+    )  # fmt: skip
+    config.label_check = dict(clips=8, size=64, frames=5, fps=8, seed=0)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-vl"
+    save_tiny_vlm(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(source, data): a folder of videos, and what prepare would make of it, with latents of zeros."""
+    folder = tmp_path_factory.mktemp("prepared")
+    source, data = folder / "source", folder / "data"
+    source.mkdir()
+    lines = ["video,caption,category"]
+    for index, (names, bucket) in enumerate(CLIPS):
+        frames, height, width = video.Bucket.parse(list(BUCKETS)[bucket])
+        noise = np.random.default_rng(index).integers(
+            0, 256, (frames, height // 8, width // 8, 3), dtype=np.uint8
+        )
+        video.write_mp4(source / f"clip{index}.mp4", noise.repeat(8, 1).repeat(8, 2), FPS)
+        lines.append(f'clip{index}.mp4,caption {index},"{", ".join(names)}"')
+    (source / "clips.csv").write_text("\n".join(lines))
+    make_records(sources.read_sources([source]), source, data)
+    return source, data
+
+
+def make_records(listing, source, data):
+    job = records.Job(data, {"made": "by a test"}, {split: len(own) for split, own in SPLITS.items()})
+    features = {}
+    for split, shards in SPLITS.items():
+        for index, members in enumerate(shards):
+            with job.shard(split, index) as shard:
+                for clip in (listing.clips[member] for member in members):
+                    bucket = list(BUCKETS)[CLIPS[int(clip.id[4:])][1]]
+                    times, height, width = BUCKETS[bucket]
+                    shape = (times, 2 * height, 2 * width, 16)
+                    features[f"records/{bucket}"] = records.record_features(shape, 4)
+                    example = {
+                        "id": clip.id, "caption": clip.caption, "source": clip.source, "video": clip.video,
+                        "latents": np.zeros(shape, np.float16), "text": np.zeros((1, 4), np.float16),
+                        "category": clip.category,
+                    }  # fmt: skip
+                    shard.write(f"records/{bucket}", features[f"records/{bucket}"], example)
+    manifest = {
+        "sources": [str(source)],
+        "sandbox": None,
+        "video": {"fps": FPS},
+        "max_upscale": 1.0,
+        "buckets": {bucket: {"token_grid": list(grid)} for bucket, grid in BUCKETS.items()},
+    }
+    job.finish(lambda reports: (features, manifest))
+
+
+@pytest.fixture(scope="module")
+def labels(prepared, model_folder, tmp_path_factory):
+    """The labels of `prepared`, made in one go: folder and manifest."""
+    out = tmp_path_factory.mktemp("labels") / "labels"
+    return out, label.label(get_config(), model_folder, prepared[1], out)
+
+
+def read_labels(out, data):
+    """id -> (present, maps), having checked that ids are those of the records in their order."""
+    found = {}
+    for bucket in BUCKETS:
+        for split in ("train", "val"):
+            try:
+                own = records.open_dataset(data, "records", bucket, split)
+            except UserError:
+                continue
+            theirs = records.open_dataset(out, "alignment", bucket, split)
+            assert [a["id"] for a in own] == [b["id"] for b in theirs]
+            found |= {row["id"].decode(): (row["present"], row["maps"]) for row in theirs}
+    return found
+
+
+def digests(out):
+    files = [path for path in sorted((out / "alignment").rglob("*")) if path.is_file()]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# --- Labels of prepared records --------------------------------------------------------------------
+
+
+def test_labels_are_in_the_order_of_the_records(prepared, labels):
+    source, data = prepared
+    out, manifest = labels
+    found = read_labels(out, data)
+    assert len(found) == len(CLIPS)
+    for index, (names, bucket) in enumerate(CLIPS):
+        present, maps = found[f"clip{index}"]
+        np.testing.assert_array_equal(present, taxonomy.multi_hot(list(names)))
+        assert maps.dtype == np.float16
+        assert maps.shape == (len(names), np.prod(list(BUCKETS.values())[bucket]))
+        for row in maps:  # scaled by max |Q|, with both signs
+            assert np.abs(row).max() == 1 and row.min() < 0 < row.max()
+    assert manifest["clips"] == 7 and manifest["questions"] == 9 + 6 and manifest["unreadable"] == []
+
+
+def test_maps_are_of_the_phenomena_in_the_order_of_the_taxonomy(prepared, labels, model_folder):
+    """Clip 4 again, one question at a time, on the frames of its file: reflection comes after combustion."""
+    source, data = prepared
+    model = vlm.load(model_folder, "cpu", "float32")
+    settings = get_config().label
+    frames = video.read_clip(source / "clip4.mp4", 5, FPS, 48, 32)
+    view = asking.View((2, 6, 4), [0, 0, 2, 3], (3, 2), 0.5)
+    _, maps = read_labels(labels[0], data)["clip4"]
+    names = sorted(CLIPS[4][0], key=taxonomy.PHENOMENA.index)
+    assert names == ["gas motion", "combustion", "reflection"]
+    for name, found in zip(names, maps, strict=True):
+        [answers] = asking.ask(
+            model, [frames], [taxonomy.multi_hot([name])], view, asking.make_reading(settings, (2, 3))
+        )
+        [expected] = asking.make_targets(answers, view, settings)
+        # Float16 of values up to 1, and float32 sums in another order, for the padding.
+        np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=2e-3)
+
+
+def test_manifest_says_how_the_labels_were_made(prepared, labels, model_folder):
+    out, manifest = labels
+    assert manifest == records.read_manifest(out)
+    assert manifest["data_fingerprint"] == records.read_manifest(prepared[1])["fingerprint"]
+    assert manifest["layers"] == [2, 3] and manifest["label"]["denoise"] == "difference"
+    assert manifest["vlm"] == vlm.describe(model_folder) and manifest["vlm"]["name"] == "tiny-vl"
+    assert manifest["buckets"]["9x32x48"]["vlm_grid"] == [3, 2, 3]
+    assert manifest["buckets"]["9x32x48"]["frames"] == [0, 0, 2, 3, 6, 7]
+    assert manifest["seconds_per_clip"] > 0 and manifest["peak_bytes"] > 1e8
+    assert {"torch", "transformers"} <= manifest["versions"].keys()
+
+
+def test_two_processes_and_interruptions_give_the_same_bytes(
+    prepared, labels, model_folder, tmp_path, monkeypatch
+):
+    out, whole, ask = tmp_path / "labels", labels[0], asking.ask
+    run = lambda process: label.label(get_config(), model_folder, prepared[1], out, process)  # noqa: E731
+    calls = []
+
+    def stop_at_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ask(*args)
+
+    monkeypatch.setattr(asking, "ask", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run((0, 2))
+    monkeypatch.setattr(asking, "ask", ask)
+    with pytest.raises(UserError, match="not finished"):
+        records.read_manifest(out)
+    assert run((1, 2)) is None
+    made = len(list((out / "work").glob("*.json")))
+    assert run((0, 2))["clips"] == 7
+    assert made > 2  # the plan, and more than one shard that was not made twice
+    assert digests(out) == digests(whole)
+    monkeypatch.setattr(asking, "ask", None)  # nothing is left to ask
+    assert run((0, 1)) == records.read_manifest(out)
+
+
+def test_a_clip_that_cannot_be_read_any_more_has_no_labels(prepared, labels, model_folder, tmp_path, capsys):
+    source, data = prepared
+    moved = tmp_path / "source"
+    shutil.copytree(source, moved)
+    (moved / "clip1.mp4").write_bytes((moved / "clip1.mp4").read_bytes()[:300])
+    out = tmp_path / "labels"
+    manifest = label.label(get_config(), model_folder, data, out, sources=[str(moved)])
+    [[name, problem]] = manifest["unreadable"]
+    assert name == "clip1" and f"{moved / 'clip1.mp4'}: " in problem
+    assert "without labels, their videos cannot be read: 1\n  clip1:" in capsys.readouterr().out
+    found, whole = read_labels(out, data), read_labels(labels[0], data)
+    assert not found["clip1"][0].any() and found["clip1"][1].shape == (0, 72)
+    for name in ("clip0", "clip2", "clip4"):
+        np.testing.assert_array_equal(found[name][0], whole[name][0])
+        np.testing.assert_allclose(found[name][1], whole[name][1], atol=2e-3)  # in other batches
+
+
+def test_the_command_runs_without_jax(prepared, model_folder, tmp_path):
+    """All of it, with an override and without --config; JAX would take the memory of the GPU."""
+    command = (
+        "import runpy, sys; runpy.run_module('prophy_jax.label', run_name='__main__', alter_sys=True);"
+        "assert not {'jax', 'flax'} & sys.modules.keys()"
+    )
+    flags = [f"--vlm={model_folder}", f"--data={prepared[1]}", f"--out={tmp_path / 'labels'}"]
+    settings = ["--config.label.max_new_tokens=2", "--config.label.dtype=float32"]
+    result = subprocess.run(
+        [sys.executable, "-c", command, *flags, *settings],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    manifest = records.read_manifest(tmp_path / "labels")
+    assert manifest["clips"] == 7 and manifest["label"]["max_new_tokens"] == 2
+
+
+def test_preview(prepared, model_folder, tmp_path):
+    label.preview(get_config(), model_folder, prepared[1], tmp_path / "p", 3)
+    found = sorted(path.name for path in (tmp_path / "p").iterdir())
+    # Of the seven in the order bucket, split, record: 0 1 3 5, then 2 4, then 6; of each third, the first.
+    assert len(found) == 6 and found[:2] == ["train-clip0.mp4", "train-clip0.txt"]
+    frames, fps = video.read_video(tmp_path / "p" / "train-clip0.mp4")
+    assert frames.shape == (9, 32, 96, 3) and fps == FPS
+    text = (tmp_path / "p" / "train-clip0.txt").read_text()
+    assert QUESTIONS["melting"] in text and BACKGROUND in text
+
+
+def test_drawing_shows_a_map_where_it_is():
+    frames = np.full((5, 32, 32, 3), 100, np.uint8)
+    maps = np.full((1, 2, 4, 4), -1, np.float16)
+    maps[0, 1, 2, 3] = 0.5  # frames 1 to 4, rows 16 to 23, the last 8 columns
+    drawn = label.draw(frames, ["melting"], maps.reshape(1, -1), (2, 4, 4))
+    assert drawn.shape == (5, 32, 64, 3)
+    assert (drawn[:, :, :32] == frames).all()
+    panel = drawn[:, 13:, 32:]  # below the name
+    hot = np.abs(panel.astype(int) - 100).max(-1) > 20
+    expected = np.zeros((5, 19, 32), bool)
+    expected[1:, 3:11, 24:] = True
+    np.testing.assert_array_equal(hot, expected)
+
+
+# --- The sandbox -----------------------------------------------------------------------------------
+
+
+class Oracle:
+    """Has the interface of `vlm.Vlm`, and sees the masks."""
+
+    num_layers = 8
+
+    def __init__(self, sandbox):
+        clips = (
+            make_clip(sandbox.seed, "test", i, sandbox.size, sandbox.frames, sandbox.fps) for i in range(99)
+        )
+        self._clips = clips
+
+    def answer(self, clips, questions, seconds, reading):
+        [frames], [own] = clips, questions
+        clip = next(self._clips)
+        assert frames.shape == (2 * clip.masks.shape[0], *(28 * side for side in clip.masks.shape[1:3]), 3)
+        assert own[-1] == BACKGROUND and len(own) == 1 + clip.category.sum()
+        names = [next(name for name in QUESTIONS if QUESTIONS[name] == text) for text in own[:-1]]
+        maps = [clip.masks[..., taxonomy.INDEX[name]].astype(np.float32) for name in names]
+        maps.append(np.full(clip.masks.shape[:3], 0.3, np.float32))
+        return [[vlm.Answer("", np.stack([part] * self.num_layers)) for part in maps]]
+
+
+def test_an_oracle_scores_one():
+    config = get_config()
+    results = check.measure(Oracle(config.label_check), config.label, config.label_check, lambda: None)
+    for row in results["bands"].values():
+        for denoise in ("difference", "ratio", "log_ratio", "none"):
+            assert row[denoise] == {kind: {"mean": 1.0, "error": 0.0} for kind in check.MEASURES}
+    assert results["bands"]["configured"]["layers"] == [4, 5, 6, 7]
+    assert results["configured"] == {"denoise": "difference", "auc": 1.0, "specificity": 1.0}
+    assert sum(row["cases"] for row in results["phenomena"].values()) >= 8
+    assert "Best AUC: 1.000" in check.table(results)
+
+
+def test_random_weights_score_about_a_half(tmp_path):
+    """One model may respond to a shape by chance; several do so in both directions. Means of 0.48 and 0.51
+    over 40 models, and a deviation of 0.06 between them.
+    """
+    config, found = get_config(), []
+    for seed in range(6):
+        save_tiny_vlm(tmp_path / str(seed), seed)
+        model = vlm.load(tmp_path / str(seed), "cpu", "float32")
+        results = check.measure(model, config.label, config.label_check, lambda: None)
+        found.append([results["configured"][kind] for kind in check.MEASURES])
+    auc, specificity = np.mean(found, 0)
+    assert 0.4 < auc < 0.6
+    assert 0.45 < specificity < 0.55
+
+
+def test_score_by_hand():
+    """Tokens 0 and 1 are covered, 2 a little, 3 by the other phenomenon only, 4 to 7 by nothing."""
+    masks = np.zeros((2, 2, 2, 17), np.float16)
+    tokens = masks.reshape(8, 17)
+    tokens[:3, 6], tokens[3, 4] = (1, 0.25, 0.1), 1
+    category = taxonomy.multi_hot(["melting", "gas motion"])
+    melting = np.array([9, 5, 99, 7, 1, 2, 3, 4], np.float32)
+    gas = np.array([0, 0, 0, 1, 0, 0, 0, 2], np.float32)
+    answers = [vlm.Answer("", maps.reshape(1, 2, 2, 2)) for maps in (gas, melting, np.ones(8, np.float32))]
+    found = {
+        (name, kind): value for name, kind, value in check.score(answers, masks, category, [0], "difference")
+    }
+    # Melting: 9 is above 7 1 2 3 4, 5 above all of them but 7; against the gas, one of two.
+    assert found["melting", "auc"] == 9 / 10 and found["melting", "specificity"] == 1 / 2
+    # Gas: 1 is above the six zeros and below 2; above both tokens of melting.
+    assert found["gas motion", "auc"] == 6 / 7 and found["gas motion", "specificity"] == 1
+
+
+def test_check_writes_its_results(model_folder, tmp_path, capsys):
+    config = get_config()
+    config.label_check.clips = 2
+    results = label.check(config, model_folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert written["bands"] == results["bands"] and written["vlm"]["name"] == "tiny-vl"
+    assert check.table(results) in capsys.readouterr().out
+
+
+# --- How a clip is shown ---------------------------------------------------------------------------
+
+
+def test_frame_pairs():
+    """Of latent k, frames 4k-3 to 4k, the two in the middle."""
+    assert vlm.frame_pairs(4) == [0, 0, 2, 3, 6, 7, 10, 11]
+    assert vlm.frame_pairs(6, every=2) == [0, 0, 6, 7, 14, 15]
+
+
+def test_views():
+    view = asking.View.of((21, 30, 52), 16, every=1, cell=2)  # Wan at 480p
+    assert view.shown == (21, 15, 26) and view.seconds == 0.25 and max(view.frames) == 79
+    assert asking.View.of((13, 30, 45), 8, every=2, cell=2).shown == (7, 15, 23)
+    assert asking.View.of((2, 1, 1), 8, every=1, cell=4).shown == (2, 1, 1)
+
+
+def test_patches_are_in_the_order_of_cells():
+    """Light in one cell of the second pair of frames is in its four patches, and in the right frame."""
+    frames = np.zeros((4, 56, 84, 3), np.uint8)
+    frames[3, 28:56, 28:56] = 255  # cell (1, 1, 1) of (2, 2, 3)
+    patches = vlm.patchify(frames).reshape(12, 4, 3, 2, 14 * 14)  # cells, patches, colours, frames, pixels
+    dark = (0 - vlm.MEAN) / vlm.STD
+    light = (1 - vlm.MEAN) / vlm.STD
+    expected = np.broadcast_to(dark[:, None, None], patches.shape).copy()
+    expected[6 + 3 + 1, :, :, 1] = light[:, None]
+    np.testing.assert_allclose(patches, expected, rtol=1e-6)
+
+
+def test_layers():
+    assert asking.choose_layers((0.5, 0.85), 28) == tuple(range(14, 24))
+    assert asking.choose_layers((0.5, 0.85), 64) == tuple(range(32, 55))
+    assert asking.choose_layers((0.0, 1.0), 3) == (0, 1, 2)
+    assert asking.choose_layers((22,), 28) == (22,) and asking.choose_layers((5, 1), 28) == (1, 5)
+    for wrong in ((), (28,), (-1,), (0.5,), (0.8, 0.2), (0.5, 1.5), (1, 0.5)):
+        with pytest.raises(UserError, match="config.label.layers"):
+            asking.choose_layers(wrong, 28)
+
+
+# --- Bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("rows", "all"), ("heads", "min"), ("tokens", "nouns"), ("denoise", "minus"), ("scale", "1"),
+        ("dtype", "int8"), ("every", 0), ("cell", 0), ("batch", 0), ("max_new_tokens", 0),
+        ("layers", (0.9, 0.1)),
+    ],
+)  # fmt: skip
+def test_bad_settings(prepared, model_folder, tmp_path, setting, value):
+    config = get_config()
+    config.label[setting] = value
+    with pytest.raises(UserError, match=f"config.label.{setting}="):
+        label.label(config, model_folder, prepared[1], tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
+def break_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (shutil.rmtree, "is not a folder"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda folder: write_config(folder, model_type="qwen2_vl"), "of type qwen2_vl; give a Qwen2.5-VL"),
+        (lambda folder: write_config(folder, vision_config={"patch_size": 16}), "patch_size is 16"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be opened"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot be opened"),
+        (break_weights, "lacks weights, first lm_head.weight"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer|cannot be opened"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
+    ],
+)
+def test_bad_models(model_folder, tmp_path, damage, message):
+    folder = tmp_path / "vl"
+    shutil.copytree(model_folder, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message) as found:
+        label.open_model(folder, get_config(), 0)
+    assert "\n" not in str(found.value)
+
+
+def test_models_of_one_shape_are_told_apart(model_folder, tmp_path):
+    save_tiny_vlm(tmp_path / "tiny-vl", seed=1)
+    one, other = vlm.describe(model_folder), vlm.describe(tmp_path / "tiny-vl")
+    assert one["name"] == other["name"] and one["sha256"] != other["sha256"]
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert vlm.describe(tmp_path / "copy")["sha256"] == one["sha256"]
+
+
+def test_chat_template_in_the_file_of_older_versions(model_folder, tmp_path):
+    folder = tmp_path / "vl"
+    shutil.copytree(model_folder, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    frames = np.zeros((2, 28, 56, 3), np.uint8)
+    reading = vlm.Reading((0,), max_new_tokens=3)
+    answers = [
+        vlm.load(path, "cpu", "float32").answer([frames], [["Where?"]], 1.0, reading)
+        for path in (folder, model_folder)
+    ]
+    np.testing.assert_array_equal(answers[0][0][0].maps, answers[1][0][0].maps)
+
+
+def test_a_template_without_a_place_for_the_video(model_folder, tmp_path):
+    folder = tmp_path / "vl"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content[1].text }}")
+    model = vlm.load(folder, "cpu", "float32")
+    with pytest.raises(UserError, match="gives 0 video tokens for one video"):
+        model.answer([np.zeros((2, 28, 28, 3), np.uint8)], [["Where?"]], 1.0, vlm.Reading((0,)))
+
+
+def test_bad_data(prepared, labels, model_folder, tmp_path):
+    config, (source, data) = get_config(), prepared
+    with pytest.raises(UserError, match="no training data at .*; make it with"):
+        label.label(config, model_folder, tmp_path / "none", tmp_path / "labels")
+    # The labels of other data, of other settings.
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    with pytest.raises(UserError, match="begun differently .data_fingerprint was"):
+        label.label(config, model_folder, other, labels[0])
+    config.label.denoise = "ratio"
+    with pytest.raises(UserError, match="label.denoise was difference, is ratio"):
+        label.label(config, model_folder, data, labels[0])
+    config.label.denoise = "difference"
+    # The source has moved.
+    (other / "manifest.json").write_text(json.dumps(manifest | {"sources": [str(tmp_path / "gone")]}))
+    with pytest.raises(UserError, match="gone.*if the source has moved, say where it is: --source=DIR"):
+        label.label(config, model_folder, other, tmp_path / "labels")
+    assert label.Prepared(other, [str(source)]).read("9x32x48", "train", 0).frames is not None
+    with pytest.raises(UserError, match="has 1 sources and 2 are named"):
+        label.label(config, model_folder, other, tmp_path / "labels", sources=[source, source])
+    # It is there, and nothing in it can be read.
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    for index, path in enumerate(broken.glob("*.mp4")):
+        path.write_bytes(bytes([index] * 200))
+    with pytest.raises(UserError, match="videos of .* cannot be read .clip0: .*--source=DIR"):
+        label.label(config, model_folder, data, tmp_path / "labels", sources=[str(broken)])
+    assert not (tmp_path / "labels").exists()
+
+
+def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
+    def answer(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB.")
+
+    monkeypatch.setattr(vlm.Vlm, "answer", answer)
+    with pytest.raises(UserError, match="out of memory: lower config.label.batch"):
+        label.label(get_config(), model_folder, prepared[1], tmp_path / "labels")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
+        (["--vlm=none", "--process=2/2"], "--process=2/2"),
+    ],
+)
+def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message):
+    flags = [f"--data={prepared[1]}", f"--out={tmp_path / 'labels'}"]
+    command = [sys.executable, "-m", "prophy_jax.label", *flags, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr

@@ -1,0 +1,617 @@
+"""Sources of clips: every defect is reported or refused, none is dropped silently."""
+
+import csv
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from prophy_jax.data import captioned_videos, sources, taxonomy, video, video_files
+from prophy_jax.data.sandbox.clip import make_clip
+from prophy_jax.data.video import Bucket
+from prophy_jax.errors import UserError
+from tests.conftest import SAMPLE
+
+EXAMPLES = SAMPLE.parent / "videophy2_examples"
+
+
+def record(name, **changes):
+    answers = {"q0": "collision", "q1": "no obvious thermodynamic phenomenon.", "q2": "reflection"}
+    written = {
+        "video_name": name,
+        "captions": f"Caption of {name}.",
+        "label": "Collision ",
+        "physical_annotation": answers,
+    }
+    return written | changes
+
+
+def write_files(folder, contents):
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def wisa(root, records, videos):
+    """A folder in WISA-80K's layout; `videos` by name below "videos"."""
+    write_files(root / "videos", videos)
+    (root / "wisa-80k.json").write_text(json.dumps(records))
+    return root
+
+
+def plain(root, rows, videos, name="clips.csv"):
+    """A folder with a CSV of these rows, the first of them the header."""
+    write_files(root, videos)
+    with (root / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return root
+
+
+def zipped(path, members, method=zipfile.ZIP_STORED):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def ids(source):
+    return [clip.id for clip in source.clips]
+
+
+def mp4(path, frames=9, height=48, width=64, level=100):
+    pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
+    video.write_mp4(path, np.full((frames, height, width, 3), level, np.uint8), 8)
+    return path.read_bytes()
+
+
+# ---- WISA-80K's layout ---------------------------------------------------------------------------
+
+
+def test_reads_clips_in_order(tmp_path):
+    videos = {"0/b.mp4": b"1", "1/a.mp4": b"2"}  # numbered subfolders, as in the public archive
+    wisa(tmp_path, [record("b.mp4"), record("a.mp4")], videos)
+    for named in (tmp_path, tmp_path / "wisa-80k.json", [str(tmp_path)]):
+        source = sources.read_sources(named)
+        assert ids(source) == ["b", "a"]
+        clip = source.clips[0]
+        assert (clip.video, clip.source, clip.split) == ("videos/0/b.mp4", 0, "")
+        assert clip.caption == "Caption of b.mp4."
+        np.testing.assert_array_equal(clip.category, taxonomy.multi_hot(["collision", "reflection"]))
+        assert clip.category.dtype == np.float32
+        assert source.report == sources.Report(records=2)
+
+
+ODD = [
+    record("good.mp4"),
+    record("good.mp4", captions="again"),
+    record("missing.mp4"),
+    record("mute.mp4", captions="  "),
+    record("odd.mp4", physical_annotation={"q0": "collision, rainbow", "q1": None, "q2": 7}, label="Solid"),
+    record("odd2.mp4", physical_annotation={"q0": "rainbow"}),
+    record("bare.mp4", physical_annotation=None, label=None),
+    record("../../etc/passwd"),
+    record("twins.mp4"),
+    record("clones.mp4"),
+    {"captions": "nameless"},
+]
+
+
+def odd(root):
+    names = ("good", "mute", "odd", "odd2", "bare")
+    videos = {f"{name}.mp4": name.encode() for name in names}
+    videos |= {"0/twins.mp4": b"1", "1/twins.mp4": b"2", "0/clones.mp4": b"3", "1/clones.mp4": b"3"}
+    return wisa(root, ODD, videos)
+
+
+def test_everything_not_understood_is_reported(tmp_path):
+    source = sources.read_sources(odd(tmp_path))
+    report = source.report
+    assert ids(source) == ["good", "odd", "odd2", "bare", "clones"]
+    assert (
+        source.clips[0].caption == "Caption of good.mp4." and source.clips[4].video == "videos/0/clones.mp4"
+    )
+    assert report.records == len(ODD)
+    assert report.skipped == [
+        ("good", "second record of this video; the first is used"),
+        ("missing", "missing: no video missing.mp4"),
+        ("mute", "no caption"),
+        ("passwd", "missing: no video passwd"),
+        ("twins", "ambiguous: 2 different videos are called twins.mp4"),
+        ("record 10", "no video name"),
+    ]
+    assert report.unknown_labels == {'q0: "rainbow"': 2, 'q2: "7"': 1, 'label: "Solid"': 1}
+    assert report.examples['q0: "rainbow"'] == "odd"
+    assert report.unannotated == ["bare"] and not source.clips[3].category.any()
+    assert report.label_differs == ["odd2"]  # label says collision, no answer does
+    np.testing.assert_array_equal(source.clips[1].category, taxonomy.multi_hot(["collision"]))
+
+
+def test_the_single_label_instead_of_the_answers(tmp_path):
+    source = sources.read_sources(odd(tmp_path), categories="label")
+    expected = [["collision"], [], ["collision"], [], ["collision"]]
+    for clip, names in zip(source.clips, expected, strict=True):
+        np.testing.assert_array_equal(clip.category, taxonomy.multi_hot(names), clip.id)
+    answers = sources.read_sources(tmp_path).report  # what is not understood is the same
+    assert source.report.unknown_labels == answers.unknown_labels
+    assert source.report.label_differs == answers.label_differs
+    assert source.report.unannotated == ["bare"]  # "Solid" is not understood, which is another thing
+    with pytest.raises(UserError, match="categories must be .*, not 'q0'"):
+        sources.read_sources(tmp_path, categories="q0")
+
+
+def test_a_clip_without_phenomena_is_used(tmp_path):
+    none = {"q0": "no obvious dynamic phenomenon", "q1": "none", "q2": "no"}
+    source = sources.read_sources(
+        wisa(tmp_path, [record("a.mp4", physical_annotation=none)], {"a.mp4": b"1"})
+    )
+    assert not source.clips[0].category.any() and source.report.unannotated == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json {", "is not a JSON file"),
+        ("", "is not a JSON file"),
+        ('[{"video_name": "a.mp4"} {}]', r"is not a JSON file \(Expecting ',' delimiter.* column 26"),
+        ('[{"video_name": "a.mp4"},]', "is not a JSON file"),
+        ('[{"video_name": "a.mp4"}', "is not a JSON file"),
+        ('[{"video_name": "a.mp4"}] {}', r"is not a JSON file \(Extra data"),
+        ('{"a": 1}', "is not a JSON list of records"),
+        ("[1, 2]", "is not a JSON list of records"),
+        (" [ ] ", "lists no records"),
+        ("[" * 100_000, "is not a JSON"),
+        (b"\xff\xfe\x00", "is not a JSON file"),
+    ],
+)
+def test_bad_label_file(tmp_path, content, message):
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "labels.json").write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        sources.read_sources(tmp_path)
+    assert "labels.json" in str(error.value) and len(str(error.value)) < 300
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="no file or folder .*nowhere"):
+        sources.read_sources(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is empty"):
+        sources.read_sources(tmp_path)
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(UserError, match="has no .json, .csv or .jsonl file"):
+        sources.read_sources(tmp_path)
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.csv").write_text("")
+    with pytest.raises(UserError, match=r"several files of captions \(a.json, b.csv\); name one"):
+        sources.read_sources(tmp_path)
+    with pytest.raises(UserError, match="clip.mp4 is not a .json, .csv or .jsonl"):
+        sources.read_sources(write_files(tmp_path, {"clip.mp4": b"1"}) / "clip.mp4")
+
+
+def test_no_video_at_all(tmp_path):
+    wisa(tmp_path, [record("a.mp4"), record("b.mp4")], {"c.mp4": b"1"})
+    with pytest.raises(
+        UserError, match="none of the 2 records .*first, a.mp4: missing.* zip files, under .*videos"
+    ):
+        sources.read_sources(tmp_path)
+
+
+# ---- zip files -----------------------------------------------------------------------------------
+
+PREFIX = "/mnt/disk/nobody/128_split"  # of absolute paths, as in the public archive
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_members_read_as_files(tmp_path, method):
+    content = [mp4(tmp_path / f"{i}.mp4", level=40 * i) for i in range(3)]
+    members = {f"{PREFIX}/0/a.mp4": content[0], "../../b.mp4": content[1], "c.mp4": content[2]}
+    root = tmp_path / "wisa"
+    zipped(root / "videos" / "0.zip", members, method)
+    wisa(root, [record(f"{name}.mp4") for name in "abc"], {})
+    before = sorted(tmp_path.rglob("*"))
+    source = sources.read_sources(root)
+    assert [clip.video for clip in source.clips] == [f"videos/0.zip:{name}" for name in members]
+    assert not source.report.skipped
+    bucket = Bucket(5, 24, 32)
+    with ThreadPoolExecutor(4) as threads:  # several at once, from one zip file
+        samples = list(threads.map(lambda clip: source.read(clip, [bucket], 8), source.clips * 4))
+    for i, sample in enumerate(samples):
+        assert sample.bucket == bucket and sample.masks is sample.caption is sample.category is None
+        np.testing.assert_array_equal(sample.frames, video.read_clip(tmp_path / f"{i % 3}.mp4", 5, 8, 24, 32))
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
+
+
+def test_damaged_member_is_one_line(tmp_path):
+    content = random.Random(0).randbytes(1000)
+    root = tmp_path / "wisa"
+    path = root / "videos" / "0.zip"
+    zipped(path, {"a.mp4": content, "b.mp4": content[:999]}, zipfile.ZIP_DEFLATED)
+    wisa(root, [record("a.mp4"), record("b.mp4")], {})
+    damaged = bytearray(path.read_bytes())
+    damaged[500] ^= 1
+    path.write_bytes(damaged)
+    source = sources.read_sources(root)  # the directory of the zip file is whole
+    with pytest.raises(UserError, match="0.zip:a.mp4: .*zip file"):
+        source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+    with pytest.raises(UserError, match="0.zip:b.mp4: cannot be decoded.*not a video"):
+        source.read(source.clips[1], [Bucket(5, 24, 32)], 8)
+
+
+def test_zip_of_another_compression(tmp_path):
+    zipped(tmp_path / "videos" / "0.zip", {"a.mp4": b"1" * 1000}, zipfile.ZIP_BZIP2)
+    source = sources.read_sources(wisa(tmp_path, [record("a.mp4")], {}))
+    with pytest.raises(UserError, match="0.zip:a.mp4: compressed by method 12"):
+        source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_broken_zip_is_refused_by_name(tmp_path, share):
+    zipped(tmp_path / "videos" / "7.zip", {"a.mp4": b"1" * 1000})
+    content = (tmp_path / "videos" / "7.zip").read_bytes()
+    wisa(tmp_path, [record("a.mp4")], {"7.zip": content[: int(share * len(content))]})
+    with pytest.raises(UserError, match="7.zip is not a readable zip file .*download it again"):
+        sources.read_sources(tmp_path)
+
+
+# ---- CSV and JSONL -------------------------------------------------------------------------------
+
+
+def test_csv_with_newlines_quotes_and_a_byte_order_mark(tmp_path):
+    captions = ['He said "stop", then left.', "Two\nlines, and a comma ", "Ümläut 雪"]
+    rows = [["video", "caption", "category", "id"]]
+    rows += [["clips/a.mp4", captions[0], "Melting, collision", "first"]]
+    rows += [["b.mp4", captions[1], "friction", ""], ["c.mp4", captions[2], "", "3"]]
+    plain(tmp_path, rows, {"clips/a.mp4": b"1", "deep/er/b.mp4": b"2", "c.mp4": b"3"})
+    path = tmp_path / "clips.csv"
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    source = sources.read_sources(tmp_path)
+    assert ids(source) == ["first", "b", "3"]
+    assert [clip.caption for clip in source.clips] == [caption.strip() for caption in captions]
+    assert [clip.video for clip in source.clips] == ["clips/a.mp4", "deep/er/b.mp4", "c.mp4"]
+    np.testing.assert_array_equal(source.clips[0].category, taxonomy.multi_hot(["collision", "melting"]))
+    assert source.report.unknown_labels == {'category: "friction"': 1}
+    assert source.report.unannotated == ["3"]
+
+
+@pytest.mark.parametrize("video_column", ["video", "videopath", "video_name", "file_name", " File_Name "])
+@pytest.mark.parametrize("caption_column", ["caption", "captions", "text"])
+def test_column_names(tmp_path, video_column, caption_column):
+    rows = [["other", caption_column, video_column], ["x", "A caption.", "a.mp4"]]
+    source = sources.read_sources(plain(tmp_path, rows, {"a.mp4": b"1"}))
+    assert ids(source) == ["a"] and source.clips[0].caption == "A caption."
+
+
+def test_jsonl(tmp_path):
+    lines = [
+        {"file_name": "a.mp4", "text": "One.", "label": ["reflection", "Refractions"], "id": 7},
+        {"file_name": "b.mp4", "text": None},
+        {"text": "No video."},
+    ]
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2"})
+    (tmp_path / "clips.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    source = sources.read_sources(tmp_path, categories="label")
+    assert ids(source) == ["7"]
+    np.testing.assert_array_equal(source.clips[0].category, taxonomy.multi_hot(["reflection", "refraction"]))
+    assert source.report.skipped == [("b", "no caption"), ("record 2", "no video name")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"caption,path\nA,b.mp4\n", "no column for the video: .*videopath.*found caption, path"),
+        ("a.csv", b"video\nb.mp4\n", "no column for the caption: .*text; found video"),
+        ("a.csv", b"video;caption\nb.mp4;A\n", "no column for the video"),
+        ("a.csv", b'video,caption\na.mp4,"never closed\nb.mp4,B\n', "is not a CSV file"),
+        ("a.csv", b"video,caption\na.mp4,\xff\xfe\n", "is not a CSV file .*utf-8"),
+        ("a.csv", b"", "lists no records"),
+        ("a.csv", b"video,caption\n", "lists no records"),
+        ("a.jsonl", b'{"video": "a.mp4", "caption": "A"}\n{oops\n', "is not a JSONL file .*line 2"),
+        ("a.jsonl", b"[1, 2]\n", "is not a JSONL file .*line 1 is not an object"),
+        ("a.jsonl", b'{"video": "a.mp4"}\n', "no column for the caption"),
+        ("a.jsonl", b"\n", "lists no records"),
+    ],
+)
+def test_bad_tables(tmp_path, name, content, message):
+    write_files(tmp_path, {name: content, "a.mp4": b"1", "b.mp4": b"2"})
+    with pytest.raises(UserError, match=message) as error:
+        sources.read_sources(tmp_path)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
+    wisa(tmp_path, [], {"a.mp4": b"1"})
+    half = '[{"video_name": "a.mp4", "captions": "half \\ud83d of a pair"}]'  # valid JSON all the same
+    (tmp_path / "wisa-80k.json").write_text(half)
+    assert sources.read_sources(tmp_path).clips[0].caption == "half ? of a pair"
+
+
+# ---- names and content ---------------------------------------------------------------------------
+
+
+def test_the_path_of_a_record_tells_videos_of_one_name_apart(tmp_path):
+    videos = {"0/a.mp4": b"1", "1/a.mp4": b"2", "b.mp4": b"3", "0/b.mp4": b"4"}
+    zipped(tmp_path / "videos" / "2.zip", {f"{PREFIX}/2/a.mp4": b"5"})
+    names = ["1/a.mp4", "split/2/a.mp4", "128_split/2/a.mp4", "b.mp4", "elsewhere/b.mp4"]
+    source = sources.read_sources(wisa(tmp_path, [record(name) for name in names], videos))
+    # "split/2" is no folder of any: only the base name counts, and it is that of three videos.
+    assert [clip.video for clip in source.clips] == ["videos/1/a.mp4", "videos/b.mp4"]
+    assert [reason.partition(":")[0] for _, reason in source.report.skipped] == [
+        "ambiguous",
+        "second clip of this id",
+        "ambiguous",
+    ]
+
+
+def test_a_record_cannot_point_outside_its_folder(tmp_path):
+    rows = [["video", "caption"], ["../out.mp4", "A"], [str(tmp_path / "out.mp4"), "B"], ["in.mp4", "C"]]
+    plain(tmp_path / "inside", rows, {"in.mp4": b"1"})
+    write_files(tmp_path, {"out.mp4": b"2"})
+    source = sources.read_sources(tmp_path / "inside")
+    assert ids(source) == ["in"]
+    assert [reason for _, reason in source.report.skipped] == ["missing: no video out.mp4"] * 2
+    # A path from another machine finds the video by its base name; so does one with backslashes.
+    rows = [["video", "caption"], ["C:\\clips\\in.mp4", "C"]]
+    assert ids(sources.read_sources(plain(tmp_path / "inside", rows, {}))) == ["in"]
+
+
+def test_duplicates_in_folders_zips_and_sources(tmp_path):
+    one = wisa(
+        tmp_path / "one", [record(f"{name}.mp4") for name in "abcd"], {"a.mp4": b"same", "b.mp4": b"b"}
+    )
+    zipped(one / "videos" / "0.zip", {"c.mp4": b"same", "d.mp4": b"differs"}, zipfile.ZIP_DEFLATED)
+    rows = [["video", "caption", "id"], ["e.mp4", "E", ""], ["f.mp4", "F", ""], ["b.mp4", "B", ""]]
+    rows += [["g.mp4", "G", "d"], ["h.mp4", "H", ""]]
+    other = {"e.mp4": b"same", "f.mp4": b"differs", "b.mp4": b"not b", "g.mp4": b"g", "h.mp4": b"g"}
+    two = plain(tmp_path / "two", rows, other)
+    source = sources.read_sources([one, two])
+    assert [(clip.id, clip.source) for clip in source.clips] == [("a", 0), ("b", 0), ("d", 0), ("h", 1)]
+    assert source.report.records == 9
+    assert source.report.skipped == [
+        ("c", "duplicate: same content as a"),
+        ("e", "duplicate: same content as a"),
+        ("f", "duplicate: same content as d"),
+        ("b", "second clip of this id: videos/b.mp4 has it"),
+        ("d", "second clip of this id: videos/0.zip:d.mp4 has it"),
+    ]
+    # The other order: the first one is used.
+    assert ids(sources.read_sources([two, one])) == ["e", "f", "b", "d"]
+
+
+def test_few_videos_are_read_to_find_duplicates(tmp_path, monkeypatch):
+    contents = {"a": b"1", "b": b"22", "c": b"33", "d": b"22", "e": b"4444"}
+    wisa(tmp_path, [record(f"{name}.mp4") for name in contents], {})
+    zipped(tmp_path / "videos" / "0.zip", {f"{name}.mp4": content for name, content in contents.items()})
+    hashed = []
+
+    def sha256(file):
+        hashed.append(file.name[-5])
+        return hashlib.sha256(file.open().read()).digest()
+
+    monkeypatch.setattr(video_files.VideoFile, "sha256", sha256)
+    source = sources.read_sources(tmp_path)
+    assert source.report.skipped == [("d", "duplicate: same content as b")]
+    assert hashed == ["b", "d"]  # c has their size, but another CRC-32
+
+
+def test_equal_crc_is_not_equal_content(tmp_path):
+    # A known pair of texts of one length with one CRC-32.
+    assert len({video_files.zlib.crc32(text) for text in (b"plumless", b"buckeroo")}) == 1
+    wisa(tmp_path, [record("a.mp4"), record("b.mp4")], {"a.mp4": b"plumless", "b.mp4": b"buckeroo"})
+    assert ids(sources.read_sources(tmp_path)) == ["a", "b"]
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_whatever_a_damaged_video_raises_is_one_line(tmp_path, monkeypatch):
+    whole = mp4(tmp_path / "whole.mp4")
+    videos = {
+        "cut.mp4": whole[: len(whole) // 2],
+        "text.mp4": b"no video\n" * 50,
+        "empty.mp4": b"",
+        "ok.mp4": whole,
+    }
+    root = wisa(tmp_path / "wisa", [record(name) for name in videos], videos)
+    source = sources.read_sources(root)
+    clips = {clip.id: clip for clip in source.clips}
+    for name in ("cut", "text", "empty"):
+        with pytest.raises(UserError, match=f"{name}.mp4: .*cut short"):
+            source.read(clips[name], [Bucket(5, 24, 32)], 8)
+    assert source.read(clips["ok"], [Bucket(5, 24, 32), Bucket(9, 24, 32)], 8).bucket == (9, 24, 32)
+    with pytest.raises(UserError, match="too small"):
+        source.read(clips["ok"], [Bucket(5, 96, 128)], 8, max_upscale=1)
+
+    def fail(*_):
+        raise ZeroDivisionError("of a kind that nobody thought of")
+
+    monkeypatch.setattr(video, "center_crop_resize", fail)
+    with pytest.raises(UserError, match="ok.mp4 cannot be decoded .ZeroDivisionError"):
+        source.read(clips["ok"], [Bucket(5, 24, 32)], 8)
+    with pytest.raises(UserError, match="no clip other"):
+        source.read(sources.Clip("other", "", np.zeros(17), 0, "other.mp4"), [Bucket(5, 24, 32)], 8)
+
+
+# ---- subset and splits ---------------------------------------------------------------------------
+
+
+def listing(count, split=""):
+    return [sources.Clip(f"clip{i}", "x", np.zeros(17), 0, f"{i}.mp4", split) for i in range(count)]
+
+
+SUBSET = ["clip5", "clip7", "clip8", "clip10"]
+
+
+def test_subset_is_random_in_order_and_the_same_everywhere():
+    clips = listing(1000)
+    chosen = [clip.id for clip in sources.choose(clips, 200, seed=0)]
+    numbers = [int(name[4:]) for name in chosen]
+    assert len(set(chosen)) == 200 and numbers == sorted(numbers)
+    # 200 of 0..999 have a mean of 499.5 with a standard deviation of 18.3: within five of them.
+    assert abs(np.mean(numbers) - 499.5) < 92
+    assert chosen != [clip.id for clip in sources.choose(clips, 200, seed=1)]
+    captioned = [sources.Clip(clip.id, "y", np.ones(17), 1, "z") for clip in clips]
+    assert chosen == [clip.id for clip in sources.choose(captioned, 200, seed=0)]
+    # Pinned: prepared data may be extended by another version or machine.
+    assert [clip.id for clip in sources.choose(listing(12), 4, seed=0)] == SUBSET
+    assert sources.choose(clips, None, 0) == clips and sources.choose(clips, 5000, 0) == clips
+    with pytest.raises(UserError, match="subset of 0"):
+        sources.choose(clips, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "val"),
+    [(1, 0.5, 0), (2, 0.01, 1), (2, 0.9, 1), (100, 0.1, 10), (100, 0.001, 1), (100, 0, 1), (11, 0.99, 10)],
+)
+def test_split_sizes(count, share, val):
+    clips = listing(count)
+    splits = sources.split_clips(clips, share, seed=0)
+    assert list(splits) == ["train", "val"]
+    assert (len(splits["train"]), len(splits["val"])) == (count - val, val)
+    assert sorted(splits["train"] + splits["val"], key=clips.index) == clips
+    assert all(part == sorted(part, key=clips.index) for part in splits.values())
+    if count == 100 and val == 10:
+        assert splits["val"] != sources.split_clips(clips, share, seed=1)["val"]
+        assert splits["val"] != clips[-10:]
+
+
+def test_fixed_splits_stay(tmp_path):
+    clips = [*listing(1, "test"), *listing(1, "val"), *listing(1, "train")]
+    splits = sources.split_clips(clips, 0.5, 0)
+    assert splits == {"train": [clips[2]], "val": [clips[1]], "test": [clips[0]]}
+    with pytest.raises(UserError, match="share"):
+        sources.split_clips(clips, 1, 0)
+
+
+# ---- the sandbox ---------------------------------------------------------------------------------
+
+
+def sandbox_config(**changes):
+    counts = {"train": 3, "val": 2, "test": 1, "seed": 5}
+    return ConfigDict({"height": 32, "width": 32, "frames": 5, "fps": 8, "sandbox": counts} | changes)
+
+
+def test_sandbox_draws_clips_when_they_are_read():
+    source = sources.draw_sandbox(sandbox_config())
+    assert ids(source) == [*(f"train-00000{i}" for i in range(3)), "val-000000", "val-000001", "test-000000"]
+    assert [clip.video for clip in source.clips][2:5] == ["train/2", "val/0", "val/1"]
+    splits = sources.split_clips(source.clips, 0.5, 0)
+    assert {split: len(clips) for split, clips in splits.items()} == {"train": 3, "val": 2, "test": 1}
+    sample = source.read(source.clips[4], [Bucket(5, 32, 32)], 8)
+    drawn = make_clip(5, "val", 1, 32, 5, 8)
+    assert sample.bucket == (5, 32, 32) and sample.caption == drawn.caption and drawn.id == "val-000001"
+    for name in ("frames", "masks", "category"):
+        np.testing.assert_array_equal(getattr(sample, name), getattr(drawn, name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 40}, "square clips, but config.data is 32x40"),
+        ({"height": 36, "width": 36}, "multiple of 8"),
+        ({"frames": 6}, "4n \\+ 1"),
+    ],
+)
+def test_sandbox_of_a_wrong_shape(changes, message):
+    with pytest.raises(UserError, match=message):
+        sources.draw_sandbox(sandbox_config(**changes))
+
+
+def test_config_without_a_sandbox():
+    data = sandbox_config()
+    del data.sandbox
+    with pytest.raises(UserError, match="no config.data.sandbox .*--source"):
+        sources.draw_sandbox(data)
+
+
+# ---- as a TFDS data set --------------------------------------------------------------------------
+
+
+def test_tfds_builder(tmp_path):
+    rows = [["video", "caption", "extra"], ["c.mp4", "C", "kept"]]
+    one = odd(tmp_path / "one")
+    two = plain(tmp_path / "two", rows, {"c.mp4": b"cc"})
+    builder = captioned_videos.build([one, two], tmp_path / "tfds")
+    stored = builder.as_data_source("train")
+    clips = sources.read_sources([one, two]).clips
+    assert len(stored) == len(clips) == 6
+    for clip, example in zip(clips, stored, strict=True):
+        assert example["id"].decode() == clip.id and example["caption"].decode() == clip.caption
+        assert example["video"].decode() == clip.video and example["source"] == clip.source
+        np.testing.assert_array_equal(example["category"], clip.category)
+    assert json.loads(stored[1]["annotation"]) == ODD[4]
+    assert json.loads(stored[5]["annotation"]) == {"video": "c.mp4", "caption": "C", "extra": "kept"}
+    again = captioned_videos.build([one, two], tmp_path / "tfds")
+    assert again.data_dir == builder.data_dir
+    plain(tmp_path / "two", [rows[0], ["c.mp4", "C", "changed"]], {})
+    assert captioned_videos.build([one, two], tmp_path / "tfds").data_dir != builder.data_dir
+
+
+# ---- real clips, and many ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no WISA sample at {SAMPLE}")
+def test_real_wisa_sample():
+    source = sources.read_sources(SAMPLE)
+    assert ids(source)[:3] == ["wisa_wan_1", "wisa_wan_2", "wisa_wan_3"]
+    assert len(source.clips) == source.report.records == 6 and not source.report.skipped
+    assert source.report.unknown_labels == {'label: "Solid Objects Appearance"': 2}
+    freezing = "liquid motion, deformation, solidification, melting, reflection, refraction"
+    np.testing.assert_array_equal(source.clips[2].category, taxonomy.multi_hot(freezing.split(", ")))
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason=f"no VideoPhy2 examples at {EXAMPLES}")
+def test_real_videophy2_table():
+    source = sources.read_sources([EXAMPLES / "sa_pc.csv", SAMPLE])
+    assert [clip.source for clip in source.clips] == [0, 0] + [1] * 6
+    assert len(source.report.skipped) == 8  # of the ten videos listed, two are there
+    assert all(reason.startswith("missing: no video ") for _, reason in source.report.skipped)
+    assert source.clips[0].caption.startswith("Syrup is poured") and source.clips[0].video.startswith(
+        "videos/"
+    )
+
+
+LIST_MANY = """
+import sys, time
+from prophy_jax.data import sources
+def memory(kind):  # not getrusage, whose peak counts the process that started this one
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return 1024 * int(lines[kind].split()[0])
+before, start = memory("VmRSS"), time.perf_counter()
+source = sources.read_sources(sys.argv[1])
+chosen = sources.choose(source.clips, 20_000, 0)
+splits = sources.split_clips(chosen, 0.01, 0)
+seconds = time.perf_counter() - start
+print(len(source.clips), len(splits["val"]), seconds, memory("VmRSS") - before, memory("VmHWM") - before)
+print([name for name in ("jax", "torch", "tensorflow", "tensorflow_datasets") if name in sys.modules])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory by Linux's /proc")
+def test_80_000_clips_are_listed_in_bounded_time_and_memory(tmp_path):
+    count, zips = 80_000, 128
+    for k in range(zips):
+        members = {f"{PREFIX}/{k}/{i:016x}.mp4": i.to_bytes(4, "big") for i in range(k, count, zips)}
+        zipped(tmp_path / "videos" / f"{k}.zip", members)
+    wisa(tmp_path, [record(f"{i:016x}.mp4", captions="word " * 60) for i in range(count)], {})
+    text = (tmp_path / "wisa-80k.json").stat().st_size
+    result = subprocess.run(
+        [sys.executable, "-c", LIST_MANY, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    figures, modules = result.stdout.splitlines()
+    clips, val, seconds, kept, peak = map(float, figures.split())
+    assert (clips, val) == (count, 200)
+    assert seconds < 30  # 4 s on a quiet machine
+    # A caption of 300 bytes, a category vector of 200 and the names and places: below 3 kB a clip, beside
+    # the text of the file, which is held as bytes and as a string while it is decoded.
+    assert kept < 3_000 * count
+    assert peak < 3_000 * count + 2 * text
+    assert modules == "[]"  # labels are made beside PyTorch: listing loads no JAX
