@@ -102,13 +102,13 @@ def prepare(
     # 3. The shards of this process. Threads decode the next clips while the devices encode.
     mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
     work = [clip for _, _, chunk in mine for clip in chunk]
-    progress = Progress(len(work))
-    with contextlib.closing(decode_ahead(source, work, buckets, config.data, mesh.size)) as decoded:
+    decoded = decode_ahead(source, work, buckets, config.data, mesh.size)
+    with contextlib.closing(Progress(len(work))) as progress, contextlib.closing(decoded):
         for split, index, chunk in mine:
             with job.shard(split, index) as shard:
                 clips = itertools.islice(progress.waiting(decoded), len(chunk))
                 record_shard(shard, clips, codec, text_encoder, mesh.size, progress)
-    progress.close()
+    progress.report()
 
     # 4. The last process to be done puts the folder together.
     paths = [str(Path(path).resolve()) for path in sources]
@@ -152,9 +152,10 @@ def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> di
             digest.update(
                 json.dumps([split, clip.id, clip.caption, category, clip.source, clip.video]).encode()
             )
-    keys = ("height", "width", "frames", "fps", "buckets", "max_upscale", "shard")
+    keys = ("height", "width", "frames", "fps", "buckets", "max_upscale")
     plan = {
-        "data": {key: config.data[key] for key in keys},
+        "data": {key: config.data[key] for key in keys},  # which frames; labels hold for no others
+        "shard": config.data.shard,
         "codec": config.codec.to_dict(),
         "text_encoder": config.text_encoder.to_dict(),
         "clips_sha256": digest.hexdigest(),
@@ -304,6 +305,8 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+    def report(self) -> None:
         seconds = time.perf_counter() - self._start
         if self._clips:
             shares = ", ".join(f"{what} {spent / seconds:.0%}" for what, spent in self._spent.items())

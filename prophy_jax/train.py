@@ -293,6 +293,7 @@ def train(config, workdir: str) -> None:
             window.open(step)
 
         # 6. What remains: the last checkpoint, and the parameters to sample with.
+        data.close()
         saved.close()
         writer.close()
         bar.close()

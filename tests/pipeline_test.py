@@ -137,6 +137,29 @@ def test_two_processes_prepare_the_same_bytes(place, tmp_path):
     assert len(one) == 2 and one == two
 
 
+def test_labels_of_a_vision_language_model_reach_the_loss(place, trained, tmp_path):
+    pytest.importorskip("torch", reason="labels need the extra label")
+    from tests.tiny_vlm import save_tiny_vlm
+
+    save_tiny_vlm(tmp_path / "vlm")
+    labels = tmp_path / "labels"
+    arguments = [f"--vlm={tmp_path / 'vlm'}", f"--data={place / 'data'}", f"--out={labels}"]
+    assert "labels of 3 clips" in succeed("prophy_jax.label", CONFIG, *arguments, cwd=place)
+    data = [f"--config.data.dir={place / 'data'}", f"--config.data.labels={labels}"]
+    arguments = [CONFIG, *weights(place), *data, f"--workdir={tmp_path / 'run'}"]
+    succeed("prophy_jax.train", *arguments, cwd=place)
+
+    def losses(workdir: pathlib.Path) -> dict[str, float]:
+        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        names = ("diffusion", "relative", "alignment", "balance")
+        return {name: last[f"loss/{name}"] for name in names}
+
+    with_labels, without = losses(tmp_path / "run"), losses(trained)
+    assert np.isfinite(list(with_labels.values())).all()
+    assert with_labels["alignment"] > 0 and without["alignment"] == 0
+    assert min(with_labels["diffusion"], with_labels["balance"]) > 0
+
+
 def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
     text_encoder = place / "wan" / "text_encoder" / "tree"
     prompts = [f"--prompt={PROMPT}", "--prompt=A blue box."]

@@ -247,6 +247,22 @@ def test_putting_together_goes_on_where_it_was_interrupted(whole, tmp_path, monk
     assert _content(folder) == _content(whole)
 
 
+def test_another_process_may_begin_at_the_same_moment(tmp_path, monkeypatch):
+    entries = records._entries
+
+    def look_late(folder):
+        monkeypatch.undo()
+        job = records.Job(tmp_path / "out", PLAN, SHARDS)  # after ours saw no plan, before it looks around
+        with job.shard("train", 0) as shard:
+            _fill(shard, "train", 0)
+        return entries(folder)
+
+    monkeypatch.setattr(records, "_entries", look_late)
+    assert records.Job(tmp_path / "out", PLAN, SHARDS).missing()[0] == ("train", 1)
+    with pytest.raises(UserError, match="was begun differently"):
+        records.Job(tmp_path / "out", PLAN | {"seed": 1}, SHARDS)
+
+
 def test_processes_that_are_done_at_once_put_together_once(whole, tmp_path):
     jobs = [records.Job(tmp_path / "out", PLAN, SHARDS) for _ in range(4)]
     for split, index in jobs[0].missing():
@@ -468,3 +484,21 @@ def test_differences():
     assert records.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "c": 2}) == ""
     found = records.differences({"a": {"b": 1, "d": 3}, "c": 2}, {"a": {"b": 2, "d": 3}, "e": {}})
     assert found == "a.b was 1, is 2; c was 2, is None; e was None, is {}"
+
+
+def test_file_system_without_hard_links(tmp_path, whole, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    make(tmp_path / "copied")
+    assert _content(tmp_path / "copied") == _content(whole)
+
+
+def test_fingerprint_tells_other_frames_of_the_same_clips(tmp_path, whole):
+    plan = {**PLAN, "data": {**PLAN["data"], "fps": 16}}
+    job = records.Job(tmp_path / "faster", plan, SHARDS)
+    for split, index in job.missing():
+        with job.shard(split, index) as shard:
+            _fill(shard, split, index)
+    assert job.finish(_describe)["fingerprint"] != records.read_manifest(whole)["fingerprint"]

@@ -63,7 +63,7 @@ class _Bucket:
             "text": np.zeros((rows, *self._text_shape), np.float16),
             "text_mask": np.zeros((rows, self._text_shape[0]), bool),
             "category": np.empty((rows, taxonomy.NUM_PHENOMENA), np.float32),
-            "alignment": np.zeros((rows, self._num_tokens, taxonomy.NUM_PHENOMENA), np.float16),
+            "alignment": np.empty((rows, self._num_tokens, taxonomy.NUM_PHENOMENA), np.float16),
             "alignment_present": np.zeros((rows, taxonomy.NUM_PHENOMENA), np.float32),
             "index": indices,
         }
@@ -77,6 +77,7 @@ class _Bucket:
             batch["text"][row, : len(text)] = text
             batch["text_mask"][row, : len(text)] = True
             batch["category"][row] = np.frombuffer(record["category"], np.float32)
+            batch["alignment"][row] = 0  # here, as memory that comes zeroed is slower to write to
             if self._labels is not None:
                 label = self._labels.read(index)
                 labelled = bytes(label["id"]).decode()

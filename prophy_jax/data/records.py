@@ -124,9 +124,10 @@ class Job:
             path = self._work / "plan.json"
             if not path.exists():
                 # The folder "work" of another program must not be taken for ours, and removed in the end.
-                inside = [entry for entry in _entries(self._work) if entry.name != "plan.lock"]
-                beside = [entry for entry in _entries(self.out) if entry != self._work]
-                if beside or any(not entry.name.startswith(".plan.json.") for entry in inside):
+                inside = [entry.name for entry in _entries(self._work)]
+                strange = any(name != "plan.lock" and not name.startswith(".plan.json.") for name in inside)
+                strange |= any(entry != self._work for entry in _entries(self.out))
+                if strange and not path.exists():  # it may have been begun meanwhile
                     raise UserError(
                         f"{self.out} already exists and is not of this program; choose another --out"
                     )
@@ -212,7 +213,7 @@ class Job:
         for dataset in features:
             self._assemble(dataset, features[dataset], reports)
         plan = json.loads((self._work / "plan.json").read_text(encoding="utf-8"))
-        write_manifest(self.out, {**manifest, "fingerprint": _fingerprint(reports), "plan": plan})
+        write_manifest(self.out, {**manifest, "fingerprint": _fingerprint(plan, reports), "plan": plan})
 
     def _assemble(self, dataset: str, features: tfds.features.FeaturesDict, reports: list[dict]) -> None:
         """Gives the shards of one data set their final names, and writes the metadata of TFDS.
@@ -238,7 +239,7 @@ class Job:
             for index, (path, _, _) in enumerate(files):
                 final = names.sharded_filepath(shard_index=index, num_shards=len(files))
                 if not final.exists():
-                    os.link(path, final)
+                    _link(path, final)
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
@@ -316,6 +317,15 @@ def _let_stand_in(reports: list[dict[str, Any]]) -> None:
             own[0]["stands_in"] = (other, others[0]["shard"])
 
 
+def _link(path: Path, final: Path) -> None:
+    """A second name for a file; a copy on file systems without hard links, such as mounted buckets."""
+    try:
+        os.link(path, final)
+    except OSError:
+        shutil.copyfile(path, _partial(final))
+        os.replace(_partial(final), final)
+
+
 def _part(shard: Path, dataset: str) -> Path:
     return shard.with_suffix("." + dataset.replace("/", "."))
 
@@ -324,9 +334,10 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}")
 
 
-def _fingerprint(reports: list[dict[str, Any]]) -> str:
-    """Of the ids of all examples in their order: equal for data sets that belong together."""
-    digest = hashlib.sha256()
+def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
+    """Of the frames of all examples, as plan["data"] says how they were taken, and of the ids in their order:
+    equal for data sets that belong together."""
+    digest = hashlib.sha256(json.dumps(plan.get("data"), sort_keys=True).encode())
     for report in reports:
         for dataset in sorted(report["ids"]):
             digest.update(
