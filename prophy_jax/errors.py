@@ -11,9 +11,12 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Wraps a command's body: a `UserError` becomes one line on stderr and exit status 1."""
+    """Wraps a command's body: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

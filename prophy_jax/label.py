@@ -21,7 +21,6 @@ spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES.
 T h w token grid, N = T h w tokens, P phenomena of a clip, T' H' W' grid of the vision-language model.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -29,7 +28,6 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +50,6 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "pillow", "av")  # these shape the labels
 TRIED = 8  # clips that must not all be unreadable
 LOOKED_AT = 20  # of a part of the data, to find a clip with a phenomenon
-SHOWN = 20  # entries of a list that the summary prints; the manifest has all of them
 PANEL = 416  # pixels: wider panels of a preview are halved
 
 
@@ -492,32 +489,20 @@ def describe(
         "unreadable": [tuple(entry) for report in reports for entry in report["unreadable"]],
         "seconds_per_clip": sum(report["seconds"] for report in reports) / max(clips, 1),
         "peak_bytes": max(report["peak_bytes"] for report in reports),
-        "versions": versions(),
+        "versions": records.versions(PACKAGES),
     }
     return features, manifest
 
 
-def versions() -> dict[str, str]:
-    """Versions of this program and of the packages that shape the labels, where installed."""
-    found = {"prophy_jax": prophy_jax.__version__}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
 def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
+    from prophy_jax.data import records
+
     print(
         f"{out}: labels of {manifest['clips']} clips, {manifest['questions']} questions asked, "
         f"{manifest['seconds_per_clip']:.2f} s per clip, {manifest['peak_bytes'] / 2**30:.1f} GiB at most"
     )
-    unreadable = manifest["unreadable"]
-    if unreadable:
-        print(f"without labels, their videos cannot be read: {len(unreadable)}")
-        for name, problem in unreadable[:SHOWN]:
-            print(f"  {name}: {problem}")
-        if len(unreadable) > SHOWN:
-            print(f"  ... and {len(unreadable) - SHOWN} more in manifest.json")
+    unreadable = [f"{name}: {problem}" for name, problem in manifest["unreadable"]]
+    records.print_list("without labels, their videos cannot be read", unreadable)
 
 
 def main(config: "ConfigDict") -> None:

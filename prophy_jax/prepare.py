@@ -23,7 +23,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from prophy_jax.data.video import Bucket
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
-SHOWN = 20  # entries of a list that the summary prints; the manifest has all of them
 THREADS = 8  # that decode; each video is decoded by several threads of FFmpeg besides
 
 
@@ -391,47 +389,31 @@ def describe(
         "labels_not_understood": labels,
         "unannotated": listing.unannotated,
         "label_not_among_answers": listing.label_differs,
-        "versions": versions(),
+        "versions": records.versions(PACKAGES),
     }
     return features, manifest
 
 
-def versions() -> dict[str, str]:
-    """Versions of this program and of the packages that shape the data, where installed."""
-    found = {"prophy_jax": prophy_jax.__version__}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _print_list(title: str, entries: list[str]) -> None:
-    if entries:
-        print(f"{title}: {len(entries)}")
-        for entry in entries[:SHOWN]:
-            print(f"  {entry}")
-        if len(entries) > SHOWN:
-            print(f"  ... and {len(entries) - SHOWN} more in manifest.json")
-
-
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    from prophy_jax.data import records
+
     counts = manifest["counts"]
     print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " clips")
     for bucket, found in manifest["buckets"].items():
         print(f"  {bucket}: {sum(found['counts'].values())} clips of latents {tuple(found['latent_shape'])}")
     for split in manifest["stand_in"]:
         print(f"no clip of split {split!r} can be used: clips of the other stand in, so that they overlap")
-    _print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
-    _print_list(
+    records.print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
+    records.print_list(
         "labels not understood",
         [
             f"{label} in {found['clips']}, first {found['first']}"
             for label, found in manifest["labels_not_understood"].items()
         ],
     )
-    _print_list("clips without a category", manifest["unannotated"])
-    _print_list("clips whose label is not among their answers", manifest["label_not_among_answers"])
-    _print_list(
+    records.print_list("clips without a category", manifest["unannotated"])
+    records.print_list("clips whose label is not among their answers", manifest["label_not_among_answers"])
+    records.print_list(
         f"captions cut to {manifest['text_length']} text rows",
         [f"{name}: {lost} words lost" for name, lost in manifest["captions_cut"].items()],
     )

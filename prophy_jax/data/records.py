@@ -23,6 +23,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from array_record.python import array_record_module
 from google.protobuf import json_format
 from tensorflow_datasets.proto import tf_example_pb2
 
+import prophy_jax
 from prophy_jax.data import taxonomy
 from prophy_jax.errors import UserError
 
@@ -39,6 +41,7 @@ SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 PATCH = 2  # latent pixels a side of one token, on every supported backbone
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_SHOWN = 20  # entries of a list that are printed; the manifest has all of them
 _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a process 1,024
 _OPTIONS = "group_size:1,uncompressed"  # float16 noise hardly shrinks, and would take thrice as long to read
 
@@ -395,6 +398,25 @@ def parse_process(text: str) -> tuple[int, int]:
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--process={text}: say which of how many this is, from 0/4 to 3/4")
     return int(index), int(count)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of this program and of the packages that shape the data, where installed."""
+    found = {"prophy_jax": prophy_jax.__version__}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def print_list(title: str, entries: Sequence[str]) -> None:
+    """Prints the first entries of a list of the manifest, if it has any."""
+    if entries:
+        print(f"{title}: {len(entries)}")
+        for entry in entries[:_SHOWN]:
+            print(f"  {entry}")
+        if len(entries) > _SHOWN:
+            print(f"  ... and {len(entries) - _SHOWN} more in manifest.json")
 
 
 # --- Reading ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class Report:
         self.examples.setdefault(key, clip_id)
 
 
-class Source:
+class Source(Protocol):
     """Clips listed, in order, and how to read one.
 
     Attributes:
@@ -113,11 +113,9 @@ class Source:
         Raises:
             UserError: the clip cannot be read or fits no bucket, whatever is wrong with its video.
         """
-        raise NotImplementedError
 
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         """Each clip with its raw record, read again from the annotation file; {} without one."""
-        raise NotImplementedError
 
 
 class CaptionedVideos(Source):
