@@ -209,7 +209,7 @@ def test_bad_input_gets_one_line(tmp_path, tiny_data):
 def test_real_clips_200_steps_killed_and_resumed(tmp_path):
     """configs/wan.py:tiny on real videos: the loss falls, and SIGKILL changes no bit."""
     data = str(tmp_path / "wisa")
-    prepare(get_config("tiny"), source=SAMPLE, out=data)
+    prepare(get_config("tiny"), [SAMPLE], data)
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     steps = "--config.steps=200"
     output, _ = command(whole, data, steps).communicate()
