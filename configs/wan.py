@@ -33,8 +33,12 @@ BRANCH_GROUPS = (("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None
 def get_config(arg: str = "") -> ConfigDict:
     variant, _, ablation = arg.partition(",")
     variants = {
-        **{"": paper, "14b": large, "tiny": tiny},
-        **{"demo_backbone": demo_backbone, "demo": demo, "demo_data": demo_data},
+        "": paper,
+        "14b": large,
+        "tiny": tiny,
+        "demo_backbone": demo_backbone,
+        "demo": demo,
+        "demo_data": demo_data,
     }
     if variant not in variants:
         raise UserError(f"configs/wan.py has no variant {variant!r}; it has {sorted(filter(None, variants))}")

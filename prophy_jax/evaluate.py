@@ -309,9 +309,7 @@ def make_measure(run):
     def measure(before, after, batch, size) -> dict[str, np.ndarray]:
         count = len(batch["id"])
         rows = np.minimum(np.arange(size), count - 1)  # the last clip fills up a smaller batch
-        batch = dict(batch) | {
-            name: batch[name].astype(np.float32) for name in ("latents", "text", "alignment")
-        }
+        batch = parallel.full_precision(batch)
         inputs = {name: batch[name][rows] for name in ("latents", "text", "text_mask")}
         noise = sample.make_noise(run.config.seed, batch["index"], inputs["latents"].shape[1:])
         noise = np.asarray(noise)

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -185,8 +184,8 @@ def check_data(config: ConfigDict) -> dict[str, Any]:
             f"{config.data.dir} was prepared with another configuration ({different}): "
             "prepare it again with this one, or name another --config.data.dir"
         )
-    labelled = config.data.labels or any(Path(config.data.dir, "alignment").glob("*"))
-    if not labelled and set(config.losses) & {"alignment", "absolute_alignment"}:
+    labels = records.find_labels(config.data.dir, config.data.labels)
+    if labels is None and set(config.losses) & {"alignment", "absolute_alignment"}:
         print(
             f"warning: {config.data.dir} has no token labels, so the alignment loss stays 0; make them with "
             "python -m prophy_jax.label, and name them with --config.data.labels=DIR",

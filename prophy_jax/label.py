@@ -114,10 +114,7 @@ def label(
 
     # 3. The last process to be done puts the folder together.
     manifest = job.finish(lambda reports: describe(reports, prepared, views, reading, plan))
-    if manifest is None:
-        left = len(job.missing())
-        print(f"process {process[0]} of {process[1]} is done; {left} shards are left to the others")
-    else:
+    if manifest is not None:
         print_summary(out, manifest)
     return manifest
 
@@ -309,14 +306,14 @@ class Prepared:
 
     def _list_pieces(self) -> dict[str, list[Piece]]:
         """Split -> one piece for each file of the records, bucket by bucket."""
-        import tensorflow_datasets as tfds
+        from prophy_jax.data import records
 
         pieces: dict[str, list[Piece]] = {}
         for bucket in self.manifest["buckets"]:
-            info = tfds.builder_from_directory(self.data / "records" / bucket).info
-            for split in info.splits:
+            splits = records.open_info(self.data, "records", bucket).splits
+            for split in splits:
                 own = pieces.setdefault(split, [])
-                lengths = info.splits[split].shard_lengths
+                lengths = splits[split].shard_lengths
                 for first, count in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
                     own.append(Piece(bucket, split, len(own), first, count))
         return pieces

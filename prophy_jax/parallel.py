@@ -82,6 +82,14 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: put(np.asarray(rows)) for name, rows in batch.items()}
 
 
+def full_precision(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as it is computed with: latents, texts and labels are stored as float16, and become float32."""
+    return {
+        name: value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
+        for name, value in batch.items()
+    }
+
+
 def over_context(attention: Callable, mesh: Mesh) -> Callable:
     """Wraps `attention(q, k, v, bias)` so that each device along `context` computes its share of the queries.
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from prophy_jax.data.records import Shard
-    from prophy_jax.data.sources import Clip, Report, Sample, Source
+    from prophy_jax.data.sources import Clip, Sample, Source
     from prophy_jax.data.video import Bucket
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
@@ -70,10 +70,9 @@ def prepare(
 
     # 1. What there is, and what is taken.
     source, splits = list_clips(config.data, sources)
-    stats = statistics.summarise(source) if sources else None
     if dry_run:
-        if stats:
-            print(statistics.table(stats))
+        if sources:
+            print(statistics.table(statistics.summarise(source)))
         print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
         return None
 
@@ -110,13 +109,8 @@ def prepare(
 
     # 4. The last process to be done puts the folder together.
     paths = [str(Path(path).resolve()) for path in sources]
-    manifest = job.finish(
-        lambda reports: describe(out, config, paths, source.report, stats, reports, codec, text_encoder)
-    )
-    if manifest is None:
-        left = len(job.missing())
-        print(f"process {process[0]} of {process[1]} is done; {left} shards are left to the others")
-    else:
+    manifest = job.finish(lambda reports: describe(out, config, paths, source, reports, codec, text_encoder))
+    if manifest is not None:
         print_summary(out, manifest)
     return manifest
 
@@ -318,8 +312,7 @@ def describe(
     out: Path,
     config: "ConfigDict",
     paths: list[str],
-    listing: "Report",
-    stats: dict[str, Any] | None,
+    source: "Source",
     reports: list[dict[str, Any]],
     codec: Any,
     text_encoder: Any,
@@ -348,7 +341,8 @@ def describe(
 
     text, mask = text_encoder([""])
     np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
-    if stats:
+    if paths:
+        stats = statistics.summarise(source)
         (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
         statistics.picture(stats, out / "statistics.png")
 
@@ -361,6 +355,7 @@ def describe(
         features[f"records/{bucket}"] = records.record_features(shape, text.shape[-1])
         if aligned:
             features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(grid)))
+    listing = source.report
     moments = sum(np.array(report["moments"]) for report in reports)
     mean = moments[1] / moments[0]
     labels = {
@@ -376,7 +371,7 @@ def describe(
         "max_upscale": config.data.max_upscale,
         "codec": config.codec.to_dict(),
         "text_encoder": config.text_encoder.to_dict(),
-        "sandbox": config.data.sandbox.to_dict() if not stats else None,
+        "sandbox": config.data.sandbox.to_dict() if not paths else None,
         "text_length": text.shape[1],
         "text_dim": text.shape[2],
         "empty_text_sha256": hashlib.sha256(text.astype("<f4").tobytes()).hexdigest(),

@@ -101,16 +101,14 @@ def make_localiser(model: ProPhy, objective, sigma: float = 0.2) -> Callable[...
 
 def make_validation_clips(run) -> Callable[[dict, str], None]:
     """write(params, path): one mp4, the first validation prompts sampled above the real clips."""
-    from prophy_jax import encoders
+    from prophy_jax import encoders, parallel
     from prophy_jax.data import loader, video
 
     config = run.config
     batch = next(
         loader.make_loader(config.data.dir, "val", config.samples.clips, 0, shuffle=False, repeat=False)
     )
-    batch = {name: batch[name].astype(np.float32) for name in ("latents", "text")} | {
-        name: batch[name] for name in ("text_mask", "index")
-    }
+    batch = parallel.full_precision(batch)
     noise = make_noise(config.seed, batch["index"], batch["latents"].shape[1:])
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": text, "text_mask": text_mask}

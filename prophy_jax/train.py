@@ -47,14 +47,6 @@ class TrainState:
 # --- The objective ---------------------------------------------------------------------------------
 
 
-def full_precision(batch: Batch) -> Batch:
-    """Latents, texts and labels are stored as float16; everything is computed from float32."""
-    return {
-        name: value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
-        for name, value in batch.items()
-    }
-
-
 def draw_inputs(key, objective, batch: Batch, empty: Batch, caption_dropout: float) -> Batch:
     """Adds what is random in a step, for the whole batch: noise, time, and which captions are dropped."""
     noise_key, time_key, drop_key = jax.random.split(key, 3)
@@ -144,7 +136,7 @@ def make_train_step(model: ProPhy, objective, optimizer: optax.GradientTransform
 
     def step(state: TrainState, frozen, empty, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = draw_inputs(key, objective, full_precision(batch), empty, config.caption_dropout)
+        batch = draw_inputs(key, objective, parallel.full_precision(batch), empty, config.caption_dropout)
         counts = {
             name: jnp.float32(mask.sum() if config.reduction.alignment == "mean" else 1)
             for name, mask in alignment_masks(batch, config).items()
@@ -329,7 +321,7 @@ def make_validation(run):
 
     @jax.jit
     def losses_at(params, batch):
-        batch = full_precision(batch)
+        batch = parallel.full_precision(batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(batch["index"])
         noise = jax.vmap(lambda key: jax.random.normal(key, batch["latents"].shape[1:]))(keys)
 

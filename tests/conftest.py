@@ -51,3 +51,14 @@ def tiny_config(tiny_data):
     config.checkpoint.every = 3
     config.samples.every = config.validation.every = 1000  # also at the last step
     return config
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """For models so small that a second thread only waits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

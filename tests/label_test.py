@@ -48,13 +48,7 @@ def get_config():
     return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,7 @@ SECONDS = 0.5
 TOLERANCE = 1e-5  # of weights up to 1: float32 sums of a few hundred products in another order
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

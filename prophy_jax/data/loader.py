@@ -176,13 +176,12 @@ def _open_buckets(data_dir: str | Path, split: str, labels: str | Path) -> list[
             )
         if records.read_manifest(labels).get("data_fingerprint") != manifest["fingerprint"]:
             raise UserError(f"the labels {labels} belong to another data set than {data_dir}; label that one")
-    elif (Path(data_dir) / "alignment").exists():
-        labels = data_dir
     names = [name for name, found in manifest["buckets"].items() if found["counts"].get(split)]
     if not names:
         found = ", ".join(split for split in records.SPLITS if manifest["counts"].get(split))
         raise UserError(f"{data_dir} has no split {split!r}; it has {found}")
-    return [_Bucket(data_dir, split, name, manifest, labels or None) for name in names]
+    folder = records.find_labels(data_dir, labels)
+    return [_Bucket(data_dir, split, name, manifest, folder) for name in names]
 
 
 def load_empty_text(data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:

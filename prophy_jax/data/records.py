@@ -190,10 +190,12 @@ class Job:
                 the manifest.
 
         Returns:
-            The manifest, or None when shards are missing.
+            The manifest; None when shards are missing, which it prints.
         """
         with _writing(self.out):
-            if not self.complete() and self.missing():
+            if missing := self.missing():
+                index, count = self._process
+                print(f"process {index} of {count} is done; {len(missing)} shards are left to the others")
                 return None
             try:
                 with _lock(self._work / "finish.lock", wait=True):
@@ -520,16 +522,21 @@ def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
     )
 
 
+def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.DatasetInfo:
+    """What TFDS keeps about one bucket of a data set; UserError when it is missing or damaged."""
+    folder = Path(data_dir) / name / bucket
+    try:
+        return tfds.builder_from_directory(folder).info
+    except (OSError, ValueError, TypeError, json_format.Error) as error:
+        raise UserError(f"{folder} is missing or damaged; make the data again") from error
+
+
 def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Dataset:
     """The random-access examples of one split and bucket of data set "records" or "alignment".
 
     Raises UserError when the split does not exist or one of its files is missing; later, one that is damaged.
     """
-    folder = Path(data_dir) / name / bucket
-    try:
-        info = tfds.builder_from_directory(folder).info
-    except (OSError, ValueError, TypeError, json_format.Error) as error:
-        raise UserError(f"{folder} is missing or damaged; make the data again") from error
+    folder, info = Path(data_dir) / name / bucket, open_info(data_dir, name, bucket)
     if split not in info.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {sorted(info.splits)}")
     present = {path.name for path in folder.iterdir()}
@@ -537,6 +544,13 @@ def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Da
         if path.name not in present:
             raise UserError(f"{path} is missing; make the data again")
     return Dataset(info.features, info.splits[split])
+
+
+def find_labels(data_dir: str | Path, labels: str | Path) -> str | Path | None:
+    """The folder of data set "alignment": `labels`; where that is "", the data itself, if it has labels."""
+    if labels:
+        return labels
+    return data_dir if (Path(data_dir) / "alignment").exists() else None
 
 
 def differences(was: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
