@@ -2,6 +2,7 @@
 
     configs/wan.py                  the paper's run: 480x832, 81 frames, K=10, 20K clips of WISA-80K
     configs/wan.py:14b              Wan2.1-T2V-14B, to sample with; training beside it has not been tried
+    configs/wan.py:cogvideox_sized  a stand-in to plan with: Wan's blocks in CogVideoX-5B's sizes
     configs/wan.py:tiny             seconds: the same path end to end on a small model; CI runs it
     configs/wan.py:demo_backbone    minutes: pretrains the demo's small backbone on the physics sandbox
     configs/wan.py:demo             minutes: trains the branch beside that backbone (`make demo`)
@@ -35,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     variants = {
         "": paper,
         "14b": large,
+        "cogvideox_sized": cogvideox_sized,
         "tiny": tiny,
         "demo_backbone": demo_backbone,
         "demo": demo,
@@ -137,6 +139,7 @@ def paper() -> ConfigDict:
     config.text_encoder = dict(module="t5", variant="umt5-xxl", dtype="bfloat16", length=512)
 
     config.mesh = dict(data=-1, fsdp=1, context=1)
+    config.attention = "auto"  # by platform; or "xla", "blockwise", "cudnn", "splash"
     config.log = dict(every=10)
     config.checkpoint = dict(every=500, keep=3)
     config.validation = dict(every=500, batches=4, batch_size=8, times=(0.2, 0.5, 0.8))
@@ -147,6 +150,7 @@ def paper() -> ConfigDict:
         steps=50,
         shift=8.0,
         guidance=6.0,
+        skip=(),  # steps, from 1, that do not call the network: see docs/benchmarks.md for what it costs
         negative_prompt=NEGATIVE_PROMPT,
     )
     return config
@@ -165,6 +169,20 @@ def large() -> ConfigDict:
     )
     config.branch.layers = tuple(range(0, 40, 4))
     config.samples.update(shift=5.0, guidance=5.0)
+    return config
+
+
+def cogvideox_sized() -> ConfigDict:
+    """For prophy_jax.plan, until that backbone is written: width, depth, heads and clips of CogVideoX-5B."""
+    config = paper()
+    config.backbone = dict(
+        **dict(module="wan", dtype="bfloat16", remat="attention", text_len=226),
+        **dict(dim=3072, num_heads=48, num_layers=42, ffn_dim=12288),
+    )
+    config.text_encoder.length = 226
+    config.data.update(frames=49, width=720)
+    config.branch.layers = tuple(range(0, 42, 7))
+    config.branch.semantic.basis_grid = (13, 60, 90)
     return config
 
 

@@ -41,7 +41,7 @@ class ProPhy(nn.Module):
         transformer.register_forward_pre_hook(self._compute_hints, with_kwargs=True)
         for layer in self.config["layers"]:
             transformer.blocks[layer].register_forward_hook(
-                lambda block, inputs, tokens, layer=layer: tokens + self._hints.pop(layer)
+                lambda block, inputs, tokens, layer=layer: tokens + self._hints[layer]
             )
 
     def forward(self, latents, timestep, text):

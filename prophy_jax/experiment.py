@@ -4,6 +4,7 @@ Shared by the commands that train, sample and measure.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -18,10 +19,11 @@ from prophy_jax import checkpoints, losses, models, optim, parallel
 from prophy_jax.data import records
 from prophy_jax.data.records import differences
 from prophy_jax.errors import UserError
+from prophy_jax.models import attention
 from prophy_jax.models.physics import BranchConfig, ProPhy
 
 # These may differ between the run that wrote a workdir and the run that resumes it.
-MAY_CHANGE = ("mesh", "log", "checkpoint", "samples", "label", "label_check")
+MAY_CHANGE = ("mesh", "attention", "log", "checkpoint", "samples", "label", "label_check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
     microbatch = config.batch_size // config.accumulation
     mesh = parallel.make_mesh(config.mesh, microbatch, devices or jax.devices())
     backbone = models.build(config.backbone)
-    backbone = dataclasses.replace(backbone, attention=parallel.over_context(backbone.attention, mesh))
+    backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
+    on_device = functools.partial(attention.attention, backend=backend)
+    backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
     branch = BranchConfig.from_dict(config.branch) if config.branch else None
     for names, part in ((losses.COARSE, "semantic"), (losses.FINE, "refinement")):
         listed = sorted(set(config.losses) & set(names))

@@ -2,8 +2,11 @@
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the trained parameters; `context` splits the
 tokens of one clip. The mesh is automatic: the compiler places the collectives, except around attention.
+
+Legend: B batch, N tokens, H heads, D head width; b samples of one device.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from prophy_jax.errors import UserError
@@ -38,7 +43,9 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
             f"batch of {batch_size} does not divide over data x fsdp = {sizes[0] * sizes[1]}: "
             "mend config.batch_size, config.accumulation or config.mesh"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # `jax.make_mesh` refuses an axis of 8 on a torus of 4x4x4 or 16x16.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -67,17 +74,37 @@ def shard_largest(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays split over data and fsdp on their leading axis.
+def gathered(tree: Any) -> Any:
+    """Every leaf whole on each device of the mesh in force: how trained parameters enter a step.
 
-    Rows that do not divide, the end of a validation split, are placed whole on every device.
+    Left to itself, the compiler would split activations over the width as the parameters are, and send them.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
+    """Rows over data and fsdp; rows that do not divide, the end of a split, whole on every device."""
+    divides = size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return NamedSharding(mesh, BATCH if divides else PartitionSpec())
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """The rows of a batch of `size` that the devices of this process hold, in order."""
+    held = batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
+    return np.unique([np.arange(size)[rows] for rows in held])
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int | None = None) -> dict[str, jax.Array]:
+    """Host arrays -> global arrays, laid out by `batch_sharding`.
+
+    They are the whole batch, equal on every process; or, when `size` says how large it is, the `local_rows`.
+    """
 
     def put(rows: np.ndarray) -> jax.Array:
-        divides = len(rows) * jax.process_count() % ways == 0
-        sharding = NamedSharding(mesh, BATCH if divides else PartitionSpec())
-        return jax.make_array_from_process_local_data(sharding, rows)
+        shape = (len(rows) if size is None else size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, shape[0]), rows, shape)
 
     return {name: put(np.asarray(rows)) for name, rows in batch.items()}
 
@@ -90,26 +117,59 @@ def full_precision(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def over_context(attention: Callable, mesh: Mesh) -> Callable:
-    """Wraps `attention(q, k, v, bias)` so that each device along `context` computes its share of the queries.
+def over_mesh(attention: Callable, mesh: Mesh) -> Callable:
+    """Wraps `attention(q, k, v, bias)` so that every device computes its share; values and gradients stay.
 
-    Keys and values are gathered whole, so values and gradients are those of unsharded attention. Queries
-    are padded to a multiple of the axis and the padding is cut off again.
+    Each device gets its samples (of data x fsdp, where the batch divides) and its share of the queries
+    (of context). Where the keys are as many as the queries and have no bias, they are split like them:
+    heads are exchanged for tokens, so that each device attends with some heads over all tokens (Ulysses,
+    arXiv:2309.14509); where the heads do not divide over context, keys and values are gathered instead.
+    Other keys, those of the text, are whole on each device and cost no communication.
+
+    Args:
+        attention: See `prophy_jax.models.attention`. It runs on one device's arrays: the compiler could not
+            split its kernels.
+        mesh: Any. Lengths that context does not divide are padded; `attention` never sees the padding.
     """
-    ways = mesh.shape["context"]
-    if ways == 1:
+    if mesh.size == 1:
         return attention
-    sharded = jax.shard_map(
-        attention,
-        mesh=mesh,
-        in_specs=(PartitionSpec(None, "context"), PartitionSpec(), PartitionSpec(), PartitionSpec()),
-        out_specs=PartitionSpec(None, "context"),
-        axis_names={"context"},
-    )
+    ways, samples = mesh.shape["context"], mesh.shape["data"] * mesh.shape["fsdp"]
+    kept = functools.partial(checkpoint_name, name="qkv")  # with it, that policy repeats no exchange
 
     def wrapped(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        length = q.shape[1]
-        padded = jnp.pad(q, ((0, 0), (0, -length % ways), (0, 0), (0, 0)))
-        return sharded(padded, k, v, bias)[:, :length]
+        batch, length, heads, _ = q.shape
+        split_keys = ways > 1 and k.shape[1] == length and bias is None
+
+        def on_device(q, k, v, bias):
+            if split_keys and heads % ways == 0:
+                # (b, N/ways, H, D) -> (b, N, H/ways, D)
+                exchange = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
+                q, k, v = (kept(exchange(x, split_axis=2, concat_axis=1)[:, :length]) for x in (q, k, v))
+                return kept(exchange(_pad(attention(q, k, v), ways), split_axis=1, concat_axis=2))
+            if split_keys:
+                gather = functools.partial(jax.lax.all_gather, axis_name="context", axis=1, tiled=True)
+                k, v = (kept(gather(x)[:, :length]) for x in (k, v))
+            return attention(q, k, v, bias)
+
+        whole = BATCH if batch % samples == 0 else PartitionSpec(None)
+        tokens = PartitionSpec(*whole, "context")
+        # An axis of one device is named in any case: one that is not would be reduced over in the gradient.
+        keys = tokens if split_keys or ways == 1 else whole
+        sharded = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(tokens, keys, keys, keys),
+            out_specs=tokens,
+            check_vma=False,  # which axes a value varies over: Pallas and cuDNN kernels do not say
+        )
+        if split_keys:
+            k, v = _pad(k, ways), _pad(v, ways)
+        return sharded(_pad(q, ways), k, v, bias)[:, :length]
 
     return wrapped
+
+
+def _pad(tokens: jax.Array, ways: int) -> jax.Array:
+    # (B, N, H, D) -> (B, N rounded up to a multiple of ways, H, D)
+    padding = -tokens.shape[1] % ways
+    return jnp.pad(tokens, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else tokens

@@ -1,5 +1,8 @@
 """Meshes, sharding rules, and attention over a sharded sequence against whole attention."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 
 from prophy_jax import parallel
 from prophy_jax.errors import UserError
-from prophy_jax.models import layers
+from prophy_jax.models import attention
+from tests.counting import attention_calls, equations
 
 
 def mesh_of(*sizes, batch=8):
@@ -43,25 +47,110 @@ def test_large_leaves_are_split_on_their_largest_divisible_axis(caplog):
     assert "never" in caplog.text and "small" not in caplog.text
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), (2, 1, 4)])
-@pytest.mark.parametrize("queries", [16, 13])  # 13: padded
-def test_attention_over_context_equals_whole_attention(sizes, queries):
+def value_and_gradients(attend, *args):
+    """Of self-attention, then attention to other keys, with and without a bias: q, k, v, text k, v, bias."""
+
+    def loss(q, k, v, text_k, text_v, bias):
+        outs = attend(q, k, v), attend(q, text_k, text_v), attend(q, text_k, text_v, bias)
+        return sum((out.astype(jnp.float32) * jnp.cos(out + i)).sum() for i, out in enumerate(outs)), outs
+
+    return jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))(*args)
+
+
+def draw(batch, length, heads, dtype=jnp.float32):
+    shapes = 3 * [(batch, length, heads, 8)] + 2 * [(batch, 11, heads, 8)] + [(batch, 1, 1, 11)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "length"),
+    [
+        ((1, 1, 8), 8, 30),  # heads divide, tokens do not
+        ((1, 1, 8), 12, 13),  # neither
+        ((2, 2, 2), 12, 13),
+        ((2, 2, 2), 3, 16),  # tokens divide, heads do not
+        ((2, 1, 4), 5, 30),
+        ((1, 4, 2), 12, 16),  # both
+        ((8, 1, 1), 5, 13),
+    ],
+)
+def test_attention_over_a_mesh_equals_whole_attention(sizes, heads, length):
     mesh = mesh_of(*sizes)
-    sharded = parallel.over_context(layers.attention, mesh)
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, weight = (jax.random.normal(k, (4, queries, 3, 8)) for k in keys[:2])
-    k, v = (jax.random.normal(k, (4, 11, 3, 8)) for k in keys[2:])
-
-    def value_and_gradients(attention):
-        return jax.jit(
-            jax.value_and_grad(lambda *args: (attention(*args) * weight).sum(), argnums=(0, 1, 2))
-        )(q, k, v)
-
+    args = draw(8 if sizes[0] == 8 else 4, length, heads)
     with jax.set_mesh(mesh):
-        got = value_and_gradients(sharded)
-    expected = value_and_gradients(layers.attention)
+        got = value_and_gradients(parallel.over_mesh(attention.attention, mesh), *args)
+    expected = value_and_gradients(attention.attention, *args)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
+        # fp32 sums in another order; the first is of some thousand terms of either sign.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_over_a_mesh_in_half_precision_and_of_a_batch_that_does_not_divide():
+    mesh = mesh_of(2, 1, 4)
+    args = draw(3, 13, 4, jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        got = value_and_gradients(parallel.over_mesh(attention.attention, mesh), *args)
+    expected = value_and_gradients(attention.attention, *args)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        # Of keys of the text, each of 4 devices rounds its share of the gradient to 8 bits.
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=0.02)
+
+
+def gradient_of_blocks(heads, policy="none"):
+    """By the input of three scanned blocks, their weights frozen, on 2 x 1 x 4 devices; and the inputs."""
+    mesh = mesh_of(2, 1, 4)
+    attend = parallel.over_mesh(functools.partial(attention.attention, backend="blockwise"), mesh)
+
+    def split(x):
+        return x.reshape(*x.shape[:2], heads, -1)
+
+    def block(x, weights):
+        for context in (x, text):
+            q, k, v = (split(y @ weights[name]) for name, y in (("q", x), ("k", context), ("v", context)))
+            x = x + attend(q, k, v).reshape(x.shape) @ weights["o"]
+        return x + jax.nn.gelu(x @ weights["up"]) @ weights["down"], None
+
+    def loss(x, weights):
+        return jax.lax.scan(attention.remat(block, policy), x, weights)[0].sum()
+
+    x = jax.device_put(jnp.ones((2, 144, 24)), jax.NamedSharding(mesh, parallel.BATCH))
+    text = jnp.ones((2, 11, 24))
+    widths = {"q": (24, 24), "k": (24, 24), "v": (24, 24), "o": (24, 24), "up": (24, 56), "down": (56, 24)}
+    weights = {name: jnp.ones((3, *shape)) for name, shape in widths.items()}
+    return jax.grad(loss), (x, weights), mesh
+
+
+@pytest.mark.parametrize(
+    ("heads", "collectives"), [(4, {"all-to-all"}), (3, {"all-gather", "reduce-scatter"})]
+)
+def test_tokens_stay_split_over_context_between_the_attentions(heads, collectives):
+    gradient, inputs, mesh = gradient_of_blocks(heads)
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradient).lower(*inputs).compile().as_text()
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    assert set(re.findall(rf" ({kinds})(?:-start)?\(", text)) == collectives
+    # Of 2 x 144 tokens, the MLP of one device sees a quarter of one sample's.
+    assert set(re.findall(r"f32\[([\d,]*),56\]\S* dot\(", text)) == {"36"}
+
+
+@pytest.mark.parametrize(("policy", "exchanges"), [("none", 8), ("qkv", 8), ("attention", 12), ("full", 12)])
+def test_remat_repeats_exchanges_unless_it_keeps_what_they_bring(policy, exchanges):
+    gradient, inputs, mesh = gradient_of_blocks(4, policy)
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(gradient)(*inputs)
+    # Of q, k, v and the output, forward and backward, in each of three blocks.
+    assert sum(n for eqn, n in equations(jaxpr) if eqn.primitive.name == "all_to_all") == 3 * exchanges
+    assert attention_calls(jaxpr)["forward", 144] == (6 if policy == "full" else 3)
+
+
+def test_an_axis_of_one_device_costs_no_reduction():
+    mesh = mesh_of(8, 1, 1)
+    run = functools.partial(value_and_gradients, parallel.over_mesh(attention.attention, mesh))
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(run)(*draw(8, 13, 4))
+    assert not [eqn for eqn, _ in equations(jaxpr) if eqn.primitive.name.startswith("psum")]
 
 
 def test_batches_are_split_over_data_and_fsdp():

@@ -1,6 +1,7 @@
 """The branch: identity at step 0, copies, routing, gradients, ablations, frozen parameters."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import pytest
 from prophy_jax import optim
 from prophy_jax.errors import UserError
 from prophy_jax.models import build
+from prophy_jax.models.attention import attention
 from prophy_jax.models.physics import (
     BranchConfig,
     ProPhy,
@@ -19,6 +21,7 @@ from prophy_jax.models.physics import (
     SemanticConfig,
     top_k_mask,
 )
+from tests.counting import attention_calls
 
 LATENT, TEXT = (3, 4, 6, 16), (12, 16)  # 18 tokens
 SEMANTIC, REFINEMENT = SemanticConfig((3, 4, 6), hidden=8), RefinementConfig()
@@ -194,25 +197,53 @@ def test_at_step_zero_exits_learn_from_the_diffusion_loss_and_routers_from_their
     assert np.abs(aligned["semantic"]["basis"]).max() > 0
 
 
-def _backward_scans(jaxpr):
-    """Lengths of the scans that run backwards (reverse=True), in all nested jaxprs."""
-    lengths = []
+@pytest.mark.parametrize("remat", ["none", "qkv", "attention", "self_attention", "full"])
+@pytest.mark.parametrize("layers", [(2, 4), (0, 3, 6), (1, 3, 5, 6), (4,)])
+def test_attention_runs_as_often_as_it_must(layers, remat):
+    """L + K times forwards and L - l_1 - 1 + K times backwards, and never twice unless remat says so."""
+    depth, tokens, words = 9, 72, 64  # more scores than the blockwise form leaves to one softmax
+    backbone = build(
+        dict(module="wan", dim=24, num_heads=2, num_layers=depth, ffn_dim=32)
+        | dict(text_dim=8, text_len=words, freq_dim=8, remat=remat)
+    )
+    backbone = dataclasses.replace(backbone, attention=functools.partial(attention, backend="blockwise"))
+    model = ProPhy(backbone, BranchConfig(layers, SemanticConfig((3, 8, 12), hidden=8), REFINEMENT))
+    params = {"backbone": jax.eval_shape(backbone.init, jax.random.key(0))}
+    params["branch"] = jax.eval_shape(model.init_branch, jax.random.key(0), params["backbone"])
+    shapes = [(1, 3, 8, 12, 16), (1,), (1, words, 8), (1, words)]
+
+    def loss(branch, frozen, *args):
+        output = model({"branch": branch, "backbone": frozen}, *args)
+        return (output.velocity**2).mean() + output.routing.alignment.mean()
+
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params["branch"], params["backbone"], *args)
+    forward = depth + len(layers)
+    backward = depth - layers[0] - 1 + len(layers)
+    calls = attention_calls(jaxpr)
+    # Self-attention, and the one to the text.
+    for keys, repeating in ((tokens, ("full",)), (words, ("full", "self_attention"))):
+        again = backward if remat in repeating else 0
+        assert calls["backward", keys] == backward
+        assert calls["forward", keys] == forward + again
+
+
+def _scan_outputs(jaxpr, reverse: bool):
+    """Shapes that scans over layers return, in that direction."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan" and equation.params["reverse"]:
-            lengths.append(equation.params["length"])
-        for value in equation.params.values():
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    lengths += _backward_scans(inner)
-    return lengths
+        if equation.primitive.name == "scan" and equation.params["reverse"] == reverse:
+            yield from (variable.aval.shape for variable in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda item: hasattr(item, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _scan_outputs(inner, reverse)
 
 
-def test_frozen_parameters_get_no_gradient():
-    """By the jaxpr: only what lies after the first hint runs backwards, and no output has the shape of a
-    stacked frozen weight's gradient."""
+@pytest.mark.parametrize("remat", ["none", "attention"])
+def test_frozen_parameters_get_no_gradient_and_are_not_copied(remat):
+    """By the jaxpr: no loop returns a stack shaped as some layers' frozen weights."""
     branch = BranchConfig((2, 4), SEMANTIC, REFINEMENT)
-    model, params = make(branch, num_layers=7)
+    model, params = make(branch, num_layers=7, remat=remat)
     x, t, text, mask = inputs()
     trainable, frozen = optim.split(params, (("branch/", 1.0), ("backbone/", None)))
 
@@ -221,25 +252,14 @@ def test_frozen_parameters_get_no_gradient():
         return (output.velocity**2).mean() + output.routing.alignment.mean()
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr
-    # Blocks 0..2 are before the first hint. After it: 3..4 and 5..6, and the two copies, one by one.
-    assert sorted(_backward_scans(jaxpr)) == [1, 1, 2, 2]
-
-    stacked = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen["backbone"]["blocks"]) if leaf.ndim > 2}
-
-    def made_shapes(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "scan" and equation.params["reverse"]:
-                yield from (variable.aval.shape for variable in equation.outvars)
-            for value in equation.params.values():
-                for item in value if isinstance(value, (tuple, list)) else (value,):
-                    inner = getattr(item, "jaxpr", item)
-                    if hasattr(inner, "eqns"):
-                        yield from made_shapes(inner)
-
-    shapes = list(made_shapes(jaxpr))
-    # The copies (stacks of 1) have weight gradients; the frozen segments (stacks of 2) have none.
-    assert {s for s in shapes if s[:1] == (1,) and s[1:] in stacked}
-    assert not {s for s in shapes if s[:1] == (2,) and s[1:] in stacked}
+    weights = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen["backbone"]["blocks"]) if leaf.ndim > 2}
+    backward, forward = (
+        {shape for shape in _scan_outputs(jaxpr, reverse) if shape[-2:] in weights}
+        for reverse in (True, False)
+    )
+    # The copies, each a stack of its own, have weight gradients. The frozen segments have 3, 2 and 2 blocks.
+    assert backward and all(shape[0] == 1 for shape in backward)
+    assert not forward
 
 
 def test_bf16_backbone_keeps_routers_in_fp32():

@@ -1,4 +1,4 @@
-"""Layers that the video transformers share: attention, norms, rotary and time embeddings, remat.
+"""Layers that the video transformers share: norms, rotary and time embeddings.
 
 Legend: B batch, N query tokens, M key tokens, H heads, D head width, C model width, L text length,
 T' H' W' token grid (frames, rows, columns).
@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
-from prophy_jax.errors import UserError
+from prophy_jax.models import attention
 
 # Flax's fast variance, E[x^2] - E[x]^2, loses digits when the mean is large: off everywhere.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False, dtype=jnp.float32)
@@ -28,7 +27,7 @@ class Stream:
     """The tokens that blocks transform. Wan leaves text as it is; joint models change both."""
 
     video: jax.Array  # (B, N, C)
-    text: Any  # (B, L, C), or what the backbone's `text_ahead` made of it
+    text: jax.Array  # (B, L, C)
 
 
 @flax.struct.dataclass
@@ -40,65 +39,54 @@ class KeyValue:
     bias: jax.Array | None = None  # (B, 1, 1, M) fp32, added to the scores
 
 
+def scan_layers(
+    body: Callable[[Any, Any], Any],
+    carry: Any,
+    stack: Any,
+    start: int | jax.Array = 0,
+    count: int | None = None,
+    remat: str = "none",
+) -> Any:
+    """Applies carry = body(carry, layer) for `count` layers of a stack from `start`, which may be traced.
+
+    A part of the stack is read layer by layer where it lies: slicing it off first would copy its weights.
+
+    Args:
+        body: The layer.
+        carry: What goes through the layers.
+        stack: A tree whose leaves have a leading layer axis.
+        start: The first layer.
+        count: How many; None for the whole stack.
+        remat: What the backward pass recomputes, see `attention.remat`.
+
+    Raises:
+        ValueError: when the stack has no such range.
+    """
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    if count is None:
+        step = attention.remat(lambda carry, layer: (body(carry, layer), None), remat)
+        return jax.lax.scan(step, carry, stack)[0]
+    if isinstance(start, int) and not 0 <= start <= start + count <= depth:
+        raise ValueError(f"no blocks {start}..{start + count} in a stack of {depth}")
+
+    def indexed(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+        return body(carry, layer), None
+
+    if remat == "none":  # saves all but the slices, which would be copies of weights
+        step = jax.checkpoint(indexed, policy=_is_no_slice, prevent_cse=False)
+    else:
+        step = attention.remat(indexed, remat)
+    return jax.lax.scan(step, carry, start + jnp.arange(count))[0]
+
+
+def _is_no_slice(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """Adaptive layer norm's affine part: x (B, N, C); shift and scale (B, 1, C)."""
     return x * (1 + scale) + shift
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(D) + bias) v, softmax in fp32.
-
-    The fused cuDNN kernel runs on GPUs in half precision; XLA, which holds all N x M scores,
-    everywhere else.
-
-    Args:
-        q: (B, N, H, D).
-        k: (B, M, H, D).
-        v: (B, M, H, D).
-        bias: (B, 1, 1, M) or None. The fused kernel is not used with one: it would need all N x M of it.
-
-    Returns:
-        (B, N, H, D) in the dtype of q.
-    """
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if half and bias is None and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    out = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="xla")
-    return checkpoint_name(out, "attention")
-
-
-def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name.startswith("dot_product_attention_fwd")
-
-
-_REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # The cuDNN backward pass needs the softmax statistics too. No name reaches them, so the policy
-    # asks for every output of the primitive; otherwise the kernel would run a second time.
-    "attention": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names("attention"), _is_fused_attention
-    ),
-}
-
-
-def remat(function: Callable, name: str) -> Callable:
-    """Wraps the body of a scan over blocks so that the backward pass recomputes it.
-
-    Args:
-        function: The body.
-        name: "none" keeps every activation, "full" keeps only the input of each block, "attention"
-            keeps the attention outputs too.
-
-    Raises:
-        UserError: on another name.
-    """
-    if name == "none":
-        return function
-    if name not in _REMAT_POLICIES:
-        choices = ", ".join(["none", *_REMAT_POLICIES])
-        raise UserError(f"unknown remat policy {name!r}: choose one of {choices}")
-    # Inside a scan nothing can merge the recomputation with the original, so no barrier is needed.
-    return jax.checkpoint(function, policy=_REMAT_POLICIES[name], prevent_cse=False)
 
 
 def rope_tables(

@@ -14,6 +14,7 @@ E_s semantic experts, E_r refinement experts, E_a aligned categories, K physical
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -93,9 +94,11 @@ class Routing:
 class Prompt:
     """What the model reads of its prompts: the same at every step of a sampler."""
 
-    backbone: Any  # `Stream.text` of the backbone's blocks
-    branch: Any  # `Stream.text` of the branch's blocks
-    semantic_logits: jax.Array | None  # (B, E_s)
+    text: jax.Array  # (B, L, C) text tokens
+    semantic_logits: jax.Array | None = None  # (B, E_s)
+    # What the blocks of the backbone and of the branch compute of the text alone: see `read_ahead`.
+    backbone: Any = None
+    branch: Any = None
 
 
 @flax.struct.dataclass
@@ -121,7 +124,7 @@ class RefinementExperts(nn.Module):
     """(B, N, C) tokens -> refined tokens, rho_r (B, N, E_r), P'_r (B, N, E_a).
 
     Every expert is computed for every token and the unchosen ones are weighted by zero: for a few linear
-    experts that is one well-shaped matrix product. The weights are the chosen rho_r as they are, not
+    experts that is a few well-shaped matrix products. The weights are the chosen rho_r as they are, not
     renormalised, as in the paper's equation. The router sees normalised tokens, in fp32.
     """
 
@@ -140,16 +143,42 @@ class RefinementExperts(nn.Module):
             "kernel", nn.initializers.lecun_normal(batch_axis=0), (experts, width, width)
         ).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (experts, width)).astype(self.dtype)
-        every = jnp.einsum("bnc,ecd->bned", tokens.astype(self.dtype), kernel) + bias
-        refined = jnp.einsum("bned,bne->bnd", every, weights)
+        refined = mix_experts(tokens.astype(self.dtype), weights, kernel, bias)
         hidden = nn.gelu(nn.Dense(self.config.align_hidden, name="align_hidden")(rho))
         return refined, rho, nn.Dense(self.config.categories, name="align")(hidden)
 
 
+@jax.checkpoint  # otherwise the backward pass would hold every weighted copy of the tokens
+def mix_experts(tokens: jax.Array, weights: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """sum_e w_e (x W_e + b_e), one expert after the other, so that no (B, N, E, C) is held.
+
+    Tokens x are weighted before the product: no gradient then needs the experts' outputs.
+
+    Args: tokens (B, N, C), weights (B, N, E), kernel (E, C, C), bias (E, C). The sum is taken in fp32.
+    """
+    total = jnp.matmul(weights, bias, preferred_element_type=jnp.float32)
+    for expert, matrix in enumerate(kernel):
+        weighted = weights[..., expert, None] * tokens
+        total += jnp.matmul(weighted, matrix, preferred_element_type=jnp.float32)
+    return total.astype(tokens.dtype)
+
+
 def top_k_mask(rho: jax.Array, k: int) -> jax.Array:
-    """(..., E) -> 1.0 at the k largest entries, 0.0 elsewhere; ties go to the lower index."""
-    _, chosen = jax.lax.top_k(rho, k)  # (..., k)
-    return jax.nn.one_hot(chosen, rho.shape[-1], dtype=rho.dtype).sum(-2)
+    """(..., E) -> 1.0 at the k largest entries, 0.0 elsewhere; ties go to the lower index.
+
+    By k maxima: `jax.lax.top_k` is not split over devices, so that each would gather the whole batch.
+    """
+    mask = jnp.zeros_like(rho)
+    for _ in range(k):
+        mask += jax.nn.one_hot(jnp.where(mask > 0, -jnp.inf, rho).argmax(-1), rho.shape[-1], dtype=rho.dtype)
+    return mask
+
+
+def cast_kernels(tree: Any, dtype: Any) -> Any:
+    """The matrices of a parameter tree in the dtype of the products; the rest as it is."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, tree
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +241,7 @@ class ProPhy:
         logits = None
         if self.branch is not None and self.branch.semantic:
             logits = self.semantic_logits(params, text, text_mask)
-        return Prompt(tokens, tokens, logits)
+        return Prompt(tokens, logits)
 
     def read_ahead(
         self, params: Params, text: jax.Array, text_mask: jax.Array, rows: int | None = None
@@ -224,7 +253,7 @@ class ProPhy:
         prompt = self.read(params, text, text_mask)
 
         def ahead(part: str) -> Any:
-            return self.backbone.text_ahead(params[part]["blocks"], prompt.backbone, text_mask, rows)
+            return self.backbone.text_ahead(params[part]["blocks"], prompt.text, text_mask, rows)
 
         return prompt.replace(backbone=ahead("backbone"), branch=ahead("branch") if self.branch else None)
 
@@ -257,32 +286,73 @@ class ProPhy:
           prompt: of `read` or `read_ahead`, B rows.
           scale: multiplies every hint; 0 is the backbone alone.
         """
-        backbone, weights = self.backbone, params["backbone"]
-        stream, cond = backbone.embed(weights, latents, t, prompt.backbone)
+        stream, cond = self.backbone.embed(params["backbone"], latents, t, prompt.text)
         routing = Routing(semantic_logits=prompt.semantic_logits)
-        start = 0
-        if self.branch is not None:
-            branch = params["branch"]
+        if self.branch is None:
+            frozen = params["backbone"]["blocks"]
+            stream = self.backbone.blocks(frozen, stream, cond, ahead=prompt.backbone)
+        else:
             hidden = self._enter(params, stream, latents, t, prompt)
-            for index, layer in enumerate(self.branch.layers):
-                hidden = backbone.blocks(branch["blocks"], hidden, cond, index, index + 1)
-                tokens = hidden.video
-                if self.branch.refinement and layer == self.branch.layers[-1]:
-                    experts = RefinementExperts(self.branch.refinement, dtype=tokens.dtype)
-                    tokens, rho, aligned = experts.apply({"params": branch["refinement"]}, tokens)
-                    routing = routing.replace(refinement=rho, alignment=aligned)
-                kernel = branch["exits"]["kernel"][index].astype(tokens.dtype)
-                bias = branch["exits"]["bias"][index].astype(tokens.dtype)
-                hint = scale * (tokens @ kernel + bias)
-                stream = backbone.blocks(weights["blocks"], stream, cond, start, layer + 1)
-                stream = stream.replace(video=stream.video + hint.astype(stream.video.dtype))
-                start = layer + 1
-        stream = backbone.blocks(weights["blocks"], stream, cond, start, None)
-        return Output(backbone.head(weights, stream, cond), routing)
+            stream, routing = self._run_beside(params, stream, hidden, cond, prompt, scale, routing)
+        return Output(self.backbone.head(params["backbone"], stream, cond), routing)
+
+    def _run_beside(self, params, stream, hidden, cond, prompt, scale, routing):
+        """All blocks of the backbone on `stream`, with the hints of the branch's blocks on `hidden`.
+
+        Hint i follows segment i of the backbone, which ends with block layers[i]. Segments of one length
+        share a compiled body. The first is apart: nothing before its hint is trained, so it has no
+        backward pass.
+        """
+        backbone, layers, dtype = self.backbone, self.branch.layers, stream.video.dtype
+        frozen, branch = params["backbone"]["blocks"], params["branch"]
+        # Cast once, rather than in each block and again where it is recomputed.
+        exits, copies = cast_kernels(branch["exits"], dtype), cast_kernels(branch["blocks"], dtype)
+        starts = (0, *(layer + 1 for layer in layers))  # of the segments
+        per_hint = (jnp.array(starts[:-1]), exits, (copies, prompt.branch))
+
+        def copy(hidden, layer):
+            params, ahead = jax.tree.map(lambda leaf: leaf[None], layer)  # a stack of one
+            return backbone.blocks(params, hidden, cond, ahead=ahead)
+
+        def segment(stream, start, count, tokens, exit):
+            stream = backbone.blocks(frozen, stream, cond, start, count, prompt.backbone)
+            hint = scale * (tokens @ exit["kernel"] + exit["bias"].astype(dtype))
+            return stream.replace(video=stream.video + hint.astype(dtype))
+
+        def take(tree, index):
+            return jax.tree.map(lambda leaf: leaf[index], tree)
+
+        hidden = copy(hidden, take(per_hint[2], 0))
+        last = len(layers) - 1
+        for (_, count), group in itertools.groupby(
+            range(last), lambda i: (i == 0, starts[i + 1] - starts[i])
+        ):
+            first, *others = group
+
+            def step(carry, layer, count=count):
+                (stream, hidden), (start, exit, following) = carry, layer
+                return (segment(stream, start, count, hidden.video, exit), copy(hidden, following)), None
+
+            own, following = slice(first, first + 1 + len(others)), slice(first + 1, first + 2 + len(others))
+            per_step = (*take(per_hint[:2], own), take(per_hint[2], following))
+            if others:
+                (stream, hidden), _ = jax.lax.scan(step, (stream, hidden), per_step)
+            else:
+                (stream, hidden), _ = step((stream, hidden), take(per_step, 0))
+
+        tokens = hidden.video
+        if self.branch.refinement:
+            experts = RefinementExperts(self.branch.refinement, dtype=dtype)
+            tokens, rho, aligned = experts.apply({"params": branch["refinement"]}, tokens)
+            routing = routing.replace(refinement=rho, alignment=aligned)
+        stream = segment(stream, starts[last], starts[last + 1] - starts[last], tokens, take(exits, last))
+        depth = jax.tree.leaves(frozen)[0].shape[0]
+        stream = backbone.blocks(frozen, stream, cond, starts[-1], depth - starts[-1], prompt.backbone)
+        return stream, routing
 
     def _enter(self, params, stream, latents, t, prompt):
         """The branch's own stream, embed(X~)."""
-        stream, semantic = stream.replace(text=prompt.branch), self.branch.semantic
+        semantic = self.branch.semantic
         if semantic is None:
             return stream
         rho = jax.nn.softmax(prompt.semantic_logits)  # (B, E_s)
@@ -297,7 +367,7 @@ class ProPhy:
             return stream.replace(video=stream.video + prior.astype(stream.video.dtype))
         if prior.shape != latents.shape:
             prior = jax.image.resize(prior, latents.shape, "linear")
-        return self.backbone.embed(params["backbone"], latents + prior, t, prompt.branch)[0]
+        return self.backbone.embed(params["backbone"], latents + prior, t, prompt.text)[0]
 
     def train_flops(self, tokens: int) -> int:
         """Floating-point operations of one training step on one clip: 2 per multiply-add.

@@ -16,9 +16,10 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from prophy_jax.errors import UserError
-from prophy_jax.models import layers
+from prophy_jax.models import attention, layers
 from prophy_jax.models.layers import KeyValue, Stream
 
 Params = Mapping[str, Any]
@@ -136,7 +137,7 @@ class WanAttention(nn.Module):
         """x (B, N, C), context (B, M, C) or what `keys_values` made of it -> (B, N, C)."""
         if not isinstance(context, KeyValue):
             context = self.keys_values(context, rope)
-        q = self._heads(self.norm_q(self.q(x)))
+        q = self._heads(self.norm_q(checkpoint_name(self.q(x), "qkv")))
         if rope is not None:
             q = layers.apply_rope(q, *rope)
         out = self.attention(q.astype(self.dtype), context.key, context.value, context.bias)
@@ -144,10 +145,12 @@ class WanAttention(nn.Module):
 
     def keys_values(self, context: jax.Array, rope: Rope | None = None) -> KeyValue:
         """context (B, M, C) -> keys and values (B, M, heads, head_dim)."""
-        k = self._heads(self.norm_k(self.k(context)))
+        # The norm's gradient needs its input, from which the rest is soon computed again.
+        k, v = checkpoint_name(self.k(context), "qkv"), checkpoint_name(self.v(context), "qkv")
+        k = self._heads(self.norm_k(k))
         if rope is not None:
             k = layers.apply_rope(k, *rope)
-        return KeyValue(k.astype(self.dtype), self._heads(self.v(context)))
+        return KeyValue(k.astype(self.dtype), self._heads(v))
 
     def _heads(self, y: jax.Array) -> jax.Array:
         # (B, N, C) -> (B, N, heads, head_dim)
@@ -236,14 +239,14 @@ class Wan:
         config: Sizes.
         dtype: Of the token stream and the large matrix products. Norms, modulation, softmax, the
             time embedding and the output are fp32 whatever it is.
-        remat: What the backward pass recomputes, see `layers.remat`.
-        attention: (q, k, v) -> out, see `layers.attention`.
+        remat: What the backward pass recomputes, see `attention.remat`.
+        attention: (q, k, v) -> out, see `attention.attention`.
     """
 
     config: WanConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Callable = layers.attention
+    attention: Callable = attention.attention
 
     def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
         """Draws parameters much as the Wan2.1 reference code does; the head's projection is zero."""
@@ -268,7 +271,7 @@ class Wan:
         return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
     def embed(
-        self, params: Params, latents: jax.Array, t: jax.Array, text: Any
+        self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array
     ) -> tuple[Stream, Conditioning]:
         """Turns latents and times into tokens, beside the text tokens that `embed_text` made.
 
@@ -276,7 +279,7 @@ class Wan:
             params: The whole tree.
             latents: (B, T, h, w, c), normalised.
             t: (B,), 1000 sigma, in 0..1000.
-            text: Text tokens (B, L, C), or their keys and values from `text_ahead`.
+            text: Text tokens (B, L, C).
 
         Raises:
             ValueError: on shapes that do not fit the model.
@@ -288,9 +291,8 @@ class Wan:
             raise ValueError(f"latents must be (B, T, h, w, {config.in_channels}), got {latents.shape}")
         if t.shape != (batch,):
             raise ValueError(f"t must be ({batch},), one time per sample, got {t.shape}")
-        texts = text.key.shape[1] if isinstance(text, KeyValue) else text.shape[0]
-        if texts != batch:
-            raise ValueError(f"text must be of {batch} samples, got {texts}")
+        if text.shape[0] != batch:
+            raise ValueError(f"text must be of {batch} samples, got {text.shape[0]}")
         video, modulation, temb = self._embed.apply({"params": params["embed"]}, latents, t)
         rope = layers.rope_tables(grid, config.head_dim)
         return Stream(video, text), Conditioning(modulation, temb, rope, grid)
@@ -313,7 +315,7 @@ class Wan:
     ) -> KeyValue:
         """Keys and values that a stack of blocks reads of text tokens (B, L, C): they know no time.
 
-        A sampler computes them once per prompt and hands them to `embed` in place of the tokens.
+        A sampler computes them once per prompt and hands them to `blocks`.
 
         Args:
             stacked_params: The stack, with a leading layer axis.
@@ -340,30 +342,31 @@ class Wan:
         stacked_params: Params,
         stream: Stream,
         cond: Conditioning,
-        start: int = 0,
-        stop: int | None = None,
+        start: int | jax.Array = 0,
+        count: int | None = None,
+        ahead: KeyValue | None = None,
     ) -> Stream:
-        """Runs blocks start..stop-1 of a stack, whose leaves have a leading layer axis.
+        """Runs blocks of a stack, whose leaves have a leading layer axis.
+
+        Args:
+            stacked_params: The stack.
+            stream: Tokens; returned with the video changed.
+            cond: Of `embed`.
+            start: The first block, possibly traced.
+            count: How many; None for all of the stack.
+            ahead: What `text_ahead` made of the text for the same stack, read in place of `stream.text`.
 
         Raises:
             ValueError: when the stack has no such range.
         """
-        length = jax.tree.leaves(stacked_params)[0].shape[0]
-        stop = length if stop is None else stop
-        if not 0 <= start <= stop <= length:
-            raise ValueError(f"no blocks {start}..{stop} in a stack of {length}")
-        ahead = stream.text if isinstance(stream.text, KeyValue) else None
-        per_layer = (stacked_params, ahead)
-        if (start, stop) != (0, length):
-            per_layer = jax.tree.map(lambda leaf: leaf[start:stop], per_layer)
 
-        def body(video: jax.Array, layer: tuple[Params, KeyValue | None]) -> tuple[jax.Array, None]:
+        def body(video: jax.Array, layer: tuple[Params, KeyValue | None]) -> jax.Array:
             params, ahead = layer
-            inputs = (video, ahead or stream.text, cond.modulation, cond.rope)
-            return self._block.apply({"params": params}, *inputs), None
+            text = stream.text if ahead is None else ahead
+            return self._block.apply({"params": params}, video, text, cond.modulation, cond.rope)
 
         video = stream.video.astype(self.dtype)  # The caller may have added fp32 hints.
-        video, _ = jax.lax.scan(layers.remat(body, self.remat), video, per_layer)
+        video = layers.scan_layers(body, video, (stacked_params, ahead), start, count, self.remat)
         return stream.replace(video=video)
 
     def head(self, params: Params, stream: Stream, cond: Conditioning) -> jax.Array:
@@ -442,7 +445,7 @@ def build(variant: str | None = None, dtype: str = "float32", remat: str = "none
     Args:
         variant: "1.3b", "14b" or None.
         dtype: Compute dtype, "float32" or "bfloat16".
-        remat: See `layers.remat`.
+        remat: See `attention.remat`.
         **overrides: Fields of `WanConfig`.
 
     Raises:
@@ -453,7 +456,7 @@ def build(variant: str | None = None, dtype: str = "float32", remat: str = "none
         raise UserError(f"unknown Wan variant {variant!r}: choose one of {', '.join(variants)}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
-    layers.remat(build, remat)  # Rejects an unknown name now rather than at the first step.
+    attention.remat(build, remat)  # Rejects an unknown name now rather than at the first step.
     if "patch_size" in overrides:
         overrides["patch_size"] = tuple(overrides["patch_size"])
     try:
