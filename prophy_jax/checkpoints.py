@@ -14,21 +14,29 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import grain.checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from prophy_jax import distributed
 from prophy_jax.errors import UserError
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # the train loop asks JAX itself, with another count of its steps
+
+
 class TrainCheckpoints:
-    """Asynchronous, atomic checkpoints under WORKDIR/checkpoints, one folder per step."""
+    """Asynchronous, atomic checkpoints under WORKDIR/checkpoints, one folder per step.
+
+    All processes of a job call the same methods. A checkpoint does not tell how many there were.
+    """
 
     def __init__(self, workdir: str, keep: int):
         self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             item_names=("state", "data", "config"),
@@ -45,7 +53,7 @@ class TrainCheckpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(data),
+                data=ocp.args.JsonSave(data.get_state()),  # equal on all processes, and for any number
                 config=ocp.args.JsonSave(dict(config)),
             ),
         )
@@ -61,9 +69,10 @@ class TrainCheckpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(state),
-                data=grain.checkpoint.CheckpointRestore(data),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        data.set_state(restored["data"])
         return restored["state"]
 
     def close(self) -> None:
@@ -108,7 +117,7 @@ def tree_hash(params: Mapping[str, Any]) -> str:
     """sha256 over paths, dtypes, shapes and bytes of a tree of arrays."""
     leaves = {}
     for path, leaf in flatten_dict(params, sep="/").items():
-        array = np.asarray(leaf)
+        array = distributed.fetch(leaf)
         leaves[path] = (str(array.dtype), array.shape, leaf_digests(array))
     return hash_of(leaves)
 
@@ -129,10 +138,15 @@ def hash_of(leaves: Mapping[str, tuple[str, tuple[int, ...], list[str]]]) -> str
 
 
 def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """Writes a parameter tree and its manifest; replaces an earlier one at the end. Returns the hash."""
+    """Writes a parameter tree and its manifest; replaces an earlier one at the end. Returns the hash.
+
+    All processes of a job call it, with storage that all share.
+    """
     folder = os.path.abspath(folder)
-    temporary = folder + ".writing"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, first = folder + ".writing", distributed.is_first()
+    with distributed.together():
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(os.path.join(temporary, "tree"), params)
     manifest = {
@@ -142,10 +156,12 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
             path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flatten_dict(params, sep="/").items()
         },
     }
-    with open(os.path.join(temporary, "manifest.json"), "w") as file:
-        json.dump(manifest, file, indent=1)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
+    with distributed.together():
+        if first:
+            with open(os.path.join(temporary, "manifest.json"), "w") as file:
+                json.dump(manifest, file, indent=1)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
     return manifest["sha256"]
 
 
@@ -169,13 +185,25 @@ def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
 def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     """Reads a parameter tree laid out like `wanted` (a tree of ShapeDtypeStructs, with shardings if any).
 
-    Values are cast to the wanted dtypes. Raises UserError when the folder is missing or does not fit.
+    Values are cast to the wanted dtypes. All processes of a job call it when the tree is laid out over all
+    of them; each by itself when it is not. Raises UserError when the folder is missing or does not fit.
     """
     check_params(folder, wanted, remedy)
     # Orbax would read all leaves at once and hold them twice: let it read the largest and little more.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
-    with ocp.Checkpointer(handler) as checkpointer:
+    # Orbax would take the devices that wrote a leaf, which may not be there.
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or alone), wanted
+    )
+    options = {}
+    if all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(wanted)):
+        this = jax.process_index()
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+        )
+    with ocp.Checkpointer(handler, **options) as checkpointer:
         place = os.path.join(os.path.abspath(folder), "tree")
         tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
     return unflatten_dict(flatten_dict(tree, sep="/"), sep="/")

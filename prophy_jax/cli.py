@@ -1,16 +1,21 @@
 """How every command reads its arguments and answers bad input: one line on stderr, exit status 1."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
 
 from prophy_jax.errors import UserError, one_line_errors
 
 HELP = ("--help", "-h", "-help", "--helpfull")
+DISTRIBUTED = (
+    "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
+    "I of P, with process 0 at HOST:PORT, such as 10.0.0.1:8476,1/4."
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,24 +29,55 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def run(main: Callable[[ConfigDict], None], description: str, default: str | None = None) -> None:
+def run(
+    main: Callable[[Any], None],
+    description: str,
+    default: str | None = None,
+    distributed: bool = False,
+) -> None:
     """Parses `--config=FILE.py[:variant]` and `--config.KEY=VALUE` overrides, then calls main(config).
 
     A command defines its own further absl flags before it calls this. `default` is the configuration of a
-    command line without --config.
+    command line without --config. `distributed` gives the command the flag --distributed, see
+    `prophy_jax.distributed`.
     """
+    from ml_collections import config_flags  # convert has no configuration, and need not have the package
+
     if default and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default}")  # as a flag's default, it would not take overrides
     config_flags.DEFINE_config_file("config", None, "The run: file.py[:variant].", lock_config=True)
+    if distributed:
+        flags.DEFINE_string("distributed", None, DISTRIBUTED)
     if set(HELP) & set(sys.argv[1:]):
         print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
         return
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
-        main(_parse())
+        config = _parse()
+        where = flags.FLAGS.distributed if distributed else None
+        if where is None:
+            _keep_compiled()
+            main(config)
+            return
+        from prophy_jax.distributed import job
+
+        with job(where):
+            main(config)
 
 
-def _parse() -> ConfigDict:
+def _keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+
+    Not for jobs of several processes: one that finds a program on its own host would not join the others,
+    who tune it together. They need a folder that all share, which only the user can name.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(root, "prophy_jax", "xla"))
+    if "jax" in sys.modules:  # which has read its environment; label never imports it
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", folder)
+
+
+def _parse() -> Any:
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
         config = flags.FLAGS.config

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 POSITIVE = 0.25  # label from which a token counts as covered; 0 is uncovered, between is left out
 
@@ -18,6 +17,8 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str, first_step: int):
+        from tensorboardX import SummaryWriter  # imports torch where there is one: two seconds
+
         self._path = os.path.join(workdir, "metrics.jsonl")
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
         with open(self._path + ".tmp", "w") as file:

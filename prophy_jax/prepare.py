@@ -8,9 +8,9 @@ several may be given. `config.data` says which clips are taken, and into which s
 they are cropped; `config.codec` encodes the videos and `config.text_encoder` the captions. Without --source
 it draws the clips of `config.data.sandbox`, and stores their exact token masks as alignment labels.
 
-Any number of processes may share the work, and any of them may be stopped and started again: those of one JAX
-job share it by themselves, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped,
-counted and listed.
+Any number of processes may share the work, and any of them may be stopped and started again: those of one job
+with --distributed, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped, counted
+and listed.
 
 F frames, H W pixels, T h w latent grid, N tokens.
 """
@@ -435,4 +435,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
     flags.DEFINE_bool("dry_run", False, "Only list the clips and print statistics.")
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, distributed=True)

@@ -25,43 +25,80 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from prophy_jax import parallel
 from prophy_jax.diffusion import solvers
 from prophy_jax.errors import UserError
 from prophy_jax.models.physics import ProPhy
 
+PIECES = 10  # that a loop which shows its progress is called in
 
-def make_generator(model: ProPhy, config) -> Callable[..., jax.Array]:
-    """generate(params, noise, text, text_mask, negative, scale, after_step) -> latents (B, T, h, w, 16).
 
-    What the blocks read of the prompts is computed once; then one compiled solver step is called
-    `config.samples.steps` times. `negative` is the encoded negative prompt, {"text" (L, D),
-    "text_mask" (L,)}, that guidance compares with.
+def make_sampler(model: ProPhy, config) -> tuple[Callable, Callable]:
+    """Two compiled functions, (begin, loop): what a clip needs once, and any number of solver steps.
+
+    begin(params, noise, text, text_mask, negative, rows) -> (prompt, state)
+    loop(params, state, prompt, scale, first, last) -> state after steps first..last-1; the one given is
+        donated. One program runs them all and holds the network once.
+
+    Steps that `config.samples.skip` lists do not call the network. Rows, and with guidance the pairs of
+    rows, are split over the mesh in force wherever they divide: a single guided clip takes two devices.
     """
     settings = config.samples
     solver = solvers.solver(settings.solver, settings.steps, settings.shift)
+    solver = solvers.skipping(solver, settings.skip)
     guidance = float(settings.guidance)
-    read = jax.jit(model.read_ahead, static_argnums=3)
 
-    @jax.jit
-    def advance(params, row, state, prompt, scale):
+    @functools.partial(jax.jit, static_argnames="rows")
+    def begin(params, noise, text, text_mask, negative, rows):
+        text = solvers.pair_prompts(text, negative["text"], guidance)
+        text_mask = solvers.pair_prompts(text_mask, negative["text_mask"], guidance)
+        prompt = model.read_ahead(params, split_rows(text), split_rows(text_mask), rows)
+        return prompt, jax.tree.map(split_rows, solvers.start(noise, solver.skips))
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def loop(params, state, prompt, scale, first, last):
         def predict(x, t):
-            return model.predict(params, x, t, prompt, scale).velocity
+            return model.predict(params, split_rows(x), t, prompt, scale).velocity
 
-        return solvers.step(row, state, solvers.guided(predict, guidance))
+        state = solvers.advance(solver, solvers.guided(predict, guidance), state, first, last)
+        return jax.tree.map(split_rows, state)
 
-    def generate(params, noise, text, text_mask, negative, scale=1.0, after_step=lambda: None):
+    return begin, loop
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Splits (B, ...) over data and fsdp of the mesh in force; whole on every device if B does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    divides = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return jax.lax.with_sharding_constraint(x, parallel.BATCH if divides else PartitionSpec())
+
+
+def make_generator(model: ProPhy, config) -> Callable[..., jax.Array]:
+    """generate(params, noise, text, text_mask, negative, scale, after_steps) -> latents (B, T, h, w, 16).
+
+    What the blocks read of the prompts is computed once; then all `config.samples.steps` solver steps are
+    one call of one program. `negative` is the encoded negative prompt, {"text" (L, D), "text_mask" (L,)},
+    that guidance compares with.
+
+    `after_steps(n)` is told of every n steps that are done. The program is then called in a few pieces, and
+    does not call back itself: jax 0.10 cannot keep such programs in its compile cache.
+    """
+    begin, loop = make_sampler(model, config)
+    steps = config.samples.steps
+
+    def generate(params, noise, text, text_mask, negative, scale=1.0, after_steps=None):
         rows = text_rows(np.concatenate([np.asarray(text_mask), np.asarray(negative["text_mask"])[None]]))
-        pairs = (
-            solvers.pair_prompts(jnp.asarray(conditional), jnp.asarray(negative[name]), guidance)
-            for name, conditional in (("text", text), ("text_mask", text_mask))
-        )
-        prompt = read(params, *pairs, rows)
-        state = solvers.start(noise)
-        for i in range(solver.num_steps):
-            row = jax.tree.map(lambda table, i=i: jnp.asarray(table[i]), solver.steps)
-            state = advance(params, row, state, prompt, jnp.float32(scale))
-            after_step()
+        prompt, state = begin(params, noise, text, text_mask, negative, rows=rows)
+        pieces = min(PIECES, steps) if after_steps else 1
+        for piece in np.array_split(np.arange(steps), pieces):
+            state = loop(params, state, prompt, jnp.float32(scale), piece[0], piece[-1] + 1)
+            if after_steps:
+                jax.block_until_ready(state)
+                after_steps(len(piece))
         return state.x
 
     return generate
@@ -100,8 +137,11 @@ def make_localiser(model: ProPhy, objective, sigma: float = 0.2) -> Callable[...
 
 
 def make_validation_clips(run) -> Callable[[dict, str], None]:
-    """write(params, path): one mp4, the first validation prompts sampled above the real clips."""
-    from prophy_jax import encoders, parallel
+    """write(params, path): one mp4, the first validation prompts sampled above the real clips.
+
+    All processes of a job call it and sample together; the first one decodes and writes.
+    """
+    from prophy_jax import distributed, encoders
     from prophy_jax.data import loader, video
 
     config = run.config
@@ -113,13 +153,16 @@ def make_validation_clips(run) -> Callable[[dict, str], None]:
     text, text_mask = loader.load_empty_text(config.data.dir)
     empty = {"text": text, "text_mask": text_mask}
     generate = make_generator(run.model, config)
-    codec = encoders.load_codec(config, run.mesh)
+    first = distributed.is_first()
+    codec = encoders.load_codec(config, run.mesh.local_mesh) if first else None
 
     def side_by_side(clips) -> np.ndarray:
-        return np.concatenate(list(codec.decode(np.asarray(clips))), axis=2)
+        return np.concatenate(list(codec.decode(clips)), axis=2)
 
     def write(params, path: str) -> None:
-        latents = generate(params, noise, batch["text"], batch["text_mask"], empty)
+        latents = distributed.fetch(generate(params, noise, batch["text"], batch["text_mask"], empty))
+        if not first:
+            return
         rows = [side_by_side(latents), side_by_side(batch["latents"])]
         os.makedirs(os.path.dirname(path), exist_ok=True)
         video.write_mp4(path, np.concatenate(rows, axis=1), config.data.fps)
@@ -184,7 +227,7 @@ def main(config) -> None:
     from absl import flags
     from tqdm import tqdm
 
-    from prophy_jax import encoders, experiment, parallel, visualize
+    from prophy_jax import distributed, encoders, experiment, visualize
     from prophy_jax.data import video
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
@@ -197,9 +240,16 @@ def main(config) -> None:
         config.optimizer.groups = (("backbone/", None),)
     if options.checkpoint:
         use_checkpoint(config, options.checkpoint)
-    config.batch_size, config.accumulation = options.batch or 0, 1  # 0 divides over any mesh
-    run = experiment.build(config)
-    batch = options.batch or run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    config.batch_size, config.accumulation = 0, 1  # divides over any mesh; what is sampled is checked below
+    run = experiment.build(config, jax.local_devices())  # each process of a job samples its own share
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    batch = options.batch or ways
+    rows = batch * (2 if config.samples.guidance > 1 else 1)
+    if rows % ways:
+        raise UserError(
+            f"--batch={batch} is {rows} rows with those of guidance, which do not divide over "
+            f"data x fsdp = {ways}: name another --batch or mend config.mesh"
+        )
     references = experiment.check_params(run, options.branch)
     codec = encoders.load_codec(config, run.mesh)
     encoder = encoders.load_text_encoder(config, encoders.default_cache())
@@ -221,7 +271,12 @@ def main(config) -> None:
     own = experiment.config_as_json(config)
     settings = {key: own[key] for key in ("backbone", "branch", "codec", "text_encoder", "samples")}
     settings["data"] = {key: own["data"][key] for key in ("height", "width", "frames", "fps")}
-    claim_folder(options.out, settings | references, clips)
+    process, processes = jax.process_index(), jax.process_count()
+    with distributed.together():
+        if process == 0:
+            claim_folder(options.out, settings | references, clips)
+    with distributed.together():
+        distributed.see(os.path.join(options.out, "manifest.json"))
 
     # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
     for prompt in prompts:
@@ -236,10 +291,11 @@ def main(config) -> None:
         endings = [".mp4", "_routing.mp4"] if options.overlay and not suffix else [".mp4"]
         return [os.path.join(options.out, f"{index:04d}{suffix}{ending}") for ending in endings]
 
+    batches = np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
+    share = [(indices, suffix) for indices in batches for suffix in models][process::processes]
     work = [
         (indices, suffix)
-        for indices in np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
-        for suffix in models
+        for indices, suffix in share
         if not all(os.path.exists(path) for index in indices for path in files(index, suffix))
     ]
     made = sum(len(indices) for indices, _ in work)
@@ -256,7 +312,7 @@ def main(config) -> None:
                 **inputs,
                 negative=negative,
                 scale=models[suffix][1],
-                after_step=functools.partial(bar.update, len(indices)),
+                after_steps=lambda steps, indices=indices: bar.update(steps * len(indices)),
             )
             frames = codec.decode(np.asarray(latents)[: len(indices)])
             if options.overlay and not suffix:
@@ -267,7 +323,9 @@ def main(config) -> None:
                 for path in overlay:
                     shown = visualize.overlay_strongest(frames[row], maps[row], grid)
                     video.write_mp4(path, shown, config.data.fps)
-    print(f"{len(clips)} clips in {options.out}, {len(clips) - made} of them from before")
+    here = sum(len(indices) for indices, _ in share)
+    whose = f", process {process} of {processes}" if processes > 1 else ""
+    print(f"{here} clips in {options.out}, {here - made} of them from before{whose}")
 
 
 if __name__ == "__main__":
@@ -285,4 +343,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", None, "Prompts sampled at a time; default: one per device.", lower_bound=1)
     flags.DEFINE_bool("baseline", False, "Also sample the backbone alone, from the same noise.")
     flags.DEFINE_bool("overlay", False, "Also write each clip with its token routing laid over it.")
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, distributed=True)

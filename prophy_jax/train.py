@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from prophy_jax import losses, optim, parallel
 from prophy_jax.errors import UserError
@@ -125,12 +126,13 @@ def make_train_step(model: ProPhy, objective, optimizer: optax.GradientTransform
 
     @functools.partial(jax.grad, has_aux=True)
     def coarse_gradient(trainable, frozen, batch):
-        terms = coarse_losses(model, optim.merge(trainable, frozen), batch, config)
+        params = optim.merge(parallel.gathered(trainable), frozen)
+        terms = coarse_losses(model, params, batch, config)
         return jnp.float32(weighted(terms)), terms
 
     @functools.partial(jax.grad, has_aux=True)
     def token_gradient(trainable, frozen, batch, counts):
-        params = optim.merge(trainable, frozen)
+        params = optim.merge(parallel.gathered(trainable), frozen)
         terms, statistics = token_losses(model, objective, params, batch, counts, config)
         return weighted(terms), (terms, statistics)
 
@@ -192,33 +194,37 @@ def train(config, workdir: str) -> None:
     """Trains from the configuration, or resumes WORKDIR. Raises UserError on bad input."""
     from tqdm import tqdm  # Here and below: the step above needs none of these.
 
-    from prophy_jax import checkpoints, experiment, metrics, sample
+    from prophy_jax import checkpoints, distributed, experiment, metrics, sample
     from prophy_jax.data import loader
 
-    # 1. What to train, on what. Everything that can be wrong is found before the workdir is touched.
+    # 1. What to train, on what. Everything that can be wrong, on any host, is found before the workdir is
+    # touched.
     run = experiment.build(config)
     mesh, model = run.mesh, run.model
     references = {}
-    if config.backbone_params:
-        manifest = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
-        references["backbone_sha256"] = manifest["sha256"]
-    experiment.check_data(config)
 
     def place(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
-        return batch["id"], parallel.put_batch({name: batch[name] for name in MODEL_INPUTS}, mesh)
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        return batch["id"], parallel.put_batch(inputs, mesh, config.batch_size)
 
-    data = loader.make_loader(
-        config.data.dir,
-        "train",
-        config.batch_size,
-        config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        labels=config.data.labels,
-        place=place,  # ahead of the step that needs it
-    )
-    text, text_mask = loader.load_empty_text(config.data.dir)
-    empty = {"text": jnp.asarray(text), "text_mask": jnp.asarray(text_mask)}
+    with distributed.together():
+        if config.backbone_params:
+            manifest = checkpoints.check_params(
+                config.backbone_params, experiment.abstract_params(run)["backbone"], config.backbone_remedy
+            )
+            references["backbone_sha256"] = manifest["sha256"]
+        experiment.check_data(config)
+        data = loader.make_loader(
+            config.data.dir,
+            "train",
+            config.batch_size,
+            config.seed,
+            rows=parallel.local_rows(mesh, config.batch_size),
+            labels=config.data.labels,
+            place=place,  # ahead of the step that needs it
+        )
+        text, text_mask = loader.load_empty_text(config.data.dir)
+    empty = {"text": text, "text_mask": text_mask}
 
     with jax.set_mesh(mesh):
         # 2. Parameters, optimizer, state; all laid out on the mesh.
@@ -227,33 +233,40 @@ def train(config, workdir: str) -> None:
         optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
         state = place_state(trainable, optimizer, mesh)
         del trainable
-        experiment.claim_workdir(workdir, config, references)
+        first = distributed.is_first()  # the one that prints and writes
+        with distributed.together():
+            if first:
+                experiment.claim_workdir(workdir, config, references)
+        with distributed.together():
+            distributed.see(os.path.join(workdir, "config.json"))
 
         # 3. Where a former run of this workdir stopped.
         saved = checkpoints.TrainCheckpoints(workdir, config.checkpoint.keep)
         first_step = saved.latest() or 0
         if first_step:
             state = saved.restore(first_step, jax.tree.map(checkpoints.abstract, state), data)
-        writer = metrics.MetricsWriter(workdir, first_step)
+        writer = metrics.MetricsWriter(workdir, first_step) if first else None
 
         # 4. Compiled functions.
         train_step = jax.jit(
             make_train_step(model, run.objective, optimizer, config),
             donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)),
         )
         validate = make_validation(run)
         write_clips = sample.make_validation_clips(run)
 
         # 5. The loop. The state and the data position are saved together, before the data advances.
         if first_step == 0:
-            writer.write(0, validate(optim.merge(state.ema, frozen)))
-        stop = _StopSignal()
+            values = validate(optim.merge(state.ema, frozen))
+            if writer:
+                writer.write(0, values)
+        stop = _StopSignal(first_step)
         recent_ids: deque = deque(maxlen=config.log.every)
         window = _Window(first_step)
-        bar = tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True)
-        step = first_step
-        while step < config.steps and not stop.requested:
+        bar = tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not first)
+        step, stopping = first_step, False
+        while step < config.steps and not stopping:
             with window.waiting():
                 ids, inputs = next(data)
             recent_ids.append((step, ids))
@@ -263,7 +276,8 @@ def train(config, workdir: str) -> None:
             window.count(config.batch_size * tokens, config.batch_size * model.train_flops(tokens))
             bar.update()
 
-            last = step == config.steps or stop.requested
+            stopping = stop.requested(step)
+            last = step == config.steps or stopping
             due = {
                 name: last or step % config[name].every == 0
                 for name in ("log", "validation", "samples", "checkpoint")
@@ -279,7 +293,8 @@ def train(config, workdir: str) -> None:
             if due["samples"]:
                 path = os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
                 write_clips(optim.merge(state.ema, frozen), path)
-            writer.write(step, values)
+            if writer:
+                writer.write(step, values)
             if due["checkpoint"]:
                 saved.save(step, state, data, experiment.config_as_json(config))
             window.open(step)
@@ -287,10 +302,12 @@ def train(config, workdir: str) -> None:
         # 6. What remains: the last checkpoint, and the parameters to sample with.
         data.close()
         saved.close()
-        writer.close()
         bar.close()
+        if writer:
+            writer.close()
         if step < config.steps:
-            print(f"stopped by a signal, saved at step {step}: run the same command to go on")
+            if first:
+                print(f"stopped by a signal, saved at step {step}: run the same command to go on")
             return
         own = experiment.config_as_json(config)
         parts = {"backbone": own["backbone"], "branch": {key: own[key] for key in ("backbone", "branch")}}
@@ -319,7 +336,7 @@ def make_validation(run):
     config, model, objective = run.config, run.model, run.objective
     times = tuple(config.validation.times)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(run.mesh))
     def losses_at(params, batch):
         batch = parallel.full_precision(batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(batch["index"])
@@ -378,15 +395,25 @@ class _Window:
 
 
 class _StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save between two steps."""
+    """Notes SIGTERM and SIGINT, so that the loop can save between two steps, on every process at the same."""
 
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+    def __init__(self, first_step: int):
+        self._noted, self._first_step, self._alone = False, first_step, jax.process_count() == 1
+        signal.signal(signal.SIGINT, self._note)
+        if self._alone:  # otherwise JAX has its own handler, which tells the other processes
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_):
-        self.requested = True
+        self._noted = True
+        if not self._alone:
+            signal.raise_signal(signal.SIGTERM)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`. To be asked after every step: so processes agree on a later one."""
+        if self._alone:
+            return self._noted
+        # Counted from the start of this process: a signal that came before it stops at the first.
+        return multihost_utils.reached_preemption_sync_point(step - self._first_step)
 
 
 def _stop_if_not_finite(bad_step: int, recent_ids, saved) -> None:
@@ -414,4 +441,4 @@ if __name__ == "__main__":
     from prophy_jax import cli
 
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, distributed=True)

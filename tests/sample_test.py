@@ -1,8 +1,10 @@
 """The sample command: what it writes, that it goes on where it was, meshes, guidance, bad input."""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import measure
 from prophy_jax import checkpoints, experiment, models, parallel, sample
 from prophy_jax.data import video
 from prophy_jax.errors import UserError
@@ -118,7 +121,8 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
         (["--checkpoint={backbone}", "--config.data.frames=8"], "4n + 1"),
         (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8"),
         (["--checkpoint={backbone}", "--prompts=nowhere.txt"], "nowhere.txt"),
-        (["--checkpoint={backbone}", "--batch=3"], "does not divide"),
+        (["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"], "do not divide"),
+        (["--checkpoint={backbone}", "--config.samples.skip=(3,)"], "samples.skip=(3,)"),
         (["--checkpoint={backbone}", "--config.samples.solver=heun"], "heun"),
     ],
 )
@@ -148,26 +152,109 @@ def test_a_foreign_folder_is_refused(tmp_path):
         sample.claim_folder(str(tmp_path), {}, [])
 
 
-def test_a_sampler_split_over_devices_equals_one_device(weights):
-    config = small_config()
+def make(config, weights, devices=1, clips=4):
+    """(model, mesh, a function of scale and whatever else `generate` takes) of `clips` clips."""
     encoder, codec = models.build(config.text_encoder), models.build(config.codec)
     text, mask = encoder([*PROMPTS, "smoke rises", ""])
+    run = experiment.build(config, jax.devices()[:devices])
+    params = experiment.load_params(run, *weights)
+    noise = sample.make_noise(0, np.arange(clips), codec.latent_shape(9, 32, 32))
+    inputs = {"noise": np.asarray(noise), "text": text[:clips], "text_mask": mask[:clips]}
+    inputs = parallel.put_batch(inputs, run.mesh)
     negative = {"text": text[-1], "text_mask": mask[-1]}
-    noise = sample.make_noise(0, np.arange(4), codec.latent_shape(9, 32, 32))
-    results = []
+    generate = sample.make_generator(run.model, config)
+    return run, functools.partial(generate, params, **inputs, negative=negative)
+
+
+def test_a_sampler_split_over_devices_equals_one_device(weights):
+    config, results = small_config(), []
     for shape in ({"data": 1}, {"data": 4}, {"data": 2, "context": 2}):
         config.mesh, config.batch_size = {"data": 1, "fsdp": 1, "context": 1, **shape}, 4
-        count = config.mesh["data"] * config.mesh["context"]
-        run = experiment.build(config, jax.devices()[:count])
-        params = experiment.load_params(run, *weights)
+        run, generate = make(config, weights, config.mesh["data"] * config.mesh["context"])
         with jax.set_mesh(run.mesh):
-            inputs = {"noise": np.asarray(noise), "text": text[:4], "text_mask": mask[:4]}
-            inputs = parallel.put_batch(inputs, run.mesh)
-            latents = sample.make_generator(run.model, config)(params, **inputs, negative=negative)
+            latents = generate()
             assert len({str(shard.index) for shard in latents.addressable_shards}) == config.mesh["data"]
         results.append(np.asarray(latents))
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-4)  # fp32, three guided steps
+
+
+def test_a_single_guided_clip_takes_two_devices(weights):
+    config, results = small_config(), []
+    config.batch_size = 0
+    for devices in (1, 2):
+        run, generate = make(config, weights, devices, clips=1)
+        with jax.set_mesh(run.mesh):
+            results.append(np.asarray(generate()))
+            begin, loop = sample.make_sampler(run.model, config)
+            arguments = abstract_arguments(run, frames=5)
+            prompt, state = jax.eval_shape(functools.partial(begin, rows=32), *arguments)
+            program = loop.lower(arguments[0], state, prompt, 1.0, 0, 3).compile().as_text()
+        # The MLP is 96 wide and reads the 5 x 4 x 4 tokens of both rows of the pair, or of one a device.
+        rows = set(re.findall(r"f32\[(\d),80,96\]", program))
+        assert rows == ({"2"} if devices == 1 else {"1"})
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
+
+
+def abstract_arguments(run, frames=3):
+    """What `begin` takes, of one clip, without values."""
+    params, config = experiment.abstract_params(run), run.config
+    length, width = config.text_encoder.length, config.text_encoder.dim
+    text, mask = jax.ShapeDtypeStruct((length, width), "float32"), jax.ShapeDtypeStruct((length,), "bool")
+    noise = jax.ShapeDtypeStruct((1, frames, 8, 8, 16), "float32")
+    one = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in (("text", text), ("mask", mask))}
+    return params, noise, one["text"], one["mask"], {"text": text, "text_mask": mask}
+
+
+def test_one_program_makes_every_clip_whole_or_in_pieces(weights):
+    config, done = small_config(), []
+    config.samples.steps = 23  # ten pieces of two lengths
+    run, generate = make(config, weights, devices=2)
+    noise = np.asarray(generate.keywords["noise"])
+    other_noise = parallel.put_batch({"noise": noise + 1}, run.mesh)["noise"]
+    with jax.set_mesh(run.mesh), measure.count_compiles() as compiled:
+        whole = np.asarray(generate())
+        assert len(compiled) >= 2  # `begin` and `loop`
+        compiled.clear()
+        pieces = np.asarray(generate(after_steps=done.append))
+        other = np.asarray(generate(scale=0.5, noise=other_noise))
+        assert not compiled
+    np.testing.assert_array_equal(whole, pieces)
+    assert sum(done) == 23 and len(done) == sample.PIECES
+    assert np.abs(other - whole).max() > 1e-2
+    np.testing.assert_array_equal(noise, generate.keywords["noise"])  # the loop donates a copy of it
+
+
+def test_the_program_holds_the_network_once_and_no_parameters(weights):
+    config = small_config()
+    run = experiment.build(config, jax.devices()[:1])
+    begin, loop = sample.make_sampler(run.model, config)
+    arguments = abstract_arguments(run)
+    prompt, state = jax.eval_shape(functools.partial(begin, rows=32), *arguments)
+    traced = loop.trace(arguments[0], state, prompt, 1.0, 0, 3)
+    constants = sum(np.size(constant) for constant in traced.jaxpr.consts)
+    assert constants < 1000  # tables of the solver
+    once = jax.make_jaxpr(run.model.predict)(
+        arguments[0], jnp.zeros((2, 3, 8, 8, 16)), jnp.zeros(2), prompt, 1.0
+    )
+    products = str(traced.jaxpr).count("dot_general[")
+    assert products == str(once).count("dot_general[") > 10
+    compiled = traced.lower().compile()
+    latents = 4 * 3 * 8 * 8 * 16
+    assert compiled.memory_analysis().alias_size_in_bytes == 4 * latents  # the whole state is donated
+
+
+def test_skipped_steps_are_those_of_the_solver(weights):
+    config = small_config()
+    config.samples.steps = 6
+    _, generate = make(config, weights, clips=1)
+    every = np.asarray(generate())
+    config.samples.skip = (2, 4)
+    _, generate = make(config, weights, clips=1)
+    two_skipped = np.asarray(generate())
+    apart = np.linalg.norm(two_skipped - every) / np.linalg.norm(every)
+    assert 1e-4 < apart < 0.5
+    np.testing.assert_array_equal(two_skipped, generate(after_steps=lambda n: None))
 
 
 def test_generator_equals_the_model_called_step_by_step(weights):

@@ -101,7 +101,7 @@ def test_coefficients_are_finite_and_keep_a_constant(name, num_steps):
     for shift in (0.5, 1.0, 3.0, 12.0, 20.0):
         table = solvers.solver(name, num_steps, shift)
         steps = table.steps
-        assert all(np.all(np.isfinite(leaf)) for leaf in (table.sigmas, *steps))
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(table))
         # A perfect prediction m of a point is a fixed point: every row's weights sum to 1.
         np.testing.assert_allclose(steps.corrector.sum(-1), 1, atol=5e-7)  # five float32 terms
         np.testing.assert_allclose(steps.predictor.sum(-1), 1, atol=5e-7)
@@ -229,6 +229,55 @@ def test_solvers_of_equal_length_share_one_program():
     for name in NAMES:
         run(solvers.solver(name, 6, 3.0), START)
     assert len(traces) == 1
+
+
+# ---- skipping ------------------------------------------------------------------------------------
+
+
+def test_a_skipped_step_takes_the_line_through_the_last_two_that_ran():
+    table = solvers.euler(8, 3.0)
+    skip, s, x, ran = (2, 3, 5, 7), table.sigmas.astype(np.float64), START.astype(np.float64), []
+    for i, t in enumerate(table.timesteps):
+        if i in skip:
+            (a, m_a), (b, m_b) = ran[-2:]
+            data = m_b + (s[i] - s[b]) / (s[b] - s[a]) * (m_b - m_a)
+        else:
+            data = x - s[i] * np.asarray(toy_velocity(x, t), np.float64)
+            ran.append((i, data))
+        x = s[i + 1] / s[i] * x + (1 - s[i + 1] / s[i]) * data
+    end = solvers.sample(solvers.skipping(table, skip), toy_velocity, START)
+    np.testing.assert_allclose(end, x, rtol=0, atol=2e-6)  # 8 float32 steps
+
+
+def test_the_second_step_takes_the_data_of_the_first():
+    table = solvers.skipping(solvers.euler(2, 3.0), (1,))
+    end = solvers.sample(table, toy_velocity, START)
+    once = START - table.sigmas[0] * toy_velocity(START, table.timesteps[0])
+    np.testing.assert_allclose(end, once, rtol=0, atol=5e-7)  # float32 rounding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skipped_step_does_not_call_the_network(name):
+    calls = []
+
+    def velocity(x, t):
+        jax.debug.callback(lambda t: calls.append(float(t)), t)
+        return toy_velocity(x, t)
+
+    skip = (2, 5, 6)
+    table = solvers.skipping(solvers.solver(name, 9, 3.0), skip)
+    jax.block_until_ready(jax.jit(lambda noise: solvers.sample(table, velocity, noise))(START))
+    jax.effects_barrier()
+    assert sorted(calls) == sorted(np.delete(table.timesteps, skip).tolist())
+
+
+@pytest.mark.parametrize("skip", [(0,), (8,), (-1,), (3, 3), (2.5,)])
+def test_steps_that_cannot_be_skipped(skip):
+    with pytest.raises(UserError, match="from 1 .* to 7"):
+        solvers.skipping(solvers.unipc(8, 3.0), skip)
+
+
+# ---- dtype ---------------------------------------------------------------------------------------
 
 
 def test_state_stays_float32_with_a_half_precision_network():

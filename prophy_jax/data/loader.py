@@ -2,16 +2,16 @@
 
 Each batch is of one bucket (size and length of video). The records of a bucket are an endless stream,
 shuffled anew each epoch and cut into global batches; buckets take turns in proportion to their clips. Global
-batch k follows from k and the seed alone, and process i of P reads its rows i, i + P, ... So it is the same
-set of records for any number of processes, and a run may resume on another number of them.
+batch k follows from k and the seed alone, and each process reads those of its rows that its devices hold. So
+row r is the same record for any number of processes, and a run may resume on another number of them.
 
-B global batch, P processes, b rows of one process, T h w latent grid, N tokens, L text length, D text width,
-M phenomena with a map.
+B global batch, b rows of one process, T h w latent grid, N tokens, L text length, D text width, M phenomena
+with a map.
 """
 
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +100,18 @@ def make_loader(
     seed: int,
     shuffle: bool = True,
     repeat: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     labels: str | Path = "",
     place: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> grain.DatasetIterator:
     """An iterator over one split, with this process's rows of each batch.
 
-    Each batch is a dict of numpy arrays with a leading b = B / P: latents (T, h, w, 16), text (L, D) with
+    Each batch is a dict of numpy arrays with a leading b: latents (T, h, w, 16), text (L, D) with
     zero rows after the last valid one, alignment (N, 17), all float16; category (17,) and alignment_present
     (17,) float32; text_mask (L,) bool; id () str; index () int64, the position within the bucket and split.
     Without alignment labels the two alignment arrays are zero.
 
-    `get_state` and `set_state` of the iterator, or `grain.checkpoint`, resume it exactly, with and without
+    `get_state` (JSON types) and `set_state` of the iterator resume it exactly, with and without
     `place` and on any number of processes. Batches are read, and placed, ahead of their use in threads;
     `close` ends them.
 
@@ -123,20 +122,17 @@ def make_loader(
         seed: of the shuffle; each epoch is shuffled anew.
         shuffle: False keeps the order on disk.
         repeat: True never ends: every batch holds B records, and one batch may span two epochs of its bucket.
-            False gives every record once, bucket after bucket; the last batch of a bucket may be smaller, and
-            some processes may have no rows of it.
-        process_index: which of the P processes this is.
-        process_count: P.
+            False gives every record once, bucket after bucket; the last batch of a bucket may be smaller.
+        rows: which rows of each global batch to read, see `prophy_jax.parallel.local_rows`; None: all. Only
+            with `repeat`.
         labels: a folder written by `prophy_jax.label`; "" takes the labels of `data_dir` itself, if any.
         place: turns a batch into what the iterator gives, such as arrays on devices. It runs in one thread,
             two batches ahead.
 
     Raises:
         UserError: no data there, no such split, labels of another data set (also while reading), damaged
-            files (while reading), B does not divide by P, or B is larger than a split that repeats.
+            files (while reading), or B is larger than a split that repeats.
     """
-    if batch_size % process_count:
-        raise UserError(f"batch size {batch_size} does not divide over {process_count} processes")
     buckets = _open_buckets(data_dir, split, labels)
     count = sum(len(bucket) for bucket in buckets)
     if repeat and count < batch_size:
@@ -151,8 +147,10 @@ def make_loader(
             indices = indices.shuffle()
         if repeat:
             indices = indices.repeat(None, reseed_each_epoch=True)
-        # Global batches of indices; only the rows of this process are read.
-        batches = indices.batch(batch_size).map(lambda batch: batch[process_index::process_count])
+        # Global batches of indices.
+        batches = indices.batch(batch_size)
+        if rows is not None:  # only they are read
+            batches = batches.map(lambda batch: batch[np.asarray(rows)])
         parts.append(batches.map(bucket.read))
     if repeat:
         dataset = grain.MapDataset.mix(parts, weights=[len(bucket) for bucket in buckets])

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import ftfy
 import numpy as np
 
 from prophy_jax.errors import UserError
@@ -30,6 +29,8 @@ def clean(text: str) -> str:
     white space into one space, none at the ends. Case and punctuation stay, but for what `ftfy` mends:
     full-width letters and punctuation become plain, curly quotes straight.
     """
+    import ftfy  # here, since the benchmarks that run without it import this file
+
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 

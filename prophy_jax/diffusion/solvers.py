@@ -8,7 +8,8 @@ what runs on the device is one step, the same for every solver:
     x_c    = c0 x + c1 x_c' + c2 m + c3 m' + c4 m''    corrector
     x_next = p0 x_c + p1 m + p2 m'                     predictor
 
-where ' marks the step before and '' the one before that.
+where ' marks the step before and '' the one before that. A step that is skipped does not call the network:
+its m lies on the line, in sigma, through those of the last two steps that did.
 
 Sigmas are rounded to float32 before the coefficients are computed, as the reference implementations
 do: near sigma = 1 the rounding moves log((1-sigma)/sigma) by up to 1%.
@@ -20,7 +21,7 @@ Sources: UniPC (arXiv 2302.04867, variant B2, data prediction, order 2) and DPM-
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,15 +41,18 @@ class Step(NamedTuple):
     data: Any  # (2,) of x, v
     corrector: Any  # (5,) of x, x_c', m, m', m''
     predictor: Any  # (3,) of x_c, m, m'
+    run: Any = None  # () bool, whether the network is called; None: in every step
+    line: Any = None  # (2,) of the last m that the network made and the one before it, where it is not called
 
 
 class State(NamedTuple):
-    """What one step passes on. All (B, ...) float32."""
+    """What one step passes on. All arrays are (B, ...) float32."""
 
     x: jax.Array  # predicted state
     corrected: jax.Array  # x_c' of the update
     data1: jax.Array  # m'
     data2: jax.Array  # m''
+    ran: Any = None  # the last m that the network made and the one before it, if steps are skipped
 
 
 @jax.tree_util.register_dataclass
@@ -68,35 +72,54 @@ class Solver:
         """(N,) float32, as handed to the network."""
         return self.steps.timestep
 
+    @property
+    def skips(self) -> bool:
+        """Whether some steps do not call the network."""
+        return self.steps.run is not None
+
 
 # ---- running a solver ----------------------------------------------------------------------------
 
 
-def start(noise: jax.Array) -> State:
-    """The state before the first step, from standard normal noise (B, ...)."""
-    x = jnp.asarray(noise, jnp.float32)
-    zeros = jnp.zeros_like(x)
-    return State(x, zeros, zeros, zeros)
+def start(noise: jax.Array, skips: bool = False) -> State:
+    """The state before the first step, from standard normal noise (B, ...); `skips` as the solver does."""
+    x = jnp.array(noise, jnp.float32)  # a copy: the state may be donated
+    zeros = [jnp.zeros_like(x) for _ in range(5)]  # each its own buffer, for the same reason
+    return State(x, *zeros[:3], tuple(zeros[3:]) if skips else None)
 
 
 def step(row: Step, state: State, velocity: Velocity) -> State:
-    """One solver step.
-
-    To show progress, jit this and loop over the rows of `solver.steps` on the host:
-
-        advance = jax.jit(lambda params, row, state: step(row, state, partial(model, params)))
-        for i in range(solver.num_steps):
-            state = advance(params, jax.tree.map(lambda table: table[i], solver.steps), state)
-    """
-    x, corrected, data1, data2 = state
+    """One solver step."""
+    x, corrected, data1, data2, ran = state
     d, c, p = row.data, row.corrector, row.predictor
-    data = d[0] * x + d[1] * velocity(x, row.timestep).astype(jnp.float32)
+
+    def predict() -> jax.Array:
+        return d[0] * x + d[1] * velocity(x, row.timestep).astype(jnp.float32)
+
+    if row.run is None:
+        data = predict()
+    else:
+        data = jax.lax.cond(row.run, predict, lambda: row.line[0] * ran[0] + row.line[1] * ran[1])
+        ran = (jnp.where(row.run, data, ran[0]), jnp.where(row.run, ran[0], ran[1]))
     corrected = c[0] * x + c[1] * corrected + c[2] * data + c[3] * data1 + c[4] * data2
-    return State(p[0] * corrected + p[1] * data + p[2] * data1, corrected, data, data1)
+    return State(p[0] * corrected + p[1] * data + p[2] * data1, corrected, data, data1, ran)
+
+
+def advance(solver: Solver, velocity: Velocity, state: State, first: Any, last: Any) -> State:
+    """Steps first..last-1, as one loop around one network.
+
+    `first` and `last` may be traced: the compiled program then runs any of the solver's steps.
+    """
+    table = jax.tree.map(jnp.asarray, solver.steps)
+
+    def body(i, state):
+        return step(jax.tree.map(lambda rows: rows[i], table), state, velocity)
+
+    return jax.lax.fori_loop(first, last, body, state)
 
 
 def sample(solver: Solver, velocity: Velocity, noise: jax.Array) -> jax.Array:
-    """Integrates from noise to data with one network call per step, as one `lax.scan`.
+    """Integrates from noise to data in one loop, with at most one network call per step.
 
     Args:
         solver: schedule and coefficients.
@@ -106,12 +129,7 @@ def sample(solver: Solver, velocity: Velocity, noise: jax.Array) -> jax.Array:
     Returns:
         The clean sample (B,...) float32.
     """
-
-    def body(state, row):
-        return step(row, state, velocity), None
-
-    steps = jax.tree.map(jnp.asarray, solver.steps)
-    return jax.lax.scan(body, start(noise), steps)[0].x
+    return advance(solver, velocity, start(noise, solver.skips), 0, solver.num_steps).x
 
 
 def guided(model: Velocity, guidance: float) -> Velocity:
@@ -174,6 +192,35 @@ def solver(name: str, num_steps: int, shift: float) -> Solver:
     raise UserError(
         f"unknown solver {name!r}; choose one of unipc, unipc-diffusers, dpm++, euler, euler-diffusers"
     )
+
+
+def skipping(solver: Solver, skip: Sequence[int]) -> Solver:
+    """The solver with some steps that do not call the network.
+
+    Args:
+        solver: of `solver`.
+        skip: steps, from 0; none leaves the solver as it is.
+
+    Raises:
+        UserError: a step that does not exist, is named twice, or is the first, which has none before it.
+    """
+    if not skip:
+        return solver
+    if len(set(skip)) < len(skip) or not set(skip) <= set(range(1, solver.num_steps)):
+        raise UserError(
+            f"samples.skip={tuple(skip)}: name steps from 1 (the first always runs) to "
+            f"{solver.num_steps - 1}, each once"
+        )
+    s = solver.sigmas.astype(np.float64)
+    run = ~np.isin(np.arange(solver.num_steps), list(skip))
+    line = np.tile([1.0, 0.0], (solver.num_steps, 1))
+    for i in skip:
+        *_, before, last = [-1, *np.flatnonzero(run[:i])]
+        if before >= 0:
+            slope = (s[i] - s[last]) / (s[last] - s[before])
+            line[i] = 1 + slope, -slope
+    steps = solver.steps._replace(run=run, line=line.astype(np.float32))
+    return dataclasses.replace(solver, steps=steps)
 
 
 def unipc(num_steps: int, shift: float, grid: str = "official") -> Solver:

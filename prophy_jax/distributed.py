@@ -1,0 +1,171 @@
+"""Jobs of several processes: how they start, what they agree on, and what they say when one is lost.
+
+A process that is alone may call everything here but `job`; nothing then waits or gathers.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from prophy_jax.errors import UserError
+
+START_S = 300  # within which all processes must be there: hosts of a pod start minutes apart
+LOST_S = 60  # after which a silent process counts as lost
+SHARED_S = 60  # within which a file is seen on all hosts: network file systems are that slow
+END_S = 7 * 24 * 3600  # a process that is done waits for the others; the lost ones are noticed without this
+
+
+@contextlib.contextmanager
+def job(where: str) -> Iterator[None]:
+    """Joins the job, runs the body, and ends the process when the body raises.
+
+    To be entered before anything touches a device. `where` is "auto", which asks Slurm, Cloud TPU, GKE or
+    Open MPI, or "HOST:PORT,I/P" for process I of P, with process 0 at HOST:PORT. JAX itself ends a process
+    that loses the others; the line that says what to do then comes from a child that outlives it. Raises
+    UserError when `where` cannot be understood.
+    """
+    arguments = parse(where)
+    host = socket.gethostname()
+    missing = (
+        f"cannot join the job --distributed={where} ({host}): not all processes came within {START_S} s, or "
+        "another job is at this address. See that process 0 runs, that its host and port can be reached, "
+        "that no old process is left, and that all give the same address and count"
+    )
+    with _last_words(missing):
+        _initialize(arguments)
+    lost = (
+        f"process {jax.process_index()} of {jax.process_count()} ({host}) lost the others, or was killed: "
+        "see the log of the process that ended first, then run the same command again, on any number of "
+        "processes: it goes on from what was saved"
+    )
+    try:
+        with _last_words(lost):
+            yield
+    except BaseException as error:
+        print(_explain(error, lost), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not by sys.exit: at a proper end, JAX waits for the others, who wait for this one.
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def parse(where: str) -> dict[str, str | int]:
+    """Arguments of `jax.distributed.initialize`; none for "auto". Raises UserError."""
+    if where == "auto":
+        return {}
+    match = re.fullmatch(r"(.+:\d+),(\d+)/(\d+)", where)
+    if not match or int(match[2]) >= int(match[3]):
+        raise UserError(f"--distributed={where}: give auto, or HOST:PORT,I/P from I = 0 to P - 1")
+    return {
+        "coordinator_address": match[1],
+        "process_id": int(match[2]),
+        "num_processes": int(match[3]),
+        "cluster_detection_method": "deactivate",  # or Slurm would say which device to use
+    }
+
+
+def _initialize(arguments: dict[str, str | int]) -> None:
+    # JAX's own deadline ends the process with a stack trace: let ours come first.
+    deadline = threading.Timer(START_S, os._exit, [1])
+    deadline.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=START_S + 30,
+            heartbeat_timeout_seconds=LOST_S,
+            shutdown_timeout_seconds=END_S,
+        )
+    except ValueError as error:
+        raise UserError(
+            "--distributed=auto finds no Slurm, Cloud TPU, GKE or Open MPI here: give "
+            "--distributed=HOST:PORT,I/P, or leave it out to run one process"
+        ) from error
+    except RuntimeError as error:  # of the cluster's own tools
+        raise UserError(f"cannot join the job: {error}") from error
+    finally:
+        deadline.cancel()
+
+
+@contextlib.contextmanager
+def _last_words(message: str) -> Iterator[None]:
+    """Has `message` printed if this process dies in the body, however it dies.
+
+    A child reads from a pipe and speaks when it closes without a word.
+    """
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r word || printf "\\n%s\\n" "$0" >&2', f"error: {message}"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            child.communicate(b"all is well\n")
+
+
+def _explain(error: BaseException, lost: str) -> str:
+    if isinstance(error, UserError):
+        return f"error: {' '.join(str(error).split())}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    # Where collectives notice it before JAX does: Gloo on CPUs, NCCL on GPUs.
+    if isinstance(error, jax.errors.JaxRuntimeError) and re.search("(?i)gloo|nccl|connection", str(error)):
+        return f"\nerror: {lost} ({str(error).splitlines()[0]})"
+    return "".join(traceback.format_exception(error))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All processes leave the body well, or all raise: for what may go wrong on one of them alone.
+
+    The body itself must not wait for the others. Raises UserError where another process raised.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        _all(False)
+        raise
+    if not _all(True):
+        raise UserError("another process could not go on: its log says why")
+
+
+def _all(value: bool) -> bool:
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def see(path: str) -> None:
+    """Waits until a file that the first process wrote is there. Raises UserError if it does not come."""
+    until = time.monotonic() + SHARED_S
+    while not os.path.exists(path):
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path} of process 0 cannot be seen on {socket.gethostname()}: "
+                "name a folder on storage that all hosts share"
+            )
+        time.sleep(0.5)
+
+
+def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on every process. All must call it, also where only the first needs the result."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
