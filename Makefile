@@ -4,6 +4,7 @@
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-full     the long checks that `make test` leaves out
 # make lint          ruff
+# make bench-gpu     ten minutes on one GPU: every figure of docs/benchmarks.md, to OUT=DIR; installs nothing
 # make install       the environment alone, in .venv/
 
 # The first of these that runs and is new enough; pyenv keeps versions that are not on the path.
@@ -15,8 +16,11 @@ VENV := .venv
 LATEST := .venv-latest
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -rs -n 2 --dist loadfile
+# The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is kept apart: beside
+# jax, every command would look for a TPU first.
+LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
-.PHONY: install test test-latest test-full lint demo demo-data clean
+.PHONY: install test test-latest test-full lint demo demo-data bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -29,26 +33,28 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(RUN) -m pip install -q -e ".[video,test]"
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/tpu "$$($(RUN) -c '$(LIBTPU)')"
 	touch $@
 
 test: $(VENV)/.installed-test lint
-	$(RUN) $(PYTEST)
+	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST)
 
 test-full: $(VENV)/.installed-test
-	$(RUN) $(PYTEST) -m "slow or not slow"
+	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "slow or not slow"
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 test-latest: $(LATEST)/.installed
-	$(LATEST)/bin/python $(PYTEST)
+	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST)
 
 $(LATEST)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON_LATEST)" || { echo "no Python 3.12 or later found: make PYTHON_LATEST=/path/to/python"; exit 1; }
 	$(PYTHON_LATEST) -m venv $(LATEST)
 	$(LATEST)/bin/python -m pip install -q --upgrade pip
 	$(LATEST)/bin/python -m pip install -q -e ".[video,test]"
+	$(LATEST)/bin/python -m pip install -q --no-deps --upgrade --target $(LATEST)/tpu "$$($(LATEST)/bin/python -c '$(LIBTPU)')"
 	touch $@
 
 # On a CPU: keep freed memory instead of faulting it in again every step, one simulated device per core.
@@ -59,6 +65,10 @@ demo: $(VENV)/.installed
 	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo_backbone --workdir=runs/demo_backbone
 	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo --workdir=runs/demo
 	$(RUN) -m prophy_jax.evaluate --config=configs/wan.py:demo --workdir=runs/demo
+
+# With the python3 that is there, which has jax for the GPU.
+bench-gpu:
+	python3 -m benchmarks.gpu
 
 # The walk-through of docs/data.md, with random weights in place of the public ones.
 CLIPS ?= ../shared/data
