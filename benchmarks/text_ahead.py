@@ -41,13 +41,15 @@ def main() -> None:
     text = jnp.where(mask[..., None], text, 0)
     latents, t = jax.random.normal(jax.random.key(2), (1, *shape, 16)), jnp.array([500.0])
 
+    tokens = model.embed_text(params, text)
+
     @jax.jit
     def given(params, latents, t, ahead):
-        stream, cond = model.embed(params, latents, t, ahead)
-        return model.head(params, model.blocks(params["blocks"], stream, cond), cond)
+        stream, cond = model.embed(params, latents, t, tokens)  # whose text the blocks do not read
+        return model.head(params, model.blocks(params["blocks"], stream, cond, ahead=ahead), cond)
 
     read = jax.jit(model.text_ahead, static_argnums=3)
-    tokens, rows = model.embed_text(params, text), 32 * (options.valid // 32 + 1)
+    rows = 32 * (options.valid // 32 + 1)
     every, whole, short = jax.jit(model), *(read(params["blocks"], tokens, mask, n) for n in (None, rows))
     ways = {
         "each step": lambda: every(params, latents, t, text),
