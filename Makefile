@@ -4,6 +4,7 @@
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-full     the long checks that `make test` leaves out
 # make lint          ruff
+# make ratios        PyTorch and JAX at the same work on this CPU, in turns: two minutes
 # make bench-gpu     ten minutes on one GPU: every figure of docs/benchmarks.md, to OUT=DIR; installs nothing
 # make install       the environment alone, in .venv/
 
@@ -20,7 +21,7 @@ PYTEST := -m pytest -q -rs -n 2 --dist loadfile
 # jax, every command would look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
-.PHONY: install test test-latest test-full lint demo demo-data bench-gpu clean
+.PHONY: install test test-latest test-full lint demo demo-data ratios bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +66,10 @@ demo: $(VENV)/.installed
 	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo_backbone --workdir=runs/demo_backbone
 	$(RUN) -m prophy_jax.train --config=configs/wan.py:demo --workdir=runs/demo
 	$(RUN) -m prophy_jax.evaluate --config=configs/wan.py:demo --workdir=runs/demo
+
+ratios: $(VENV)/.installed-test
+	$(RUN) -m benchmarks.peer --rounds=2
+	$(RUN) -m benchmarks.peer --shapes=tiny --work=sample --cores=2 --rounds=2
 
 # With the python3 that is there, which has jax for the GPU.
 bench-gpu:

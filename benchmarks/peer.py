@@ -131,11 +131,10 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
 
     from convert import export, leaves
     from convert import wan as convert_wan
-    from prophy_jax import parallel, sample
+    from prophy_jax import sample
     from prophy_jax.models.physics import BranchConfig, ProPhy
 
-    devices = jax.devices()
-    mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, devices)
+    mesh = measure.all_devices()
     backbone = measure.build(shape, remat, branch=False)[0].backbone
     with safe_open(folder / "branch.safetensors", "numpy") as file:
         config = BranchConfig.from_dict(json.loads(file.metadata()["branch"]))
@@ -149,14 +148,11 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
             export.branch_leaves(backbone, config, "diffusers"),
         ),
     }
-    one, every = devices[0], parallel.replicated(mesh)
-    copies = {place: jax.device_put(params, place) for place in {one, every}}
-    params = copies[one]
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
     prophy = ProPhy(backbone, config)
     clip = {name: jnp.asarray(value) for name, value in inputs(shape).items()}
     settings = dict(solver="euler", steps=STEPS, shift=SHIFT, guidance=GUIDANCE, skip=())
-    on_mesh = dataclasses.replace(backbone, attention=parallel.over_mesh(backbone.attention, mesh))
-    generate = sample.make_generator(ProPhy(on_mesh), SimpleNamespace(samples=SimpleNamespace(**settings)))
+    generate = sample.make_generator(ProPhy(backbone), SimpleNamespace(samples=SimpleNamespace(**settings)))
     forward = jax.jit(backbone)
 
     @jax.jit
@@ -181,7 +177,7 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
         negative = {"text": clip["text"][1], "text_mask": clip["mask"][1]}
         prompt = (clip["text"][:1], clip["mask"][:1], negative)
         with jax.set_mesh(mesh):
-            return np.asarray(generate(copies[every], clip["latents"], *prompt))
+            return np.asarray(generate(params, clip["latents"], *prompt))
 
     return {"forward": run_forward, "train": run_train, "sample": run_sample}
 
