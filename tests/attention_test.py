@@ -98,7 +98,8 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3  # forward, dq, dk and dv
-    assert compiled.memory_analysis().temp_size_in_bytes < 1e9  # one head's scores alone are 4.3 GB
+    # One head's scores alone are 4.3 GB. The compilers of jax 0.10 and 0.12 say 0.8 and 1.1.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9
 
 
 def test_memory_of_blockwise_is_linear_in_tokens():
