@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from prophy_jax import hardware, plan
 from prophy_jax.errors import UserError
 from prophy_jax.models import attention
 from tests.counting import attention_calls
@@ -77,18 +78,9 @@ def test_splash_equals_xla_in_value_and_gradients(batch, rows, keys, heads, widt
     jax.tree.map(close, got, value_and_gradients(xla, d_out, q, k, v))
 
 
-def test_splash_compiles_for_a_tpu(monkeypatch):
+def test_splash_compiles_for_a_tpu():
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu, as jax[tpu] does")
-    from jax.experimental import topologies
-
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5p-8"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
-        monkeypatch.setenv(name, value)
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+    device = plan.get_devices(hardware.CHIPS["v5p"], "v5p:2x2x1", (2, 2, 1))[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     assert attention.choose("auto", device.platform, jnp.bfloat16) == "splash"
     x = jax.ShapeDtypeStruct((1, 32760, 12, 128), jnp.bfloat16, sharding=sharding)
@@ -99,7 +91,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3  # forward, dq, dk and dv
     # One head's scores alone are 4.3 GB. The compilers of jax 0.10 and 0.12 say 0.8 and 1.1.
-    assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2e9
 
 
 def test_memory_of_blockwise_is_linear_in_tokens():
