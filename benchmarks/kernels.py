@@ -104,7 +104,7 @@ def step_ops(model: Any, tokens: int, remat: str) -> collections.Counter:
 
 
 def model_flops(op: Op, config: Any) -> float:
-    """Of one operation, by `measure.FLOP_RULE`, but that frozen cross-attention counts like trained."""
+    """Of one operation, by `physics.FLOP_RULE`, but that frozen cross-attention counts like trained."""
     match op:
         case ("gemm", _, m, k, n):
             return 2 * m * k * n

@@ -20,11 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-FLOP_RULE = (
-    "FLOPs: 2 per multiply-add of matrix products and attention; its backward pass counts twice its forward "
-    "pass; frozen blocks after the first hint count the gradient of their input alone, those up to it none; "
-    "what is recomputed is not counted."
-)
 ARGUMENTS = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
@@ -129,8 +124,13 @@ def peak_flops() -> float | None:
 
 def head(title: str) -> dict[str, Any]:
     """Prints what was measured on what; returns it for `write`."""
+    from prophy_jax.models.physics import FLOP_RULE
+
     about = describe()
-    print(f"{title}\n{', '.join(f'{key} {value}' for key, value in about.items())}\n{FLOP_RULE}", flush=True)
+    print(
+        f"{title}\n{', '.join(f'{key} {value}' for key, value in about.items())}\nFLOPs: {FLOP_RULE}",
+        flush=True,
+    )
     peak = peak_flops()
     print(
         f"peak: {peak / 1e12:.0f} TFLOP/s in bfloat16, published" if peak else "peak: none published",

@@ -38,11 +38,8 @@ from jax.sharding import NamedSharding
 from prophy_jax import collectives, experiment, hardware, memory, models, optim, parallel, train
 from prophy_jax.errors import UserError
 from prophy_jax.models import attention
+from prophy_jax.models.physics import FLOP_RULE
 
-FLOP_RULE = (
-    "2 per multiply-add of matrix products and attention; the backward pass of attention counts twice the "
-    "forward pass, that of frozen layers the gradient of their input alone; nothing recomputed"
-)
 # What the allocator and the runtime keep for themselves.
 USABLE = 0.95
 

@@ -28,6 +28,13 @@ from prophy_jax.errors import UserError
 
 Params = Mapping[str, Any]
 
+# Of `ProPhy.train_flops`, as commands print it.
+FLOP_RULE = (
+    "2 per multiply-add of matrix products and attention; the backward pass of attention counts twice the "
+    "forward pass, that of frozen layers the gradient of their input alone, up to the first hint nothing; "
+    "nothing recomputed"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SemanticConfig:
