@@ -32,23 +32,23 @@ PARTS: dict[str, tuple[int, str, Mapping[str, str]]] = {
     "ceilings": (70, "kernels --part=ceilings --shapes=wan49", ALLOCATOR),
     "attention": (60, "kernels --part=attention --shapes=wan49,wan81", ALLOCATOR),
     "attention torch": (45, "kernels --framework=torch --shapes=wan49,wan81", TWO_FRAMEWORKS),
-    "block": (60, "kernels --part=block --shapes=wan49", ALLOCATOR),
-    "train 49 none": (100, "train_step --shapes=wan49 --remat=none", ALLOCATOR),
-    "train 81 attention": (110, "train_step --shapes=wan81 --remat=attention", ALLOCATOR),
+    "block": (60, "kernels --part=block,experts --shapes=wan49", ALLOCATOR),
+    "train 49": (100, "train_step --shapes=wan49 --remat=products", ALLOCATOR),
+    "train 81": (110, "train_step --shapes=wan81 --remat=self_attention", ALLOCATOR),
     "sample 81": (100, "sample --shapes=wan81 --steps=5", ALLOCATOR),
     "peer 49": (
         150,
         "peer --device=cuda --shapes=wan49 --work=train,forward --remat=attention --rounds=3",
         TWO_FRAMEWORKS,
     ),
-    "train 49 attention": (80, "train_step --shapes=wan49 --remat=attention", ALLOCATOR),
+    "train 81 qkv": (110, "train_step --shapes=wan81 --remat=qkv", ALLOCATOR),
     "train 49 full": (80, "train_step --shapes=wan49 --remat=full", ALLOCATOR),
     "sample 49 whole": (150, "sample --shapes=wan49 --whole", ALLOCATOR),
 }
 SMOKE: dict[str, tuple[int, str, Mapping[str, str]]] = {
     "kernels": (200, "kernels --shapes=tiny", {}),
     "attention torch": (200, "kernels --framework=torch --shapes=tiny", {}),
-    "train": (200, "train_step --shapes=tiny --remat=attention --rounds=1", {}),
+    "train": (200, "train_step --shapes=tiny --remat=self_attention --rounds=1", {}),
     "sample": (200, "sample --shapes=tiny --whole --rounds=1", {}),
     "peer": (200, "peer --shapes=tiny --work=forward --rounds=1", {}),
 }
@@ -69,7 +69,7 @@ def torch_ratio(results: Mapping[str, Any], contenders: Callable[[str], bool]) -
     return min(row["min_s"] for row in rows if contenders(row["contender"])) / jax_time
 
 
-TRAIN_49, TRAIN_81 = "train 49 none", "train 81 attention"
+TRAIN_49, TRAIN_81 = "train 49", "train 81"
 GOALS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], Callable[[float], bool]]] = {
     "MFU, training, 49 frames": (">= 0.44", lambda r: row_of(r, TRAIN_49)["mfu"], lambda x: x >= 0.44),
     "MFU, training, 81 frames": (">= 0.42", lambda r: row_of(r, TRAIN_81)["mfu"], lambda x: x >= 0.42),

@@ -1,6 +1,6 @@
 """What the device does at best: matrix products, attention, copies and single blocks, at the model's shapes.
 
-    python -m benchmarks.kernels [--part=ceilings,attention,block] [--shapes=wan49] [--json=FILE]
+    python -m benchmarks.kernels [--part=ceilings,attention,block,experts] [--shapes=wan49] [--json=FILE]
     python -m benchmarks.kernels --part=attention --framework=torch --shapes=wan49
 
 ceilings   a large square product, the products of one block (forward, gradient of the input, of the weight),
@@ -8,6 +8,7 @@ ceilings   a large square product, the products of one block (forward, gradient 
 attention  self-attention forward and backward apart; in half precision also how far it is from fp32, on a
            slice of the queries
 block      one block forward, and with its backward pass when frozen and when trained
+experts    the refinement experts, all for every token and only the chosen ones
 
 Times are of calls that follow each other without waiting, the smallest of three rounds; TFLOP/s count 2 per
 multiply-add and attention's backward pass as 2.5 forward passes, which is what its kernels do.
@@ -84,19 +85,24 @@ def step_ops(model: Any, tokens: int, remat: str) -> collections.Counter:
     n, s, d, f = tokens, config.text_len, config.dim, config.ffn_dim
     depth, copies = config.num_layers, len(branch.layers)
     block = block_ops(config, tokens)
-    # Nothing needs the output of a block's last product again. A policy keeps what it names.
-    kept = collections.Counter({("gemm", "forward", n, f, d): 1})
-    if remat in ("self_attention", "attention", "qkv"):
-        kept += collections.Counter({("attention", "forward", n, n): 1})
-    if remat in ("attention", "qkv"):
-        kept += collections.Counter({("attention", "forward", n, s): 1})
-    if remat == "qkv":
-        kept += collections.Counter({("gemm", "forward", n, d, d): 4, ("gemm", "forward", s, d, d): 2})
-    again = collections.Counter() if remat == "none" else block["forward"] - kept
+    # What each policy keeps, and all those after it.
+    kept = {
+        "full": {},
+        "self_attention": {("attention", "forward", n, n): 1},
+        "attention": {("attention", "forward", n, s): 1},
+        "qkv": {("gemm", "forward", n, d, d): 4, ("gemm", "forward", s, d, d): 2},
+        "products": {("gemm", "forward", n, d, d): 2, ("gemm", "forward", n, d, f): 1},
+        "none": {("pointwise",): PASSES},
+    }
+    # The output of a block's last product is read again by the gradient of its gate alone, which is trained.
+    last = collections.Counter({("gemm", "forward", n, f, d): int(remat not in ("products", "none"))})
+    again = block["forward"] - collections.Counter({("gemm", "forward", n, f, d): 1})
+    for policy in list(kept)[: list(kept).index(remat) + 1]:
+        again -= collections.Counter(kept[policy])
 
     after_first_hint = depth - branch.layers[0] - 1
     ops = times(depth + copies, block["forward"]) + times(after_first_hint, block["input"] + again)
-    ops += times(copies, block["input"] + block["weight"] + again)
+    ops += times(copies, block["input"] + block["weight"] + again + last)
     exits_and_experts = copies + (branch.refinement.experts if branch.refinement else 0)
     for kind in ("forward", "input", "weight"):
         ops[("gemm", kind, n, d, d)] += exits_and_experts
@@ -358,7 +364,47 @@ def block_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"ceilings": ceilings, "attention": attention_rows, "block": block_rows}
+def expert_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
+    """The refinement experts: all for every token, and only the chosen ones, tokens sorted by expert."""
+    import jax
+    import jax.numpy as jnp
+
+    from prophy_jax.models import physics
+
+    settings, width, n = model.branch.refinement, model.backbone.config.dim, shape.tokens
+    dtype, sizes = jnp.dtype(shape.dtype), [(1, n, width), (1, n, settings.experts)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens, scores = (jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=False))
+    rho, tokens = jax.nn.softmax(scores), tokens.astype(dtype)
+    kernel = jax.random.normal(keys[2], (settings.experts, width, width), dtype) * width**-0.5
+    bias = jnp.zeros((settings.experts, width), dtype)
+
+    def dense(tokens, kernel):
+        weights = rho * physics.top_k_mask(rho, settings.top_k)
+        return physics.mix_experts(tokens, weights.astype(dtype), kernel, bias)
+
+    def grouped(tokens, kernel):
+        weights, chosen = jax.lax.top_k(rho[0], settings.top_k)  # (N, k)
+        order = chosen.reshape(-1).argsort()  # (N k,), pairs of token and expert by expert
+        groups = jnp.bincount(chosen.reshape(-1), length=settings.experts)
+        rows = order // settings.top_k
+        weighted = tokens[0, rows] * weights.reshape(-1)[order, None].astype(dtype)
+        out = jax.lax.ragged_dot(weighted, kernel, groups, preferred_element_type=jnp.float32)
+        return jnp.zeros((n, width)).at[rows].add(out)[None].astype(dtype)
+
+    def gradient(function):
+        return jax.grad(lambda *x: (function(*x).astype(jnp.float32) ** 2).sum(), (0, 1))
+
+    apart = jnp.abs(jax.jit(dense)(tokens, kernel) - jax.jit(grouped)(tokens, kernel)).max()
+    print(f"  dense and grouped experts differ by {apart:.1e} at most")
+    rows = []
+    for name, function in {"dense": dense, "grouped": grouped}.items():
+        for kind, run in {"forward": function, "forward and backward": gradient(function)}.items():
+            rows.append(show(f"experts {name} {kind}", measure.kernel_seconds(jax.jit(run), tokens, kernel)))
+    return rows
+
+
+PARTS = {"ceilings": ceilings, "attention": attention_rows, "block": block_rows, "experts": expert_rows}
 
 
 def main() -> None:

@@ -232,15 +232,16 @@ def torch_works(shape: Shape, folder: pathlib.Path, remat: str, device: str, how
         return out.permute(0, 2, 3, 4, 1).float().cpu().numpy()
 
     def run_train():
-        for tensor in trained.values():
-            tensor.grad = None
         velocity, _ = train(clip["latents"].to(dtype), clip["time"], clip["text"][:1])
         loss = ((velocity.float() - clip["target"]) ** 2).mean()
         loss.backward()
         blocks = [g for name, g in trained.items() if name.endswith("ffn.net.0.proj.weight")]
         exits = [trained[f"exits.{i}.weight"] for i in range(len(shape.branch))]
         norms = [torch.sqrt(sum((t.grad.float() ** 2).sum() for t in group)) for group in (blocks, exits)]
-        return np.array([float(loss.detach()), *map(float, norms)])
+        result = np.array([float(loss.detach()), *map(float, norms)])
+        for tensor in trained.values():
+            tensor.grad = None
+        return result
 
     def predict_together(x, time):
         out = forward(x.expand(2, -1, -1, -1, -1), time.expand(2), clip["text"], return_dict=False)[0]
@@ -285,6 +286,10 @@ def work_on_request(options, shape: Shape, folder: pathlib.Path) -> None:
         wall, cpu = time.perf_counter(), time.process_time()  # of all threads
         result = works[work]()
         answer = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        if kind == "torch" and options.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()  # the others' turn
         if save != "-":
             np.save(save, result)
         print(json.dumps(answer), flush=True)
@@ -391,7 +396,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
-    parser.add_argument("--remat", default="none", choices=("none", "qkv", "attention", "full"))
+    parser.add_argument(
+        "--remat", default="none", choices=("none", "products", "qkv", "attention", "self_attention", "full")
+    )
     parser.add_argument("--json", help="write the table there too")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

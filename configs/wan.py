@@ -72,7 +72,7 @@ def paper() -> ConfigDict:
     config.batch_size = 8
     config.accumulation = 1
 
-    config.backbone = dict(module="wan", variant="1.3b", dtype="bfloat16", remat="attention")
+    config.backbone = dict(module="wan", variant="1.3b", dtype="bfloat16", remat="self_attention")
     config.backbone_params = "checkpoints/wan2.1-t2v-1.3b/transformer"
     config.codec_params = "checkpoints/wan2.1-t2v-1.3b/vae"
     config.text_encoder_params = "checkpoints/wan2.1-t2v-1.3b/text_encoder"
@@ -176,7 +176,7 @@ def cogvideox_sized() -> ConfigDict:
     """For prophy_jax.plan, until that backbone is written: width, depth, heads and clips of CogVideoX-5B."""
     config = paper()
     config.backbone = dict(
-        **dict(module="wan", dtype="bfloat16", remat="attention", text_len=226),
+        **dict(module="wan", dtype="bfloat16", remat="self_attention", text_len=226),
         **dict(dim=3072, num_heads=48, num_layers=42, ffn_dim=12288),
     )
     config.text_encoder.length = 226

@@ -21,6 +21,7 @@ B global batch, N video tokens, L text length, D text width.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -448,7 +449,7 @@ def link_rate(chip: hardware.Chip, devices: Sequence[Any], mesh: Any, one: colle
 
 # --- Search ----------------------------------------------------------------------------------------
 
-REMATS = ("none", "qkv", "attention", "full")
+REMATS = ("products", "qkv", "attention", "self_attention", "full")
 
 
 def meshes(devices: int, heads: int) -> list[dict[str, int]]:
@@ -554,7 +555,7 @@ def does_not_fit(plan: Plan) -> str:
     """One line: what is too much, and what would help first."""
     kind = max(plan.memory, key=plan.memory.get)
     if kind in ("activations", "temporaries"):
-        stronger = {"none": "qkv", "qkv": "attention", "attention": "full"}.get(plan.remat)
+        stronger = dict(itertools.pairwise(("none", *REMATS))).get(plan.remat)
         remedy = [f"--config.backbone.remat={stronger}"] if stronger and plan.mode == "train" else []
         rows = plan.mesh["data"] * plan.mesh["fsdp"]
         remedy += [f"--config.batch_size={rows}"] if plan.clips > rows else ["a larger context in --mesh"]

@@ -188,5 +188,5 @@ def test_attention_runs_again_in_the_backward_pass_only_where_remat_says_so(
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(UserError, match="none, full, self_attention, attention, qkv"):
+    with pytest.raises(UserError, match="none, full, self_attention, attention, qkv, products"):
         attention.remat(len, "half")

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -10,9 +11,13 @@ import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu, kernels, measure, skipping, train_step
+from prophy_jax import memory
+from prophy_jax.models.attention import attention
 from tests.conftest import ROOT
 
 
@@ -34,20 +39,50 @@ def test_the_operations_of_a_step_add_up_to_its_flops(shape):
 def test_what_a_policy_recomputes():
     model, _ = measure.build(measure.SHAPES["wan49"])
     n, d, f = 20_280, 1536, 8960
-    policies = ("none", "qkv", "attention", "self_attention", "full")
+    policies = ("none", "products", "qkv", "attention", "self_attention", "full")
     ops = [kernels.step_ops(model, n, remat) for remat in policies]
 
     def runs(*op) -> list[int]:
         return [counted[op] for counted in ops]
 
     # 30 + 10 blocks run forward, 29 + 10 of them backward too.
-    assert runs("attention", "forward", n, n) == [40, 40, 40, 40, 40 + 39]
-    assert runs("attention", "forward", n, 512) == [40, 40, 40, 40 + 39, 40 + 39]
-    assert runs("gemm", "forward", n, d, f) == [40, 79, 79, 79, 79]
-    assert runs("gemm", "forward", n, f, d) == [40] * 5  # nothing needs it again
+    assert runs("attention", "forward", n, n) == [40, 40, 40, 40, 40, 40 + 39]
+    assert runs("attention", "forward", n, 512) == [40, 40, 40, 40, 40 + 39, 40 + 39]
+    assert runs("gemm", "forward", n, d, f) == [40, 40, 79, 79, 79, 79]
+    assert runs("gemm", "forward", n, f, d) == [40, 40, *[40 + 10] * 4]  # for the trained gates
     # Six of each block, ten exits and eight experts.
-    assert runs("gemm", "forward", n, d, d) == [258, 258 + 2 * 39, *[258 + 6 * 39] * 3]
-    assert runs("attention", "backward", n, n) == [39] * 5
+    assert runs("gemm", "forward", n, d, d) == [258, 258, 258 + 2 * 39, *[258 + 6 * 39] * 3]
+    assert runs("attention", "backward", n, n) == [39] * 6
+    assert runs("pointwise") == [40 * 22 + 39 * 44, *[40 * 22 + 39 * 66] * 5]
+
+
+def test_what_a_policy_recomputes_is_what_its_program_computes_again():
+    shape = measure.SHAPES["base"]
+
+    def flops(remat: str) -> tuple[float, float]:
+        model, _ = measure.build(shape, remat)
+        backbone = dataclasses.replace(
+            model.backbone, attention=functools.partial(attention, backend="blockwise")
+        )
+        model = dataclasses.replace(model, backbone=backbone)
+        params = jax.eval_shape(lambda: measure.random_params(model, shape))
+
+        def loss(branch, frozen, latents, t, text, mask):
+            output = model({"branch": branch, "backbone": frozen}, latents, t, text, mask)
+            return (output.velocity**2).mean() + output.routing.alignment.mean()
+
+        sizes = [(1, *shape.latents, 16), (1,), (1, shape.text, shape.text_dim), (1, shape.text)]
+        inputs = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params["branch"], params["backbone"], *inputs)
+        ops = kernels.step_ops(model, shape.tokens, remat)
+        listed = sum(count * kernels.model_flops(op, model.backbone.config) for op, count in ops.items())
+        return memory.flops(jaxpr), listed
+
+    program, listed = flops("products")
+    assert flops("none") == pytest.approx((program, listed))
+    for remat in ("qkv", "attention", "self_attention", "full"):
+        again = [now - before for now, before in zip(flops(remat), (program, listed), strict=True)]
+        assert again[0] == pytest.approx(again[1], rel=0.005)
 
 
 def test_rates_are_summed_by_kind():
@@ -134,7 +169,7 @@ def test_bad_input_is_one_line(command, message):
 def test_the_parts_of_the_gpu_run_fit_into_ten_minutes_in_order():
     limits = [limit for limit, _, _ in gpu.PARTS.values()]
     names = list(gpu.PARTS)
-    assert sum(limits[: names.index("train 49 attention")]) < 700  # limits, of which few are reached
+    assert sum(limits[: names.index("train 81 qkv")]) < 700  # limits, of which few are reached
     for _, command, _ in (gpu.PARTS | gpu.SMOKE).values():
         assert (ROOT / "benchmarks" / f"{command.split()[0]}.py").exists()
 
@@ -169,7 +204,7 @@ def test_a_whole_run_at_tiny_sizes_needs_no_more_than_a_gpu_machine_has(tmp_path
     results = json.loads((tmp_path / "out" / "gpu.json").read_text())
     without_torch = {"kernels", "train", "sample"}
     assert set(results) == (set(gpu.SMOKE) if find_spec("torch") else without_torch)
-    step = gpu.row_of(results, "train", remat="attention")
+    step = gpu.row_of(results, "train", remat="self_attention")
     assert step["compiled_after_step_2"] == 0 and step["warm_s"] < step["cold_s"]
     assert 0 < step["loss"] < 100 and step["host_s"] < step["min_s"]
     assert step["planned_bytes"]["donated"] > 0.9 * 4 * 12 * 128**2  # the state is updated in place

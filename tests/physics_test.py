@@ -197,7 +197,7 @@ def test_at_step_zero_exits_learn_from_the_diffusion_loss_and_routers_from_their
     assert np.abs(aligned["semantic"]["basis"]).max() > 0
 
 
-@pytest.mark.parametrize("remat", ["none", "qkv", "attention", "self_attention", "full"])
+@pytest.mark.parametrize("remat", ["none", "products", "qkv", "attention", "self_attention", "full"])
 @pytest.mark.parametrize("layers", [(2, 4), (0, 3, 6), (1, 3, 5, 6), (4,)])
 def test_attention_runs_as_often_as_it_must(layers, remat):
     """L + K times forwards and L - l_1 - 1 + K times backwards, and never twice unless remat says so."""

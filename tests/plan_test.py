@@ -193,7 +193,7 @@ def test_activations_grow_with_what_remat_keeps_and_shrink_with_context():
         remat: plan.trace(tiny((1, 1, 1), remat=remat, num_layers=4), "train", "cpu", 16).held(
             {"fsdp": 1, "context": 1}
         )
-        for remat in ("none", "qkv", "attention", "full")
+        for remat in ("none", "products", "qkv", "attention", "self_attention", "full")
     }
     sizes = [one.activations for one in held.values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 4 * sizes[-1]

@@ -270,7 +270,7 @@ def test_remat_policies_change_the_work_and_not_the_gradient(tiny, embedded):
     model, params = tiny[:2]
     stream, cond = embedded
     gradients, products = {}, {}
-    for policy in ("none", "full", "attention", "qkv"):
+    for policy in ("none", "full", "attention", "qkv", "products"):
         policed = dataclasses.replace(model, remat=policy)
 
         def loss(stream, model=policed):
@@ -278,7 +278,7 @@ def test_remat_policies_change_the_work_and_not_the_gradient(tiny, embedded):
 
         gradients[policy] = jax.jit(jax.grad(loss))(stream)
         products[policy] = count_products(jax.make_jaxpr(jax.grad(loss))(stream).jaxpr)
-    for policy in ("full", "attention", "qkv"):
+    for policy in ("full", "attention", "qkv", "products"):
         # Recomputed in other fusions, so fp32 sums may be ordered otherwise: relative to the
         # largest entry.
         for got, want in (
@@ -290,7 +290,8 @@ def test_remat_policies_change_the_work_and_not_the_gradient(tiny, embedded):
     assert products["full"] == products["attention"] + 2
     # "qkv" spares three projections in each, too.
     assert products["attention"] == products["qkv"] + 6
-    assert products["qkv"] > products["none"]
+    # "products" computes the scores of both attentions again, in their plain form, and nothing else.
+    assert products["qkv"] > products["products"] == products["none"] + 2
 
 
 def test_bf16_compute_keeps_the_sensitive_parts_in_fp32(tiny):
@@ -418,7 +419,7 @@ def test_wrong_shapes_are_named(tiny, latents, t, text, message):
     ("arguments", "message"),
     [
         ({"variant": "2b"}, "1.3b, 14b"),
-        ({"variant": "1.3b", "remat": "half"}, "none, full, self_attention, attention, qkv"),
+        ({"variant": "1.3b", "remat": "half"}, "none, full, self_attention, attention, qkv, products"),
         ({"variant": "1.3b", "dtype": "float17"}, "bfloat16"),
         ({"variant": "1.3b", "width": 3}, "width"),
         ({"dim": 32}, "num_heads"),

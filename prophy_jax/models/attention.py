@@ -264,17 +264,21 @@ _POLICIES = {
     "self_attention": _save("self_attention"),
     "attention": _save("self_attention", "cross_attention"),
     "qkv": _save("self_attention", "cross_attention", "qkv"),
+    "products": _save("self_attention", "cross_attention", "qkv", "products"),
 }
 
 
-def remat(function: Callable, name: str) -> Callable:
+def remat(function: Callable, name: str, repeated: bool = True) -> Callable:
     """Wraps the body of a scan over blocks so that the backward pass recomputes it.
 
     Args:
         function: The body.
         name: What is kept. "full": only the input of each block; "self_attention": also the output of
             self-attention and its softmax statistics, so that it does not run twice; "attention": those of
-            cross-attention too; "qkv": also queries, keys and values; "none": every activation.
+            cross-attention too; "qkv": also queries, keys and values; "products": what every matrix product
+            makes, so that only elementwise work runs again; "none": every activation, much of it in fp32.
+        repeated: Whether the scan is of more than one step. Compilers unroll the others, where they would
+            merge the recomputation with the original, and keep it all, but for a barrier.
 
     Raises:
         UserError: on another name.
@@ -284,5 +288,4 @@ def remat(function: Callable, name: str) -> Callable:
     if name not in _POLICIES:
         choices = ", ".join(["none", *_POLICIES])
         raise UserError(f"unknown remat policy {name!r}: choose one of {choices}")
-    # Inside a scan nothing can merge the recomputation with the original, so no barrier is needed.
-    return jax.checkpoint(function, policy=_POLICIES[name], prevent_cse=False)
+    return jax.checkpoint(function, policy=_POLICIES[name], prevent_cse=not repeated)

@@ -64,7 +64,7 @@ def scan_layers(
     """
     depth = jax.tree.leaves(stack)[0].shape[0]
     if count is None:
-        step = attention.remat(lambda carry, layer: (body(carry, layer), None), remat)
+        step = attention.remat(lambda carry, layer: (body(carry, layer), None), remat, repeated=depth > 1)
         return jax.lax.scan(step, carry, stack)[0]
     if isinstance(start, int) and not 0 <= start <= start + count <= depth:
         raise ValueError(f"no blocks {start}..{start + count} in a stack of {depth}")
@@ -76,7 +76,7 @@ def scan_layers(
     if remat == "none":  # saves all but the slices, which would be copies of weights
         step = jax.checkpoint(indexed, policy=_is_no_slice, prevent_cse=False)
     else:
-        step = attention.remat(indexed, remat)
+        step = attention.remat(indexed, remat, repeated=count > 1)
     return jax.lax.scan(step, carry, start + jnp.arange(count))[0]
 
 

@@ -141,7 +141,8 @@ class WanAttention(nn.Module):
         if rope is not None:
             q = layers.apply_rope(q, *rope)
         out = self.attention(q.astype(self.dtype), context.key, context.value, context.bias)
-        return self.o(out.reshape(x.shape))  # (B, N, heads, head_dim) -> (B, N, C)
+        # (B, N, heads, head_dim) -> (B, N, C)
+        return checkpoint_name(self.o(out.reshape(x.shape)), "products")
 
     def keys_values(self, context: jax.Array, rope: Rope | None = None) -> KeyValue:
         """context (B, M, C) -> keys and values (B, M, heads, head_dim)."""
@@ -168,8 +169,9 @@ class WanMLP(nn.Module):
         """x (B, N, C) -> (B, N, C)."""
         config = self.config
         x = nn.Dense(config.ffn_dim, dtype=self.dtype, kernel_init=_xavier, name="up")(x)
-        x = nn.gelu(x, approximate=True)
-        return nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="down")(x)
+        x = nn.gelu(checkpoint_name(x, "products"), approximate=True)
+        x = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="down")(x)
+        return checkpoint_name(x, "products")
 
 
 class WanBlock(nn.Module):
