@@ -18,6 +18,7 @@ does not fit is answered in one line with the remedy, and exit status 1.
 B global batch, N video tokens, L text length, D text width.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -361,38 +362,40 @@ def compile_for(run, chip: hardware.Chip, program: Any, arguments: tuple) -> tup
     if chip.per_server:
         return None, collectives.count(_partitioned(lowered), mesh)
     try:
-        executable = lowered.compile()
+        with _no_compile_cache():
+            executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        # Of all of it, or of the temporaries beside the arguments.
+        # Arguments are among what it calls temporaries.
         used = re.search(r"Used ([\d.]+)([KMG]) of|HLO temporaries \(([\d.]+)([KMG])\)", str(error))
         if not used:
             raise
         size, unit = used[1] or used[3], used[2] or used[4]
-        held = held_bytes(arguments) if used[3] else 0
-        return held + float(size) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit], []
+        return float(size) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit], []
+    # The sum of arguments and temporaries is more than is ever held: programs with a larger one than the chip
+    # has are compiled. The peak leaves out what lies unused between arrays, 2 % where it was looked up.
     sizes = executable.memory_analysis()
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-        + sizes.generated_code_size_in_bytes
-    ), collectives.count(executable.as_text(), mesh)
+    return sizes.peak_memory_in_bytes, collectives.count(executable.as_text(), mesh)
 
 
 def _partitioned(lowered: Any) -> str:
     """HLO text of a program as it was split over devices, before any optimization for their kind."""
+    with tempfile.TemporaryDirectory() as folder, _no_compile_cache():
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        executable = lowered.compile(compiler_options=dump)
+        found = list(pathlib.Path(folder).glob("*after_spmd-partitioning*"))
+        return found[0].read_text() if found else executable.as_text()  # one device: there are no parts
+
+
+@contextlib.contextmanager
+def _no_compile_cache():
+    """What comes from there writes no files, and what is compiled for absent chips cannot be read back."""
     from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # what comes from there writes no files
+    jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-            executable = lowered.compile(compiler_options=dump)
-            found = list(pathlib.Path(folder).glob("*after_spmd-partitioning*"))
-            return found[0].read_text() if found else executable.as_text()  # one device: there are no parts
+        yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
@@ -510,21 +513,15 @@ def table(plan: Plan) -> str:
     """The figures of one plan as text."""
     chip, _ = hardware.parse(plan.topology)
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    kinds, counted = dict(plan.memory), sum(plan.memory.values())
-    source = "counted from the traced program"
+    rows = plan.memory | {"all, counted": sum(plan.memory.values())}
     if plan.compiled:
-        kinds["temporaries"] += plan.compiled - counted
-        source = f"reported by the compiler, the rest is temporaries; counted: {gigabytes(counted)}"
+        rows["all, as the compiler reports it"] = plan.compiled
     lines = [
         f"{plan.mode} on {plan.topology}: {plan.devices} devices, mesh {mesh}",
         f"{plan.clips} clips of {plan.tokens} tokens a step, attention {plan.attention}, remat {plan.remat}",
         "",
         f"{'memory of a device':<36}{'GB':>10}{'of ' + gigabytes(plan.capacity):>16}",
-        *(
-            f"  {kind:<34}{size / 1e9:10.3f}{size / plan.capacity:16.1%}"
-            for kind, size in [*kinds.items(), ("all", plan.bytes)]
-        ),
-        f"  all: {source}",
+        *(f"  {kind:<34}{size / 1e9:10.3f}{size / plan.capacity:16.1%}" for kind, size in rows.items()),
         "",
         f"FLOPs of a device: {plan.model_flops:.4g} of the model, {plan.executed_flops:.4g} executed",
         f"  rule: {FLOP_RULE}",
