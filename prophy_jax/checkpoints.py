@@ -22,6 +22,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from prophy_jax import distributed
 from prophy_jax.errors import UserError
 
+# The replicas of an array write a slice of it each, if slices are at least this large: cutting a smaller one
+# costs more, since every cut is a program of its own.
+_SLICE_BYTES = 2**24
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES),
+    override=True,
+)
+
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:

@@ -123,7 +123,7 @@ def test_goals_are_judged_and_what_is_missing_is_said():
         return {"result": {"rows": [row]}}
 
     results = {
-        "train 49 none": part(mfu=0.45, roofline_efficiency=0.9),
+        "train 49": part(mfu=0.45, roofline_efficiency=0.9),
         "sample 81": {
             "result": {"rows": [{"branch": False, "clip_s": 50.0}, {"branch": True, "clip_s": 80.0}]}
         },

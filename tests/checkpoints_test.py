@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import checkpoints
+from benchmarks import measure
+from prophy_jax import checkpoints, parallel
 from prophy_jax.errors import UserError
 
 TREE = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "b": jnp.zeros((), jnp.int32)}
@@ -27,6 +28,14 @@ def test_round_trip_is_bit_equal_and_replaces_the_old_tree(tmp_path):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     assert not (tmp_path / "tree.writing").exists()
+
+
+def test_saving_arrays_of_many_devices_compiles_nothing(tmp_path):
+    mesh = parallel.make_mesh({"data": 8, "fsdp": 1, "context": 1}, 8, jax.devices())
+    tree = jax.device_put({"a": np.ones((16, 48)), "b": np.ones((24, 8))}, parallel.replicated(mesh))
+    with measure.count_compiles() as compiled:
+        checkpoints.save_params(str(tmp_path / "tree"), tree, {})
+    assert not compiled
 
 
 def test_values_are_cast_to_the_wanted_dtype(tmp_path):
