@@ -7,6 +7,7 @@ names it, and its hash is checked.
 A parameter tree is a folder with an Orbax tree and `manifest.json` (hash, shapes, where it came from).
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -22,14 +23,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from prophy_jax import distributed
 from prophy_jax.errors import UserError
 
-# The replicas of an array write a slice of it each, if slices are at least this large: cutting a smaller one
-# costs more, since every cut is a program of its own.
-_SLICE_BYTES = 2**24
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES),
-    override=True,
-)
+SLICE_BYTES = 2**24
+
+
+@functools.cache
+def _cut_large_arrays_only() -> None:
+    """Lets the replicas of an array write a slice of it each only where slices have SLICE_BYTES or more.
+
+    Cutting smaller ones costs more than it saves, since every cut is a program to compile.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -44,6 +48,7 @@ class TrainCheckpoints:
     """
 
     def __init__(self, workdir: str, keep: int):
+        _cut_large_arrays_only()
         self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
         self._manager = _Manager(
             self.folder,
@@ -156,6 +161,7 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     with distributed.together():
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
+    _cut_large_arrays_only()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(os.path.join(temporary, "tree"), params)
     manifest = {
