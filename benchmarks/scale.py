@@ -1,6 +1,6 @@
 """What a training step sends, and how that grows from 8 to 64 and 256 chips.
 
-    python benchmarks/scale.py [--variant=] [--topologies=v5p:2x2x2,v5p:4x4x4,v5p:8x8x4] [--json=FILE]
+    python -m benchmarks.scale [--variant=] [--topologies=v5p:2x2x2,v5p:4x4x4,v5p:8x8x4] [--json=FILE]
 
 Compiles the train step of configs/wan.py for TPUs that are not there (see prophy_jax.plan), data parallel,
 one clip a chip. Prints for each topology what a device sends in a step, its floors of time, and the

@@ -551,13 +551,14 @@ def table(plan: Plan) -> str:
 def does_not_fit(plan: Plan) -> str:
     """One line: what is too much, and what would help first."""
     kind = max(plan.memory, key=plan.memory.get)
+    stronger = dict(itertools.pairwise(("none", *REMATS))).get(plan.remat)
+    remat = [f"--config.backbone.remat={stronger}"] if stronger and plan.mode == "train" else []
+    rows = plan.mesh["data"] * plan.mesh["fsdp"]
     if kind in ("activations", "temporaries"):
-        stronger = dict(itertools.pairwise(("none", *REMATS))).get(plan.remat)
-        remedy = [f"--config.backbone.remat={stronger}"] if stronger and plan.mode == "train" else []
-        rows = plan.mesh["data"] * plan.mesh["fsdp"]
-        remedy += [f"--config.batch_size={rows}"] if plan.clips > rows else ["a larger context in --mesh"]
+        smaller = f"--config.batch_size={rows}" if plan.clips > rows else "a larger context in --mesh"
+        remedy = [*remat, smaller]
     else:
-        remedy = ["a larger fsdp in --mesh"] if plan.mode == "train" else ["a chip with more memory"]
+        remedy = ["a larger fsdp in --mesh", *remat] if plan.mode == "train" else ["a chip with more memory"]
     return (
         f"{describe(plan)} needs {gigabytes(plan.bytes)} of the {gigabytes(USABLE * plan.capacity)} that "
         f"{plan.topology.partition(':')[0]} has for it, most of it {kind} ({gigabytes(plan.memory[kind])} "
