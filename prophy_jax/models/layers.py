@@ -1,4 +1,4 @@
-"""Layers that the video transformers share: norms, rotary and time embeddings.
+"""Layers that the video transformers share: norms, rotary, position and time embeddings.
 
 Legend: B batch, N query tokens, M key tokens, H heads, D head width, C model width, L text length,
 T' H' W' token grid (frames, rows, columns).
@@ -6,7 +6,7 @@ T' H' W' token grid (frames, rows, columns).
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -95,26 +95,52 @@ def rope_tables(
     """Cosines and sines of a three-axis rotary embedding (Wan2.1 reference code).
 
     Rows and columns get 2 * (D // 6) channels each, frames the rest; positions are integer grid
-    indices from 0. Angles are computed in float64. One small table per axis is spread over the grid
-    by the compiled program, so that no constant of N * D values ends up inside it.
+    indices from 0.
 
     Returns:
         cos, sin: (N, D/2) fp32, tokens frame-major, channel pairs ordered frame, row, column.
     """
     side = 2 * (head_dim // 6)
-    angles = []
-    for axis, width in enumerate((head_dim - 2 * side, side, side)):
-        frequencies = theta ** (-np.arange(0, width, 2) / width)
-        shape = [1, 1, 1, width // 2]
+    return rope_tables_at([np.arange(n) for n in grid], (head_dim - 2 * side, side, side), theta)
+
+
+def rope_tables_at(
+    positions: Sequence[np.ndarray], widths: tuple[int, int, int], theta: float = 10000.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of a rotary embedding of frames, rows and columns at any positions.
+
+    Args:
+        positions: (T',), (H',) and (W',).
+        widths: Channels that turn with each axis, D in all. Angles are computed in float64.
+        theta: w_k = theta^(-2k/width).
+
+    Returns:
+        cos, sin: (N, D/2) fp32, tokens frame-major, channel pairs ordered frame, row, column.
+    """
+    angles = [
+        np.outer(p, theta ** (-np.arange(0, width, 2) / width))
+        for p, width in zip(positions, widths, strict=True)
+    ]
+    grid = tuple(len(p) for p in positions)
+    cos, sin = ([(axis, f(a)) for axis, a in enumerate(angles)] for f in (np.cos, np.sin))
+    return spread(cos, grid), spread(sin, grid)
+
+
+def spread(tables: Sequence[tuple[int, np.ndarray]], grid: tuple[int, int, int]) -> jax.Array:
+    """Tables of single axes, each (axis, (length, width)), side by side for every token of a grid.
+
+    The compiled program spreads them, so that no constant of N rows ends up inside it.
+
+    Returns:
+        (N, sum of the widths) fp32, tokens frame-major.
+    """
+    parts = []
+    for axis, table in tables:
+        shape = [1, 1, 1, table.shape[-1]]
         shape[axis] = grid[axis]
-        angles.append(np.outer(np.arange(grid[axis]), frequencies).reshape(shape))
-
-    def spread(function: Callable) -> jax.Array:
-        parts = [jnp.broadcast_to(function(a).astype(np.float32), (*grid, a.shape[-1])) for a in angles]
-        # (T', H', W', D/2) -> (N, D/2)
-        return jnp.concatenate(parts, axis=-1).reshape(-1, head_dim // 2)
-
-    return spread(np.cos), spread(np.sin)
+        parts.append(jnp.broadcast_to(table.astype(np.float32).reshape(shape), (*grid, shape[-1])))
+    # (T', H', W', width) -> (N, width)
+    return jnp.concatenate(parts, axis=-1).reshape(math.prod(grid), -1)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -182,10 +182,16 @@ def top_k_mask(rho: jax.Array, k: int) -> jax.Array:
 
 
 def cast_kernels(tree: Any, dtype: Any) -> Any:
-    """The matrices of a parameter tree in the dtype of the products; the rest as it is."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, tree
-    )
+    """The matrices of a parameter tree in the dtype of the products; the rest as it is.
+
+    Projections of the time, named "modulation", are computed in fp32 and stay as they are too.
+    """
+
+    def cast(path: tuple, leaf: Any) -> Any:
+        *modules, name = (entry.key for entry in path)
+        return leaf.astype(dtype) if name == "kernel" and "modulation" not in modules else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +246,7 @@ class ProPhy:
         return router.apply({"params": params["branch"]["semantic"]["router"]}, text, text_mask)
 
     def read(self, params: Params, text: jax.Array, text_mask: jax.Array) -> Prompt:
-        """What the model reads of text embeddings (B, L, D), zero after the last valid row.
+        """What the model reads of text embeddings (B, L, D), padded as the backbone was trained on them.
 
         The mask (B, L) is read by the semantic router alone.
         """
@@ -289,7 +295,7 @@ class ProPhy:
         Args:
           params: see the class.
           latents: (B, T, h, w, 16) noisy latents, normalised.
-          t: (B,) model time in the backbone's units (Wan: 0..1000).
+          t: (B,) model time in the backbone's units (Wan: 0..1000, CogVideoX: 0..999).
           prompt: of `read` or `read_ahead`, B rows.
           scale: multiplies every hint; 0 is the backbone alone.
         """
