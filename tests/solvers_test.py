@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax.diffusion import solvers
+from prophy_jax.diffusion import solvers, v_prediction
 from prophy_jax.errors import UserError
 
 NAMES = ("unipc", "unipc-diffusers", "dpm++", "euler", "euler-diffusers")
+V_NAMES = ("ddim", "cogvideox-dpm")  # of v-prediction
 START = np.array([1.0, -0.5, 2.0], np.float32)
 
 
@@ -108,6 +109,185 @@ def test_coefficients_are_finite_and_keep_a_constant(name, num_steps):
         np.testing.assert_array_equal(steps.predictor[-1], [0, 1, 0])  # ends at m
 
 
+# ---- v-prediction --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", V_NAMES)
+def test_timesteps_of_v_prediction(name):
+    np.testing.assert_array_equal(solvers.solver(name, 50, 1.0).timesteps, np.arange(999, 0, -20))
+    uneven = solvers.solver(name, 28, 1.0).timesteps
+    np.testing.assert_array_equal(uneven[[0, 1, 2, -1]], [999, 963, 928, 35])
+    for num_steps in (48, 61, 1000):  # spaced by halves; by a step whose range is one too long; all
+        timesteps = solvers.solver(name, num_steps, 1.0).timesteps
+        assert len(timesteps) == num_steps and timesteps[0] == 999 and timesteps[-1] >= 0
+        assert np.all(np.diff(timesteps) < 0)
+
+
+@pytest.mark.parametrize(
+    ("snr_shift", "i", "x", "data", "noise", "ratio"),
+    [
+        (1.0, 0, 0.0, 0.00926217, 0.99995711, np.inf),
+        (1.0, 1, 0.47806040, 0.01494100, 0.87812454, np.inf),
+        (1.0, 2, 0.63775546, 0.01800118, 0.76973970, 1.64144391),
+        (1.0, 25, 0.91299371, 0.07010698, 0.31385665, 1.01843510),
+        (1.0, 48, 0.47281169, 0.52713708, 0.10053115, 0.62012041),
+        (1.0, 49, 0.0, 1.0, 0.0, np.inf),
+        (3.0, 1, 0.47780604, 0.00842142, 0.87840110, np.inf),
+        (3.0, 25, 0.92216923, 0.04522942, 0.34887831, 1.01841166),
+        (3.0, 48, 0.48178987, 0.51780525, 0.16862625, 0.62084346),
+    ],
+)
+def test_coefficients_of_cogvideox_dpm(snr_shift, i, x, data, noise, ratio):
+    steps = solvers.cogvideox_dpm(50, snr_shift).steps
+    expected = [x, data * (1 + 0.5 / ratio), -data * 0.5 / ratio]  # ratio of the step behind to the one ahead
+    # Eight digits were recorded, and float32 is good to 6e-8 near 1.
+    np.testing.assert_allclose(steps.predictor[i], expected, rtol=0, atol=6.5e-8)
+    np.testing.assert_allclose(steps.noise[i], noise, rtol=0, atol=6.5e-8)
+
+
+@pytest.mark.parametrize(
+    ("snr_shift", "i", "x", "data"),
+    [
+        (1.0, 0, 0.99995711, 0.00926217),
+        (1.0, 1, 0.99985529, 0.01010804),
+        (1.0, 2, 0.99972676, 0.01099020),
+        (1.0, 25, 0.98161818, 0.03632316),
+        (1.0, 48, 0.69129730, 0.31303636),
+        (1.0, 49, 0.0, 1.0),
+        (3.0, 1, 0.99995405, 0.00569851),
+        (3.0, 25, 0.99248840, 0.02344527),
+        (3.0, 48, 0.70442672, 0.30749516),
+    ],
+)
+def test_coefficients_of_ddim(snr_shift, i, x, data):
+    predictor = solvers.ddim(50, snr_shift).steps.predictor
+    np.testing.assert_allclose(predictor[i], [x, data, 0.0], rtol=0, atol=6.5e-8)  # as above
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 28, 50, 61, 1000])
+@pytest.mark.parametrize("snr_shift", [0.5, 1.0, 3.0, 20.0])
+def test_a_step_of_v_prediction_ends_at_its_level(num_steps, snr_shift):
+    squared = v_prediction.signal(snr_shift)
+    for name in V_NAMES:
+        table = solvers.solver(name, num_steps, snr_shift)
+        steps, timesteps = table.steps, table.timesteps.astype(int)
+        ends = timesteps - 1000 // num_steps
+        here, there = squared[timesteps], np.where(ends < 0, 1.0, squared[ends])
+        p = np.float64(steps.predictor)
+        noise = np.float64(steps.noise) if table.stochastic else np.zeros(num_steps)
+        # Of x = alpha c + sigma z and a perfect m = m' = c it makes alpha c + sigma z at the level where it
+        # ends: c is weighed with alpha, and the variances of the two noises add up. float32 rounding.
+        np.testing.assert_allclose(p[:, 0] * np.sqrt(here) + p[:, 1] + p[:, 2], np.sqrt(there), atol=3e-7)
+        np.testing.assert_allclose(p[:, 0] ** 2 * (1 - here) + noise**2, 1 - there, atol=3e-7)
+        data = np.stack([np.sqrt(here), -np.sqrt(1 - here)], axis=1)
+        np.testing.assert_allclose(steps.data, data, atol=6e-8)
+        assert table.sigmas.shape == (num_steps + 1,) and np.all(np.diff(table.sigmas) < 0)
+        assert table.sigmas[0] == 1 and (table.sigmas[-1] == 0) == (ends[-1] < 0)
+
+
+def test_ddim_is_the_textbook_step():
+    table = solvers.ddim(20, 3.0)
+    squared, x = v_prediction.signal(3.0), START.astype(np.float64)
+    for t in range(999, 0, -50):
+        v = np.asarray(toy_velocity(x, t), np.float64)
+        alpha, sigma = np.sqrt(squared[t]), np.sqrt(1 - squared[t])
+        data, noise = alpha * x - sigma * v, alpha * v + sigma * x
+        there = squared[t - 50] if t > 50 else 1.0
+        x = np.sqrt(there) * data + np.sqrt(1 - there) * noise
+    np.testing.assert_allclose(solvers.sample(table, toy_velocity, START), x, rtol=0, atol=2e-6)  # 20 steps
+
+
+@pytest.mark.parametrize("name", V_NAMES)
+def test_one_step_of_v_prediction_is_minus_the_first_prediction(name):
+    end = solvers.sample(solvers.solver(name, 1, 1.0), toy_velocity, START)
+    np.testing.assert_allclose(end, -toy_velocity(START, 999.0), atol=5e-7)  # float32 rounding
+
+
+@pytest.mark.parametrize("name", V_NAMES)
+@pytest.mark.parametrize("num_steps", [7, 50])
+def test_v_prediction_reaches_a_point_mass_from_any_noise(name, num_steps):
+    # Data at one point c: the noise in x is (x - alpha c) / sigma, and v follows.
+    table, squared = solvers.solver(name, num_steps, 3.0), jnp.float32(v_prediction.signal(3.0))
+
+    def velocity(x, t):
+        alpha = jnp.sqrt(squared[t.astype(int)])
+        sigma = jnp.sqrt(1 - squared[t.astype(int)])
+        return alpha * (x - alpha * 0.3) / sigma - sigma * 0.3
+
+    end = solvers.sample(table, velocity, START)
+    if num_steps == 50:
+        np.testing.assert_allclose(end, np.full(3, 0.3), atol=2e-6)  # float32 rounding
+    else:  # 1000 // 7 leaves the level of timestep 0
+        assert table.sigmas[-1] > 0 and 1e-2 < np.abs(end - 0.3).max() < 0.5
+
+
+# ---- noise on the way ----------------------------------------------------------------------------
+
+
+def many(shape, seed=0):
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_a_step_adds_the_noise_that_it_is_given():
+    table = solvers.cogvideox_dpm(50, 1.0)
+    row = jax.tree.map(lambda leaf: leaf[25], table.steps)
+    state = solvers.start(table, many((2, 100)))
+    noise = many((2, 100), 1)
+    with_noise, without = (solvers.step(row, state, toy_velocity, z).x for z in (noise, 0 * noise))
+    np.testing.assert_allclose(with_noise - without, 0.31385665 * noise, atol=1e-6)  # float32 rounding
+
+
+def test_noise_of_a_step_is_standard_normal_and_new_for_every_clip_and_step():
+    state = solvers.start(solvers.cogvideox_dpm(50, 1.0), many((3, 40, 50)))
+    draw = jax.jit(solvers.step_noise)
+    draws = np.stack([draw(state, i) for i in range(5)])
+    assert draws.shape == (5, 3, 40, 50) and draws.dtype == np.float32
+    rows = np.concatenate([draws.reshape(15, -1), many((3, 2000))])  # with what the clips start from
+    # Four standard errors of 2000 draws: 4 / sqrt(2000) = 0.09, sqrt(2) of that for squares.
+    np.testing.assert_allclose(np.cov(rows), np.eye(18), atol=0.13)
+    np.testing.assert_allclose(rows.mean(1), 0, atol=0.09)
+
+
+def test_noise_of_a_clip_depends_on_what_it_starts_from_alone():
+    table, noise = solvers.cogvideox_dpm(50, 1.0), many((4, 3, 5, 16))
+
+    @jax.jit
+    def draw(noise):
+        return solvers.step_noise(solvers.start(table, noise), 7)
+
+    whole = np.asarray(draw(noise))
+    for rows in ([2], [0, 0, 2]):
+        np.testing.assert_array_equal(draw(noise[rows]), whole[rows])
+    # Not on the last digits, which platforms round differently.
+    np.testing.assert_array_equal(draw(noise.astype(jnp.bfloat16)), whole)
+    # Clips that differ in one sign are different.
+    one = np.repeat(many((1, 64)), 64, axis=0)
+    one[np.diag_indices(64)] *= -1
+    keys = jax.random.key_data(jax.jit(solvers.sample_keys)(one))
+    assert len(np.unique(keys, axis=0)) == 64
+
+
+def test_a_stochastic_sample_is_the_same_alone_and_in_a_batch():
+    table, noise = solvers.cogvideox_dpm(12, 3.0), many((4, 2, 3, 8))
+    run = jax.jit(lambda noise: solvers.sample(table, toy_velocity, noise))
+    whole = np.asarray(run(noise))
+    assert np.abs(np.diff(whole, axis=0)).max() > 0.1
+    for rows in ([1], [3, 1]):
+        # Vectors of another length may round the velocity differently.
+        np.testing.assert_allclose(run(noise[rows]), whole[rows], rtol=0, atol=1e-6)
+
+
+def test_deterministic_solvers_draw_nothing():
+    for name in (*NAMES, "ddim"):
+        table = solvers.solver(name, 5, 3.0)
+        state = solvers.start(table, many((2, 3)))
+        assert not table.stochastic and state.keys is None and solvers.step_noise(state, 1) is None
+        program = jax.make_jaxpr(lambda noise, table=table: solvers.sample(table, toy_velocity, noise))
+        assert "random" not in str(program(many((2, 3)))) and "threefry" not in str(program(many((2, 3))))
+    table = solvers.cogvideox_dpm(5, 3.0)
+    assert "random" in str(jax.make_jaxpr(lambda z: solvers.sample(table, toy_velocity, z))(many((2, 3))))
+
+
 # ---- trajectories --------------------------------------------------------------------------------
 
 END_POINTS = {  # at N=5 shift 8, and at N=20 shift 3
@@ -179,7 +359,7 @@ def test_a_point_mass_is_reached_from_any_noise(name):
         np.testing.assert_allclose(end, np.full(3, 0.3), atol=2e-6)  # float32 rounding
     # Truncated times are off by up to 1, so there sigma is looked up beside the time.
     sigma_of = dict(zip(table.timesteps.tolist(), table.sigmas.tolist(), strict=False))
-    state = solvers.start(START)
+    state = solvers.start(table, START)
     for i in range(table.num_steps):
         row = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
         sigma = sigma_of[float(row.timestep)]
@@ -199,19 +379,19 @@ def test_repeated_timesteps_are_separate_steps():
     np.testing.assert_allclose(end, unique, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + V_NAMES)
 def test_scan_equals_the_loop_over_one_compiled_step(name):
     table = solvers.solver(name, 12, 5.0)
     traces = []
 
     @jax.jit
-    def advance(row, state):
+    def advance(row, state, i):
         traces.append(row)
-        return solvers.step(row, state, toy_velocity)
+        return solvers.step(row, state, toy_velocity, solvers.step_noise(state, i))
 
-    state = solvers.start(START)
+    state = solvers.start(table, START)
     for i in range(table.num_steps):
-        state = advance(jax.tree.map(lambda leaf, i=i: leaf[i], table.steps), state)
+        state = advance(jax.tree.map(lambda leaf, i=i: leaf[i], table.steps), state, i)
     scanned = jax.jit(lambda table, noise: solvers.sample(table, toy_velocity, noise))(table, START)
     # XLA may fuse the two programs differently: 12 steps of float32 rounding.
     np.testing.assert_allclose(scanned, state.x, rtol=0, atol=1e-6)
@@ -226,7 +406,7 @@ def test_solvers_of_equal_length_share_one_program():
         traces.append(table)
         return solvers.sample(table, toy_velocity, noise)
 
-    for name in NAMES:
+    for name in (*NAMES, "ddim"):
         run(solvers.solver(name, 6, 3.0), START)
     assert len(traces) == 1
 
@@ -256,7 +436,7 @@ def test_the_second_step_takes_the_data_of_the_first():
     np.testing.assert_allclose(end, once, rtol=0, atol=5e-7)  # float32 rounding
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, "ddim"))
 def test_a_skipped_step_does_not_call_the_network(name):
     calls = []
 
@@ -275,6 +455,29 @@ def test_a_skipped_step_does_not_call_the_network(name):
 def test_steps_that_cannot_be_skipped(skip):
     with pytest.raises(UserError, match="from 1 .* to 7"):
         solvers.skipping(solvers.unipc(8, 3.0), skip)
+
+
+def test_skipping_in_v_prediction_is_exact_where_the_data_moves_evenly_with_the_share_of_noise():
+    table, squared = solvers.ddim(10, 1.0), v_prediction.signal(1.0)
+    alpha, share = jnp.float32(np.sqrt(squared)), jnp.float32(v_prediction.noise_share(squared))
+    sigma = jnp.float32(np.sqrt(1 - squared))
+
+    def velocity(x, t):
+        t = t.astype(int)
+        return (alpha[t] * x - (0.3 + 0.5 * share[t])) / sigma[t]  # so that m = 0.3 + 0.5 share
+
+    every = solvers.sample(table, velocity, START)
+    skipped = solvers.sample(solvers.skipping(table, (3, 4, 7, 9)), velocity, START)
+    np.testing.assert_allclose(skipped, every, rtol=0, atol=2e-6)  # float32 rounding
+    held = solvers.sample(solvers.skipping(table, (1, 2, 3, 4, 5, 6, 7, 8, 9)), velocity, START)
+    assert np.abs(held - every).max() > 0.1
+
+
+def test_a_stochastic_solver_skips_nothing():
+    table = solvers.cogvideox_dpm(8, 1.0)
+    assert solvers.skipping(table, ()) is table
+    with pytest.raises(UserError, match=r"samples.skip=\(2,\): .* such as ddim"):
+        solvers.skipping(table, (2,))
 
 
 # ---- dtype ---------------------------------------------------------------------------------------
@@ -326,13 +529,63 @@ def test_guided_sampling_runs_inside_the_scan():
     np.testing.assert_allclose(end, alone, atol=2e-6)  # float32 rounding of 0 + 3 (1 - 0)
 
 
+# The dynamic guidance of 50 steps and a guidance of 6, at times 999, 979, ... 19.
+DYNAMIC = """2.291487 2.543503 6.974352 6.420358 2.788098 4.271942 1.037598 4.170400 1.617975 6.983127
+    1.004789 2.871981 6.976805 1.633099 4.329747 2.436601 6.377304 6.006840 3.447874 3.198098 1.654759
+    6.610011 1.194746 4.295340 6.985373 1.521266 1.761637 1.057938 4.127507 1.482273 2.002566 5.947659
+    4.143219 6.530550 6.139848 6.999941 6.168399 1.119920 2.097506 6.685006 6.999215 2.343218 6.212752
+    1.250530 6.999645 6.864372 1.063552 1.000001 1.000004 1.123398"""
+
+
+def test_dynamic_guidance():
+    schedule = solvers.guidance_schedule("dynamic", 6.0, 50)
+    times = solvers.cogvideox_dpm(50, 1.0).timesteps.astype(int)
+    # Six decimals were recorded; the cosine's argument, up to 8e6, is good to 1e-9 in float64.
+    np.testing.assert_allclose(schedule[times], np.float64(DYNAMIC.split()), rtol=0, atol=1e-6)
+    assert schedule.shape == (1001,) and schedule.min() >= 1 and schedule.max() <= 7
+    # By hand: at the step's own number the exponent's base is a share of N. 1 + 6 (1 - cos(pi / 32)) / 2.
+    np.testing.assert_allclose(schedule[25], 1.0144458, atol=1e-6)
+    np.testing.assert_allclose(schedule[[0, 50]], [7.0, 1.0], atol=1e-6)
+
+
+def test_constant_guidance_is_the_number_and_a_number_of_one_is_none():
+    assert solvers.guidance_schedule("constant", 6, 50) == 6.0
+    assert solvers.guidance_schedule("dynamic", 1.0, 50) == 1.0
+    with pytest.raises(UserError, match="'linear'.*'constant' or 'dynamic'"):
+        solvers.guidance_schedule("linear", 6.0, 50)
+
+
+def test_guidance_of_a_schedule_is_that_of_the_time_and_always_runs_both_halves():
+    x, calls = jnp.array([[1.0] * 3, [2.0] * 3]), []
+    schedule = solvers.guidance_schedule("dynamic", 6.0, 50)
+    text = solvers.pair_prompts(jnp.array([[2.0] * 3, [4.0] * 3]), jnp.full(3, 0.5), schedule)
+    velocity = jax.jit(solvers.guided(_model(calls, text), schedule))
+    for t, factor in ((999.0, 2.291487), (959.0, 6.974352), (59.0, 1.000001)):
+        expected = np.array([1.0, 2.0]) * t / 1000 + 0.5 + factor * np.array([1.5, 3.5])
+        np.testing.assert_allclose(velocity(x, jnp.float32(t))[:, 0], expected, rtol=1e-6)
+    assert calls == [4]  # one trace
+
+
+def test_a_guided_run_takes_the_guidance_of_each_step():
+    text, uncond = jnp.ones((1, 3)), jnp.full(3, -0.5)
+    schedule, table = solvers.guidance_schedule("dynamic", 6.0, 10), solvers.ddim(10, 1.0)
+    paired = solvers.pair_prompts(text, uncond, schedule)
+    end = solvers.sample(table, solvers.guided(_model([], paired), schedule), START[None])
+    state = solvers.start(table, START[None])
+    for i, t in enumerate(range(999, 0, -100)):
+        factor = 1 + 6 * (1 - np.cos(np.pi * ((10 - t) / 10) ** 5)) / 2
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
+        state = solvers.step(row, state, lambda x, t, f=factor: 0.001 * t * x - 0.5 + f * 1.5)
+    np.testing.assert_allclose(end, state.x, rtol=0, atol=2e-5)  # float32 rounding of values up to 20
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
 def test_unknown_solver_lists_the_names():
     with pytest.raises(UserError) as error:
         solvers.solver("heun", 10, 3.0)
-    assert all(name in str(error.value) for name in NAMES)
+    assert all(name in str(error.value) for name in NAMES + V_NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -340,5 +593,14 @@ def test_unknown_solver_lists_the_names():
     ("num_steps", "shift"), [(0, 3.0), (10, 0.0), (10, -1.0), (10, float("nan")), (100, 1e9)]
 )
 def test_bad_steps_and_shift(name, num_steps, shift):
+    with pytest.raises(UserError, match="step|shift"):
+        solvers.solver(name, num_steps, shift)
+
+
+@pytest.mark.parametrize("name", V_NAMES)
+@pytest.mark.parametrize(
+    ("num_steps", "shift"), [(0, 3.0), (10, 0.0), (10, -1.0), (10, float("nan")), (1001, 1.0)]
+)
+def test_bad_steps_and_shift_of_v_prediction(name, num_steps, shift):
     with pytest.raises(UserError, match="step|shift"):
         solvers.solver(name, num_steps, shift)

@@ -2,9 +2,10 @@
 
     x_sigma = (1 - sigma) x0 + sigma noise,    target v = noise - x0,    model time t = 1000 sigma
 
-A diffusion family is a frozen dataclass with the six methods of `FlowMatching`; the train step
-calls nothing else, so another family (v-prediction for CogVideoX) is another file with the same six
-methods.
+A diffusion family is a frozen dataclass with the six methods of `FlowMatching`; nothing else of it is
+called, so another family is another file with the same six methods (v_prediction.py, for CogVideoX).
+The time that these methods share is in every family the share of noise in the mixture, in [0,1]: where
+x = a x0 + b noise it is b / (a + b), here sigma. So one number means as noisy an input in each of them.
 
 Legend: B batch. Data, noise and predictions are (B,...), usually latents (B,T,h,w,16); times (B,).
 """

@@ -1,4 +1,7 @@
-"""Samplers for flow matching: UniPC, DPM-Solver++ (2M) and Euler as tables of one linear update.
+"""Samplers as tables of one linear update.
+
+For flow matching UniPC, DPM-Solver++ (2M) and Euler; for v-prediction DDIM and CogVideoX's stochastic
+DPM-Solver++ (2M).
 
 Every solver here is linear in the current state and the last predictions of the clean sample, with
 coefficients that depend on the noise levels alone. They are computed once, on the host, in float64;
@@ -6,20 +9,23 @@ what runs on the device is one step, the same for every solver:
 
     m      = d0 x + d1 v(x, t)                         the clean sample predicted at x
     x_c    = c0 x + c1 x_c' + c2 m + c3 m' + c4 m''    corrector
-    x_next = p0 x_c + p1 m + p2 m'                     predictor
+    x_next = p0 x_c + p1 m + p2 m' + n z               predictor
 
-where ' marks the step before and '' the one before that. A step that is skipped does not call the network:
-its m lies on the line, in sigma, through those of the last two steps that did.
+where ' marks the step before and '' the one before that; z is standard normal, drawn anew in each step, in
+stochastic solvers alone. A step that is skipped does not call the network: its m lies on the line, in sigma,
+through those of the last two steps that did.
 
-Sigmas are rounded to float32 before the coefficients are computed, as the reference implementations
-do: near sigma = 1 the rounding moves log((1-sigma)/sigma) by up to 1%.
+Sigmas of flow matching are rounded to float32 before the coefficients are computed, as the reference
+implementations do: near sigma = 1 the rounding moves log((1-sigma)/sigma) by up to 1%.
 
 Legend: N solver steps, B batch; states are (B, ...), usually latents (B,T,h,w,16).
-Sources: UniPC (arXiv 2302.04867, variant B2, data prediction, order 2) and DPM-Solver++ (arXiv
-2211.01095); grids and timesteps of the Wan2.1 reference code, of diffusers and of DiffSynth-Studio.
+Sources: UniPC (arXiv 2302.04867, variant B2, data prediction, order 2), DPM-Solver++ (arXiv 2211.01095)
+and DDIM (arXiv 2010.02502); grids and timesteps of the Wan2.1 reference code, of diffusers and of
+DiffSynth-Studio; the guidance of CogVideoX (arXiv 2408.06072).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,10 +34,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prophy_jax.diffusion import v_prediction
 from prophy_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, shift_sigma
 from prophy_jax.errors import UserError
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B,...), t scalar) -> v (B,...)
+Guidance = float | np.ndarray  # one number, or (1001,) float32, one for each whole time 0..1000
 
 
 class Step(NamedTuple):
@@ -43,16 +51,18 @@ class Step(NamedTuple):
     predictor: Any  # (3,) of x_c, m, m'
     run: Any = None  # () bool, whether the network is called; None: in every step
     line: Any = None  # (2,) of the last m that the network made and the one before it, where it is not called
+    noise: Any = None  # () of z; None: no noise is added
 
 
 class State(NamedTuple):
-    """What one step passes on. All arrays are (B, ...) float32."""
+    """What one step passes on. All arrays but the keys are (B, ...) float32."""
 
     x: jax.Array  # predicted state
     corrected: jax.Array  # x_c' of the update
     data1: jax.Array  # m'
     data2: jax.Array  # m''
     ran: Any = None  # the last m that the network made and the one before it, if steps are skipped
+    keys: Any = None  # (B,) random keys of the samples, the same in all steps, if noise is added
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +70,7 @@ class State(NamedTuple):
 class Solver:
     """A noise schedule and its coefficients: a pytree, so equal N share one compiled program."""
 
-    sigmas: np.ndarray  # (N+1,) float32, falling, the last is 0
+    sigmas: np.ndarray  # (N+1,) float32 shares of noise (see flow.py), falling; the last is the result's
     steps: Step  # leading axis N
 
     @property
@@ -77,20 +87,48 @@ class Solver:
         """Whether some steps do not call the network."""
         return self.steps.run is not None
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether noise is added on the way."""
+        return self.steps.noise is not None
+
 
 # ---- running a solver ----------------------------------------------------------------------------
 
 
-def start(noise: jax.Array, skips: bool = False) -> State:
-    """The state before the first step, from standard normal noise (B, ...); `skips` as the solver does."""
+def start(solver: Solver, noise: jax.Array) -> State:
+    """The state before the first step, from standard normal noise (B, ...)."""
     x = jnp.array(noise, jnp.float32)  # a copy: the state may be donated
     zeros = [jnp.zeros_like(x) for _ in range(5)]  # each its own buffer, for the same reason
-    return State(x, *zeros[:3], tuple(zeros[3:]) if skips else None)
+    ran = tuple(zeros[3:]) if solver.skips else None
+    return State(x, *zeros[:3], ran, sample_keys(x) if solver.stochastic else None)
 
 
-def step(row: Step, state: State, velocity: Velocity) -> State:
-    """One solver step."""
-    x, corrected, data1, data2, ran = state
+def sample_keys(noise: jax.Array) -> jax.Array:
+    """Random keys (B,) of samples that start from noise (B, ...): each a function of its own row alone.
+
+    So a sample depends on what it starts from, and not on the batch or the devices that it shares. A key is
+    made of the signs of the row's first 64 numbers, which no platform rounds differently.
+    """
+    signs = noise.reshape(noise.shape[0], -1)[:, :64] > 0  # (B, 64), fewer in smaller samples
+    words = jnp.packbits(signs, axis=1)  # (B, 8) uint8
+    return jax.vmap(lambda row: functools.reduce(jax.random.fold_in, row, jax.random.key(0)))(words)
+
+
+def step_noise(state: State, i: Any) -> jax.Array | None:
+    """Standard normal noise (B, ...) float32 of step i, from each sample's key and i; None without keys."""
+    if state.keys is None:
+        return None
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, i), state.x.shape[1:])
+
+    return jax.vmap(draw)(state.keys)
+
+
+def step(row: Step, state: State, velocity: Velocity, noise: jax.Array | None = None) -> State:
+    """One solver step. A stochastic solver adds `noise`, standard normal (B, ...), as the row weighs it."""
+    x, corrected, data1, data2, ran, keys = state
     d, c, p = row.data, row.corrector, row.predictor
 
     def predict() -> jax.Array:
@@ -102,7 +140,10 @@ def step(row: Step, state: State, velocity: Velocity) -> State:
         data = jax.lax.cond(row.run, predict, lambda: row.line[0] * ran[0] + row.line[1] * ran[1])
         ran = (jnp.where(row.run, data, ran[0]), jnp.where(row.run, ran[0], ran[1]))
     corrected = c[0] * x + c[1] * corrected + c[2] * data + c[3] * data1 + c[4] * data2
-    return State(p[0] * corrected + p[1] * data + p[2] * data1, corrected, data, data1, ran)
+    x = p[0] * corrected + p[1] * data + p[2] * data1
+    if row.noise is not None:
+        x = x + row.noise * noise
+    return State(x, corrected, data, data1, ran, keys)
 
 
 def advance(solver: Solver, velocity: Velocity, state: State, first: Any, last: Any) -> State:
@@ -113,7 +154,7 @@ def advance(solver: Solver, velocity: Velocity, state: State, first: Any, last: 
     table = jax.tree.map(jnp.asarray, solver.steps)
 
     def body(i, state):
-        return step(jax.tree.map(lambda rows: rows[i], table), state, velocity)
+        return step(jax.tree.map(lambda rows: rows[i], table), state, velocity, step_noise(state, i))
 
     return jax.lax.fori_loop(first, last, body, state)
 
@@ -129,30 +170,34 @@ def sample(solver: Solver, velocity: Velocity, noise: jax.Array) -> jax.Array:
     Returns:
         The clean sample (B,...) float32.
     """
-    return advance(solver, velocity, start(noise, solver.skips), 0, solver.num_steps).x
+    return advance(solver, velocity, start(solver, noise), 0, solver.num_steps).x
 
 
-def guided(model: Velocity, guidance: float) -> Velocity:
+# ---- guidance ------------------------------------------------------------------------------------
+
+
+def guided(model: Velocity, guidance: Guidance) -> Velocity:
     """Classifier-free guidance, v_uncond + guidance (v_cond - v_uncond), in one call of 2B samples.
 
     Args:
         model: (x (2B,...), t (2B,) float32) -> velocity (2B,...). Rows 2i and 2i + 1 are sample i,
             without its prompt and with it: see `pair_prompts`.
-        guidance: a Python number. At 1 or below the model is called with the B samples alone and the
-            result is what it returns.
+        guidance: of `guidance_schedule`. A number of 1 or below: the model is called with the B samples
+            alone and the result is what it returns.
     """
-    if guidance <= 1:
+    if not _pairs(guidance):
         return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]))
 
     def velocity(x, t):
         twice = model(jnp.repeat(x, 2, axis=0), jnp.broadcast_to(t, (2 * x.shape[0],)))
         v_uncond, v_cond = twice[0::2].astype(jnp.float32), twice[1::2].astype(jnp.float32)
-        return v_uncond + guidance * (v_cond - v_uncond)
+        factor = jnp.asarray(guidance)[t.astype(jnp.int32)] if np.ndim(guidance) else guidance
+        return v_uncond + factor * (v_cond - v_uncond)
 
     return velocity
 
 
-def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
+def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: Guidance) -> jax.Array:
     """The prompts that the model of `guided` reads, (2B,...) or (B,...).
 
     Neighbours are one sample's, so that a batch split over devices is split between samples.
@@ -161,12 +206,42 @@ def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: flo
         conditional: (B,...) one array of the encoded prompts, e.g. text or its mask.
         unconditional: (...) the same of the negative prompt. Wan encodes a negative or an empty
             prompt, never zeros.
-        guidance: as for `guided`; at 1 or below the result is `conditional`.
+        guidance: as for `guided`; where that needs no pairs, the result is `conditional`.
     """
-    if guidance <= 1:
+    if not _pairs(guidance):
         return conditional
     both = jnp.stack([jnp.broadcast_to(unconditional, conditional.shape), conditional], axis=1)
     return both.reshape(-1, *conditional.shape[1:])  # (B, 2, ...) -> (2B, ...)
+
+
+def _pairs(guidance: Guidance) -> bool:
+    return np.ndim(guidance) > 0 or guidance > 1
+
+
+def guidance_schedule(name: str, guidance: float, num_steps: int) -> Guidance:
+    """The guidance of every step, as `guided` takes it.
+
+    Args:
+        name: "constant", or "dynamic", which CogVideoX advises for its 5B models with "cogvideox-dpm": in
+            N steps, at time t
+
+                1 + guidance (1 - cos(pi ((N - t) / N)^5)) / 2
+
+            Here t is the network's time in 0..999, not the step, as in the public samplers. The cosine turns
+            over a million times: a wave between 1 and 1 + guidance whose values at neighbouring times have
+            little to do with each other, and which float32 cannot tell.
+        guidance: a number. At 1 or below there is no guidance, whatever the name.
+        num_steps: N.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in ("constant", "dynamic"):
+        raise UserError(f"unknown guidance schedule {name!r}; choose 'constant' or 'dynamic'")
+    if name == "constant" or guidance <= 1:
+        return float(guidance)
+    turns = ((num_steps - np.arange(NUM_TRAIN_TIMESTEPS + 1.0)) / num_steps) ** 5
+    return np.float32(1.0 + guidance * (1.0 - np.cos(np.pi * turns)) / 2.0)
 
 
 # ---- building a solver ---------------------------------------------------------------------------
@@ -175,8 +250,15 @@ def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: flo
 def solver(name: str, num_steps: int, shift: float) -> Solver:
     """The solver that a command's flag names.
 
+    Args:
+        name: see below; "ddim" and "cogvideox-dpm" are for v-prediction, the others for flow matching.
+        num_steps: N, one network call each.
+        shift: factor of the shift map; for v-prediction that of the signal-to-noise ratio, which is the
+            objective's `snr_shift`.
+
     Raises:
-        UserError: unknown name, fewer than one step, or a shift that is not positive.
+        UserError: unknown name, fewer than one step, or a shift that is not positive; more steps than
+            timesteps for v-prediction.
     """
     match name:
         case "unipc":
@@ -189,8 +271,13 @@ def solver(name: str, num_steps: int, shift: float) -> Solver:
             return euler(num_steps, shift)
         case "euler-diffusers":
             return euler(num_steps, shift, grid="diffusers")
+        case "ddim":
+            return ddim(num_steps, shift)
+        case "cogvideox-dpm":
+            return cogvideox_dpm(num_steps, shift)
     raise UserError(
-        f"unknown solver {name!r}; choose one of unipc, unipc-diffusers, dpm++, euler, euler-diffusers"
+        f"unknown solver {name!r}; choose one of unipc, unipc-diffusers, dpm++, euler, euler-diffusers, "
+        "ddim, cogvideox-dpm"
     )
 
 
@@ -202,10 +289,16 @@ def skipping(solver: Solver, skip: Sequence[int]) -> Solver:
         skip: steps, from 0; none leaves the solver as it is.
 
     Raises:
-        UserError: a step that does not exist, is named twice, or is the first, which has none before it.
+        UserError: a step that does not exist, is named twice, or is the first, which has none before it;
+            any step of a stochastic solver, whose clean sample is not on a line: it follows the noise added.
     """
     if not skip:
         return solver
+    if solver.stochastic:
+        raise UserError(
+            f"samples.skip={tuple(skip)}: a solver that adds noise in every step cannot skip any; "
+            "name no steps, or another samples.solver, such as ddim"
+        )
     if len(set(skip)) < len(skip) or not set(skip) <= set(range(1, solver.num_steps)):
         raise UserError(
             f"samples.skip={tuple(skip)}: name steps from 1 (the first always runs) to "
@@ -273,6 +366,43 @@ def euler(num_steps: int, shift: float, grid: str = "linear") -> Solver:
     return _solver(sigmas, timesteps, multistep=False, corrected=False)
 
 
+def ddim(num_steps: int, snr_shift: float) -> Solver:
+    """DDIM without noise, for v-prediction: what CogVideoX-2B recommends, with snr_shift 3.
+
+    Raises:
+        UserError: see `solver`.
+    """
+    timesteps, here, following = _v_prediction_levels(num_steps, snr_shift)
+    keep = np.sqrt((1.0 - following) / (1.0 - here))
+    predictor = np.stack([keep, np.sqrt(following) - keep * np.sqrt(here), 0.0 * keep], axis=1)  # (N,3)
+    return _v_prediction_solver(timesteps, here, following, predictor)
+
+
+def cogvideox_dpm(num_steps: int, snr_shift: float) -> Solver:
+    """Stochastic DPM-Solver++ (2M) as CogVideoX runs it: what its 5B models recommend, with snr_shift 1.
+
+    Raises:
+        UserError: see `solver`.
+    """
+    timesteps, here, following = _v_prediction_levels(num_steps, snr_shift)
+    alpha, alpha_next = np.sqrt(here), np.sqrt(following)
+    # exp(-2h) for a step of h in lambda, the log of alpha / sigma. In this form no term is infinite where
+    # alpha or sigma is 0; nor are the weights.
+    decay = (here * (1.0 - following)) / ((1.0 - here) * following)
+    keep = alpha * (1.0 - following) / (alpha_next * (1.0 - here))
+    new, noise = alpha_next * (1.0 - decay), np.sqrt((1.0 - following) * (1.0 - decay))
+
+    # The weight of the difference m - m': half the step ahead over the step behind. The step behind is from
+    # the timestep visited before; it is infinite from the first, where lambda is. The last step ends at m.
+    with np.errstate(divide="ignore"):
+        lam, lam_next = (np.log(level / (1.0 - level)) / 2.0 for level in (here, following))
+    slope = np.zeros(num_steps)
+    i = 1 + np.flatnonzero(following[1:] < 1.0)
+    slope[i] = (lam_next[i] - lam[i]) / (2.0 * (lam[i] - lam[i - 1]))
+    predictor = np.stack([keep, new * (1.0 + slope), -new * slope], axis=1)  # (N,3)
+    return _v_prediction_solver(timesteps, here, following, predictor, noise)
+
+
 def _check(num_steps: int, shift: float) -> None:
     if num_steps < 1:
         raise UserError(f"the number of solver steps must be at least 1, got {num_steps}")
@@ -331,3 +461,35 @@ def _corrector(s: np.ndarray, lam: np.ndarray, i: int) -> tuple[float, float, fl
         new, old = b1 - at_old, at_old / r
     rest = 1 - keep
     return 0.0, keep, rest * new, rest * (1 - new - old), rest * old
+
+
+def _v_prediction_levels(num_steps: int, snr_shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Timesteps (N,) evenly spaced from 999 down, and alpha^2 (N,) float64 there and where each step ends."""
+    _check(num_steps, snr_shift)
+    if num_steps > NUM_TRAIN_TIMESTEPS:
+        raise UserError(
+            f"{num_steps} solver steps are more than the {NUM_TRAIN_TIMESTEPS} timesteps: lower the steps"
+        )
+    # Halves are rounded to even as NumPy's range adds up, which for some N has one value too many.
+    spaced = np.arange(NUM_TRAIN_TIMESTEPS, 0, -NUM_TRAIN_TIMESTEPS / num_steps)[:num_steps]
+    timesteps = np.round(spaced).astype(np.int64) - 1
+    # Where N does not divide 1000 this is not the next timestep, and the last step may stop short of 0 noise:
+    # so the networks' public samplers have it.
+    ends = timesteps - NUM_TRAIN_TIMESTEPS // num_steps
+    squared = v_prediction.signal(snr_shift)
+    return timesteps, squared[timesteps], np.where(ends < 0, 1.0, squared[ends])
+
+
+def _v_prediction_solver(
+    timesteps: np.ndarray,
+    here: np.ndarray,
+    following: np.ndarray,
+    predictor: np.ndarray,
+    noise: np.ndarray | None = None,
+) -> Solver:
+    """Tables without a corrector for `_v_prediction_levels` and weights of (x, m, m') and of noise."""
+    data = np.stack([np.sqrt(here), -np.sqrt(1.0 - here)], axis=1)  # (N,2) m = alpha x - sigma v
+    corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (len(timesteps), 1))  # (N,5) none
+    tables = (np.asarray(table, np.float32) for table in (timesteps, data, corrector, predictor))
+    sigmas = v_prediction.noise_share(np.append(here, following[-1])).astype(np.float32)
+    return Solver(sigmas, Step(*tables, noise=None if noise is None else noise.astype(np.float32)))

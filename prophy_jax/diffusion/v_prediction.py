@@ -1,0 +1,130 @@
+"""V-prediction, the training objective of CogVideoX: 1000 noise levels, the last of them noise alone.
+
+    x_t = alpha_t x0 + sigma_t noise,    target v = alpha_t noise - sigma_t x0,    model time t
+
+with alpha_t^2 + sigma_t^2 = 1, so that x0 = alpha_t x_t - sigma_t v. The methods are those of
+`prophy_jax.diffusion.flow`, and so is their time: the share of noise sigma_t / (alpha_t + sigma_t), here
+of the nearest of the 1000 levels.
+
+Legend: B batch. Data, noise and predictions are (B,...), usually latents (B,T,h,w,16); times (B,).
+Sources: the schedule is that of CogVideoX (arXiv 2408.06072) as diffusers builds it, scaled to no signal at
+the last timestep (arXiv 2305.08891) over all 1000 timesteps, not over those that a sampler visits.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prophy_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
+from prophy_jax.errors import UserError
+
+_BETAS = 0.00085, 0.012  # of the first and the last timestep, evenly spaced in their square roots
+
+
+@functools.cache
+def signal(snr_shift: float) -> np.ndarray:
+    """alpha_t^2 (1000,) float64 of timesteps 0..999, falling to exactly 0; read-only.
+
+    Args:
+        snr_shift: divides the signal-to-noise ratio alpha^2 / sigma^2 of every timestep, before the whole is
+            scaled to end at 0. CogVideoX-2B has 3; 5B and 1.5-5B have 1, which shifts nothing.
+
+    Raises:
+        UserError: a shift that is not a positive number.
+    """
+    if not 0 < snr_shift < math.inf:
+        raise UserError(f"the shift must be a positive number, got {snr_shift}")
+    first, last = np.sqrt(_BETAS)
+    product = np.cumprod(1.0 - np.linspace(first, last, NUM_TRAIN_TIMESTEPS) ** 2)
+    alpha = np.sqrt(product / (snr_shift + (1.0 - snr_shift) * product))
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    squared = np.square(alpha)
+    squared.flags.writeable = False
+    return squared
+
+
+def noise_share(squared: np.ndarray) -> np.ndarray:
+    """The share of noise sigma / (alpha + sigma), float64 in [0,1], where alpha^2 is `squared`."""
+    alpha, sigma = np.sqrt(squared), np.sqrt(1.0 - squared)
+    return sigma / (alpha + sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class VPrediction:
+    """V-prediction with timesteps drawn uniformly from 0..999. The methods are those of `FlowMatching`.
+
+    A time that is not one of the 1000 levels stands for the nearest.
+
+    Attributes:
+        snr_shift: see `signal`.
+
+    Raises:
+        UserError: a shift that is not a positive number.
+    """
+
+    snr_shift: float = 1.0
+
+    def __post_init__(self):
+        signal(self.snr_shift)
+
+    def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
+        """Draws the shares of noise (B,) float32 of `batch` timesteps, uniform over 0..999."""
+        timestep = jax.random.randint(key, (batch,), 0, NUM_TRAIN_TIMESTEPS)
+        return jnp.float32(noise_share(signal(self.snr_shift)))[timestep]
+
+    def add_noise(self, x0: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+        """x_t (B, ...) float32 from data, standard normal noise and time (B,)."""
+        alpha, sigma = self._scales(time, x0.ndim)
+        return alpha * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+
+    def target(self, x0: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+        """What the network predicts: v = alpha noise - sigma x0, float32."""
+        alpha, sigma = self._scales(time, x0.ndim)
+        return alpha * noise.astype(jnp.float32) - sigma * x0.astype(jnp.float32)
+
+    def model_time(self, time: jax.Array) -> jax.Array:
+        """The timestep (B,) float32, a whole number in 0..999, that the network reads."""
+        return self._timestep(time).astype(jnp.float32)
+
+    def predicted_data(self, x: jax.Array, prediction: jax.Array, time: jax.Array) -> jax.Array:
+        """The clean sample alpha x - sigma v (B, ...) float32 that a prediction at x implies."""
+        alpha, sigma = self._scales(time, x.ndim)
+        return alpha * x.astype(jnp.float32) - sigma * prediction.astype(jnp.float32)
+
+    def per_sample_loss(
+        self, prediction: jax.Array, x0: jax.Array, noise: jax.Array, time: jax.Array
+    ) -> jax.Array:
+        """Mean squared error of v (B,) float32 over all axes but the batch.
+
+        It equals the loss that CogVideoX states, the error of the predicted data times 1 / sigma^2, without
+        its cancellation where sigma is small.
+        """
+        error = prediction.astype(jnp.float32) - self.target(x0, noise, time)
+        return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
+
+    def _timestep(self, time: jax.Array) -> jax.Array:
+        """(B,) int32 in 0..999, of the level nearest to each time."""
+        level = noise_share(signal(self.snr_shift))
+        between = jnp.float32((level[1:] + level[:-1]) / 2)  # (999,)
+        return jnp.searchsorted(between, time.astype(jnp.float32))
+
+    def _scales(self, time: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
+        """alpha and sigma, both (B,1,...,1) float32, whatever the dtype of the latents.
+
+        The smallest sigma, 0.03, would vanish if alpha^2 were rounded to bfloat16 first.
+        """
+        squared, timestep = signal(self.snr_shift), self._timestep(time)
+        scales = (np.sqrt(squared), np.sqrt(1.0 - squared))
+        alpha, sigma = (jnp.float32(scale)[timestep] for scale in scales)
+        shape = time.shape + (1,) * (ndim - 1)
+        return alpha.reshape(shape), sigma.reshape(shape)
+
+
+def build(**settings: Any) -> VPrediction:
+    """The objective that a configuration names: `dict(module="v_prediction", **settings)`."""
+    return VPrediction(**settings)
