@@ -3,9 +3,10 @@
     python -m convert.export --checkpoint=DIR --format=diffusers --dst=DIR
     python -m convert.export --checkpoint=DIR --format=official --dst=DIR
 
---checkpoint is a folder that `convert.wan` wrote, the workdir of a finished training run, or one part of
-either (DIR/transformer, WORKDIR/branch). Every part it holds is exported, dtypes as they are. `--dst` must
-not exist; it appears when it is whole. docs/pytorch.md tells what to do with it.
+--checkpoint is a folder that `convert.wan` or `convert.cogvideox` wrote, the workdir of a finished training
+run, or one part of either (DIR/transformer, WORKDIR/branch). Every part it holds is exported, dtypes as they
+are. The official format is of Wan2.1 alone. `--dst` must not exist; it appears when it is whole.
+docs/pytorch.md tells what to do with it.
 
 The arrays are read in whole layers and written in place, so memory holds little more than the largest
 tensor of a converted model, twice the largest leaf of a trained one, whose layers are one chunk.
@@ -17,6 +18,7 @@ import collections
 import dataclasses
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -30,16 +32,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from tqdm import tqdm
 
+from convert import cogvideox, t5, wan
 from convert import leaves as lv
-from convert import t5, wan
 from prophy_jax import checkpoints, cli, models
 from prophy_jax.errors import UserError, one_line_errors
 from prophy_jax.models.physics import BranchConfig, ProPhy
-from prophy_jax.models.wan import WAN_1_3B
 
 FORMATS = ("diffusers", "official")
-# Of a folder, as `convert.wan` and `prophy_jax.train` name them: the model file that it must be of.
-MODULES = {"transformer": "wan", "backbone": "wan", "vae": "wan_vae", "text_encoder": "t5", "branch": "wan"}
+# Folders, as `convert` and `prophy_jax.train` name them.
+PARTS = ("transformer", "backbone", "vae", "text_encoder", "branch")
 # Without ".safetensors". The public names of the format.
 STEMS = {
     "diffusers": {
@@ -57,9 +58,49 @@ STEMS = {
 }
 TOKENIZER = {"diffusers": "tokenizer", "official": "google/umt5-xxl"}
 SHARD_BYTES = 2 * 10**9
-DIFFUSERS_VERSION = "0.33.0"  # the first with Wan2.1, whose fields our files have
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the parameters of a model file are in PyTorch."""
+
+    parts: tuple[str, ...]  # that are of this model file
+    leaves: Callable[[Any, str], Mapping[str, lv.Leaf]]  # of a configuration and a format
+    # config.json of a configuration, by format: None where the format has none, or UserError, which goes on
+    # from the folder's name, where the format has no such model.
+    configs: Mapping[str, Callable[[Any], dict[str, Any] | None]]
+    # Of a transformer: class of the pipeline, and configuration of its scheduler.
+    pipeline: Callable[[Any], tuple[str, dict[str, Any]]] | None = None
+
+
+# Of a file in prophy_jax.models.
+FORMS = {
+    "wan": Form(
+        parts=("transformer", "backbone", "branch"),
+        leaves=wan.dit_leaves,
+        configs={"diffusers": wan.diffusers_config, "official": wan.official_config},
+        pipeline=wan.diffusers_pipeline,
+    ),
+    "wan_vae": Form(
+        parts=("vae",),
+        leaves=wan.vae_leaves,
+        configs={"diffusers": wan.diffusers_vae_config, "official": lambda config: None},
+    ),
+    "cogvideox": Form(
+        parts=("transformer", "backbone", "branch"),
+        leaves=cogvideox.dit_leaves,
+        configs={"diffusers": cogvideox.diffusers_config},
+        pipeline=cogvideox.diffusers_pipeline,
+    ),
+    "cogvideox_vae": Form(("vae",), cogvideox.vae_leaves, {"diffusers": cogvideox.diffusers_vae_config}),
+    "t5": Form(
+        parts=("text_encoder",),
+        leaves=t5.leaves,
+        configs={"diffusers": t5.transformers_config, "official": t5.official_config},
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +108,7 @@ class Part:
     """One parameter tree on disk and how it is called in PyTorch."""
 
     name: str  # "transformer", "vae", "text_encoder" or "branch"
+    form: Form  # of a branch that of its backbone
     folder: Path
     manifest: Mapping[str, Any]
     config: Any  # of the model file; of a branch its `BranchConfig`
@@ -131,15 +173,15 @@ def find_parts(checkpoint: str) -> list[Path]:
         raise UserError(f"no folder {checkpoint}: name one with --checkpoint=DIR")
     if (folder / "manifest.json").exists() or (folder / "tree").exists():
         return [folder]
-    for name in MODULES:
+    for name in PARTS:
         for half in (folder / f"{name}.partial", folder / f"{name}.writing"):
             if half.exists():
                 raise UserError(f"{half} was not finished: run the command that writes {checkpoint} again")
-    found = [folder / name for name in MODULES if (folder / name).is_dir()]
+    found = [folder / name for name in PARTS if (folder / name).is_dir()]
     if not found:
         raise UserError(
-            f"nothing to export in {checkpoint}: name a folder that convert.wan wrote, or the workdir of a "
-            "finished run of prophy_jax.train"
+            f"nothing to export in {checkpoint}: name a folder that convert.wan or convert.cogvideox wrote, "
+            "or the workdir of a finished run of prophy_jax.train"
         )
     if {"transformer", "backbone"} <= {path.name for path in found}:
         raise UserError(f"{checkpoint} holds a transformer and a backbone: export one of them at a time")
@@ -150,8 +192,8 @@ def _open_part(folder: Path, naming: str) -> Part:
     """Everything but the values, checked against each other."""
     manifest = _read_json(folder / "manifest.json", f"{folder} is not whole: convert or train again")
     name = manifest.get("part")
-    if name not in MODULES:
-        raise UserError(f"{folder} holds {name!r}, which has no PyTorch form: choose from {list(MODULES)}")
+    if name not in PARTS:
+        raise UserError(f"{folder} holds {name!r}, which has no PyTorch form: choose from {list(PARTS)}")
     spec = manifest.get("model")
     if not spec:
         raise UserError(
@@ -159,18 +201,22 @@ def _open_part(folder: Path, naming: str) -> Part:
             "training command of its workdir again, which ends at once and writes it anew"
         )
     module = spec.get("backbone", {}).get("module") if name == "branch" else spec.get("module")
-    if module != MODULES[name]:
-        raise UserError(f"{folder} is of the model {module!r}: only Wan2.1's {MODULES[name]!r} is exported")
+    form = FORMS.get(module)
+    if form is None or name not in form.parts:
+        known = ", ".join(key for key, form in FORMS.items() if name in form.parts)
+        raise UserError(f"{folder} is of the model {module!r}: a {name} is exported of {known}")
+    if naming not in form.configs:
+        raise UserError(f"{folder} is of the model {module!r}: use --format={next(iter(form.configs))}")
     if name == "branch":
         config = BranchConfig.from_dict(spec["branch"])
-        table = branch_leaves(models.build(spec["backbone"]), config, naming)
+        table = branch_leaves(models.build(spec["backbone"]), config, form, naming)
     else:
         config = models.build(spec).config
-        table = {"wan": wan.dit_leaves, "wan_vae": wan.vae_leaves, "t5": t5.leaves}[module](config, naming)
-    if naming == "official" and name in ("transformer", "backbone"):
-        _check_official(folder, config)
-    if module == "t5" and config.shared_bias and naming == "official":
-        raise UserError(f"{folder} is a T5 v1.1, the official Wan2.1 format has none: use --format=diffusers")
+        table = form.leaves(config, naming)
+        try:
+            form.configs[naming](config)
+        except UserError as error:
+            raise UserError(f"{folder} {error}") from error
 
     arrays = _open_tree(folder)
     stored = {path: (tuple(array.shape), array.dtype.name) for path, array in arrays.items()}
@@ -186,17 +232,8 @@ def _open_part(folder: Path, naming: str) -> Part:
         raise UserError(f"{folder} holds values of {sorted(strange)}: parameters are floating-point numbers")
     wanted = {path: jax.ShapeDtypeStruct(leaf.shape, "float32") for path, leaf in table.items()}
     checkpoints.check_shapes(stored, unflatten_dict(wanted, sep="/"), str(folder), dtypes=False)
-    return Part("transformer" if name == "backbone" else name, folder, manifest, config, table, arrays)
-
-
-def _check_official(folder: Path, config: Any) -> None:
-    """The official config.json has no field for two sizes: the reference code takes Wan2.1's."""
-    for name in ("patch_size", "text_dim"):
-        if getattr(config, name) != getattr(WAN_1_3B, name):
-            raise UserError(
-                f"{folder} has {name} {getattr(config, name)}, the official format knows only Wan2.1's "
-                f"{getattr(WAN_1_3B, name)}: use --format=diffusers"
-            )
+    name = "transformer" if name == "backbone" else name
+    return Part(name, form, folder, manifest, config, table, arrays)
 
 
 def _read_json(path: Path, remedy: str) -> Any:
@@ -229,13 +266,17 @@ def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
         raise UserError(f"{tree} is not readable ({_first_line(error)}): {remedy}") from error
 
 
-def branch_leaves(backbone: Any, config: BranchConfig, naming: str) -> dict[str, lv.Leaf]:
-    """The key table of a physical branch beside a Wan2.1 transformer; docs/pytorch.md lists it."""
+def branch_leaves(backbone: Any, config: BranchConfig, form: Form, naming: str) -> dict[str, lv.Leaf]:
+    """The key table of a physical branch beside a transformer; docs/pytorch.md lists it for Wan2.1."""
     key = jax.random.key(0)
     weights = jax.eval_shape(backbone.init, key)
     tree = flatten_dict(jax.eval_shape(ProPhy(backbone, config).init_branch, key, weights), sep="/")
     copies = dataclasses.replace(backbone.config, num_layers=len(config.layers))
-    table = {path: leaf for path, leaf in wan.dit_leaves(copies, naming).items() if path in tree}
+    table = {}
+    for path, leaf in form.leaves(copies, naming).items():
+        if path in tree:  # A block of the branch, whatever a transformer's own are called.
+            names = tuple(re.sub(r"^\w+\.(\d+)\.", r"blocks.\1.", name) for name in leaf.names)
+            table[path] = dataclasses.replace(leaf, names=names)
     suffix = {"kernel": "weight", "bias": "bias"}
     for path in tree.keys() - table.keys():
         shape = tree[path].shape
@@ -402,125 +443,33 @@ def _first_line(error: Exception) -> str:
 
 def _config(part: Part, naming: str) -> dict[str, Any] | None:
     """The config.json of a part; None where the format has none."""
-    if naming == "official":
-        return _official_config(part.config) if part.name == "transformer" else None
-    makers = {"transformer": _transformer_config, "vae": _vae_config, "text_encoder": _text_encoder_config}
-    return makers[part.name](part) if part.name in makers else None
-
-
-def _official_config(config: Any) -> dict[str, Any]:
-    return {
-        "_class_name": "WanModel",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "dim": config.dim,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "in_dim": config.in_channels,
-        "model_type": "t2v",
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_dim": config.out_channels,
-        "text_len": config.text_len,
-    }
-
-
-def _transformer_config(part: Part) -> dict[str, Any]:
-    config = part.config
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "added_kv_proj_dim": None,
-        "attention_head_dim": config.head_dim,
-        "cross_attn_norm": True,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "image_dim": None,
-        "in_channels": config.in_channels,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_channels": config.out_channels,
-        "patch_size": list(config.patch_size),
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024,
-        "text_dim": config.text_dim,
-    }
-
-
-def _vae_config(part: Part) -> dict[str, Any]:
-    config = part.config
-    return {
-        "_class_name": "AutoencoderKLWan",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "attn_scales": [],
-        "base_dim": config.base_dim,
-        "dim_mult": list(config.dim_mult),
-        "dropout": 0.0,
-        "latents_mean": list(config.latents_mean),
-        "latents_std": list(config.latents_std),
-        "num_res_blocks": config.num_res_blocks,
-        "scale_factor_spatial": config.space,
-        "scale_factor_temporal": config.time,
-        "temperal_downsample": list(config.temporal_downsample),  # diffusers spells it so
-        "z_dim": config.z_dim,
-    }
-
-
-def _text_encoder_config(part: Part) -> dict[str, Any]:
-    config = part.config
-    sizes = collections.Counter()  # bytes by dtype
-    for array in part.arrays.values():
-        sizes[array.dtype.name] += array.size * array.dtype.numpy_dtype.itemsize
-    return {
-        "architectures": ["T5EncoderModel" if config.shared_bias else "UMT5EncoderModel"],
-        "d_ff": config.d_ff,
-        "d_kv": config.d_kv,
-        "d_model": config.d_model,
-        "decoder_start_token_id": 0,
-        "dropout_rate": 0.1,
-        "eos_token_id": 1,
-        "feed_forward_proj": "gated-gelu",
-        "is_encoder_decoder": True,
-        "layer_norm_epsilon": config.eps,
-        "model_type": "t5" if config.shared_bias else "umt5",
-        "num_decoder_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "pad_token_id": 0,
-        "relative_attention_max_distance": config.max_distance,
-        "relative_attention_num_buckets": config.num_buckets,
-        "torch_dtype": sizes.most_common(1)[0][0],
-        "vocab_size": config.vocab_size,
-    }
+    if part.name == "branch":
+        return None
+    fields = part.form.configs[naming](part.config)
+    if fields and part.name == "text_encoder":
+        sizes = collections.Counter()  # bytes by dtype
+        for array in part.arrays.values():
+            sizes[array.dtype.name] += array.size * array.dtype.numpy_dtype.itemsize
+        fields["torch_dtype"] = sizes.most_common(1)[0][0]
+    return fields and dict(sorted(fields.items()))
 
 
 def _write_pipeline(parts: list[Part], root: Path) -> None:
-    """What makes a `diffusers.WanPipeline` of the components, when all of them are there."""
-    if not {"transformer", "vae", "text_encoder"} <= {part.name for part in parts}:
+    """What makes a pipeline of diffusers of the components, when all of them are there."""
+    whole = {part.name: part for part in parts}
+    if not {"transformer", "vae", "text_encoder"} <= whole.keys() or not (root / "tokenizer").is_dir():
         return
-    if not (root / "tokenizer").is_dir():
-        return
-    text_encoder = _read_json(root / "text_encoder" / "config.json", "")["architectures"][0]
+    pipeline, scheduler = whole["transformer"].form.pipeline(whole["transformer"].config)
     index = {
-        "_class_name": "WanPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", text_encoder],
+        "_class_name": pipeline,
+        "_diffusers_version": scheduler["_diffusers_version"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", _config(whole["text_encoder"], "diffusers")["architectures"][0]],
         "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+        "transformer": ["diffusers", _config(whole["transformer"], "diffusers")["_class_name"]],
+        "vae": ["diffusers", _config(whole["vae"], "diffusers")["_class_name"]],
     }
     _write_json(root / "model_index.json", index)
-    scheduler = {
-        "_class_name": "UniPCMultistepScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "flow_shift": 3.0,
-        "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction",
-        "solver_order": 2,
-        "use_flow_sigmas": True,
-    }
     (root / "scheduler").mkdir()
     _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
 

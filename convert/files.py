@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF
 # More than the largest public checkpoints need by far, little enough to read at once.
 _HEADER_LIMIT = 100_000_000
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+_PLAIN = (type(None), bool, int, float, str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,15 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def part(self, start: int, stop: int | None) -> "Tensor":
+        """Rows `start` to `stop`; all of it if `stop` is None."""
+        if stop is None:
+            return self
+        row_bytes = self.nbytes // self.shape[0]
+        return dataclasses.replace(
+            self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes
+        )
+
 
 def find(folder: Path, stem: str) -> list[Path]:
     """The files of a model saved as `stem`: one file, or shards, with their index if there is one.
@@ -60,15 +71,20 @@ def find(folder: Path, stem: str) -> list[Path]:
     return sorted(folder.glob(f"{stem}*.safetensors"))
 
 
-def tensors(paths: list[Path]) -> list[Tensor]:
+def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]:
     """The tensors of .safetensors and .pth files and of the shards that an index names, in file order.
+
+    Args:
+        paths: Of `find`, or any files whose other suffix is taken for .pth.
+        unused: Finds names of tensors that nobody will read: in a .pth they may also be integers, and are
+            then left out.
 
     Raises:
         UserError: a file is missing, cut short or something else, or does not hold what its index says.
     """
     found = []
     for path in paths:
-        found += _sharded(path) if path.suffix == ".json" else _tensors(path)
+        found += _sharded(path) if path.suffix == ".json" else _tensors(path, unused)
     return found
 
 
@@ -83,10 +99,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tensors(path: Path) -> list[Tensor]:
-    read = _safetensors if path.suffix == ".safetensors" else _pth
+def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
     try:
-        found = read(path)
+        found = _safetensors(path) if path.suffix == ".safetensors" else _pth(path, unused)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return sorted(found, key=lambda tensor: (tensor.offset, tensor.nbytes))
@@ -239,7 +254,7 @@ class _StateDictUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a storage is malformed")
 
 
-def _pth(path: Path) -> list[Tensor]:
+def _pth(path: Path, unused: re.Pattern | None) -> list[Tensor]:
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             start = file.read(4)
@@ -248,12 +263,14 @@ def _pth(path: Path) -> list[Tensor]:
         raise UserError(f"{path} is not a zip archive of torch.save: save it again with torch 1.6 or later")
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
-            return _pth_tensors(path, archive, raw)
+            return _pth_tensors(path, archive, raw, unused)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, EOFError) as error:
         raise _broken(path, str(error)) from error
 
 
-def _pth_tensors(path: Path, archive: zipfile.ZipFile, raw: io.BufferedReader) -> list[Tensor]:
+def _pth_tensors(
+    path: Path, archive: zipfile.ZipFile, raw: io.BufferedReader, unused: re.Pattern | None
+) -> list[Tensor]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1 or any(name.split("/")[1:2] == ["code"] for name in entries):
@@ -270,6 +287,8 @@ def _pth_tensors(path: Path, archive: zipfile.ZipFile, raw: io.BufferedReader) -
 
     found, spans = [], []
     for name, view in views.items():
+        if unused and unused.search(name) and view.storage.kind not in _STORAGES:
+            continue
         entry = entries.get(f"{root}/data/{view.storage.key}")
         dtype = _dtype(path, name, _STORAGES.get(view.storage.kind, view.storage.kind))
         if entry is None or entry.file_size != view.storage.numel * dtype.itemsize:
@@ -299,8 +318,19 @@ def _state_dict(path: Path, data: bytes) -> dict[str, _View]:
         ) from error
     except Exception as error:  # Any opcode may fail in any way on a damaged pickle.
         raise _broken(path, f"its pickle does not load: {error}") from error
-    if isinstance(content, dict) and len(content) == 1 and next(iter(content)) in _WRAPPERS:
-        content = next(iter(content.values()))
+    if isinstance(content, dict):
+        # Beside the weights there may be plain values, such as the number of a step, but no further states.
+        states = [key for key, value in content.items() if not isinstance(value, _PLAIN)]
+        if len(states) == 1 and states[0] in _WRAPPERS:
+            content = content[states[0]]
+        elif wrapper := next(
+            (key for key in states if key in _WRAPPERS and isinstance(content[key], Mapping)), None
+        ):
+            raise UserError(
+                f"{path} is not a plain state dict: its entry {wrapper} is {_describe(content[wrapper])} and "
+                f"beside it are {', '.join(_key(key) for key in states if key != wrapper)}, as training "
+                "saves them; save model.state_dict() alone"
+            )
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is not a plain state dict but {_describe(content)}")
     for key, value in content.items():

@@ -3,7 +3,8 @@
 A table is a dict from the path of a leaf, "a/b/c", to a `Leaf`. It serves both directions: reading, and
 writing what `read` gave back bit by bit. Every layout is a permutation of axes and a reshape:
 a PyTorch weight (O, I, ...) of a linear layer or a convolution is our kernel (..., I, O), anything else
-keeps its order.
+keeps its order. Where PyTorch has several layers in one tensor, ours are made of some of its rows each;
+such a table is for reading only.
 
 Legend: O I output and input features.
 """
@@ -27,10 +28,11 @@ class Leaf:
     """One leaf of our tree and the PyTorch tensors it is made of."""
 
     names: tuple[str, ...]  # One tensor, or one per layer.
-    torch_shape: Shape  # Of each of them.
+    torch_shape: Shape  # Of each of them, or of its `rows`.
     shape: Shape  # Ours, with the layer axis if there is one.
     stacked: bool  # Whether the first axis of `shape` is the layer.
     axes: Shape  # PyTorch axes in our order, before the reshape to `piece_shape`.
+    rows: tuple[tuple[int, int], ...] = ()  # Ranges of a larger tensor, one after another; (): all of it.
 
     @property
     def piece_shape(self) -> Shape:
@@ -47,6 +49,11 @@ class Leaf:
         if self.transposed:
             return tensor.transpose(self.axes).reshape(*self.piece_shape[:-1], -1)
         return tensor.reshape(-1, *self.piece_shape[1:])
+
+    def put(self, piece: np.ndarray, start: int, rows: np.ndarray) -> None:
+        """Writes some rows of a PyTorch tensor, from row `start` on, where they belong in a piece."""
+        where = slice(start, start + len(rows))
+        piece[(..., where) if self.transposed else where] = self.from_torch(rows)
 
     def to_torch(self, piece: np.ndarray) -> np.ndarray:
         """The way back: one layer of a stacked leaf, or the whole of another."""
@@ -75,7 +82,16 @@ def leaf(path: str, names: Iterable[str], shape: Shape, stacked: bool, torch_sha
 
 def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
     """Names and shapes of the PyTorch tensors of a table."""
-    return {name: entry.torch_shape for entry in table.values() for name in entry.names}
+    shapes = {}
+    for entry in table.values():
+        # Of a tensor that several leaves share, the one with the last rows tells how many there are.
+        length = max((stop for _, stop in entry.rows), default=None)
+        for name in entry.names:
+            if length is None:
+                shapes[name] = entry.torch_shape
+            elif length > shapes.get(name, (0,))[0]:
+                shapes[name] = (length, *entry.torch_shape[1:])
+    return shapes
 
 
 def recognise(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) -> str | None:
@@ -101,7 +117,10 @@ def read(tensors: Mapping[str, np.ndarray], table: Mapping[str, Leaf]) -> dict[s
     """The parameter tree of checked PyTorch tensors, as NumPy arrays in their dtype."""
     tree = {}
     for path, entry in table.items():
-        pieces = [entry.from_torch(np.asarray(tensors[name])) for name in entry.names]
+        whole = (np.asarray(tensors[name]) for name in entry.names)
+        if entry.rows:
+            whole = (np.concatenate([tensor[a:b] for a, b in entry.rows]) for tensor in whole)
+        pieces = [entry.from_torch(tensor) for tensor in whole]
         tree[path] = np.stack(pieces) if entry.stacked else np.ascontiguousarray(pieces[0])
     return traverse_util.unflatten_dict(tree, sep="/")
 
@@ -111,7 +130,10 @@ def write(params: Mapping[str, Any], table: Mapping[str, Leaf], summary: str) ->
 
     Raises:
         UserError: `summary`, then every unknown, missing and mis-shaped leaf.
+        ValueError: the table is for reading only.
     """
+    if any(entry.rows for entry in table.values()):
+        raise ValueError("a table with rows of larger tensors is for reading only")
     tree = traverse_util.flatten_dict(params, sep="/")
     shapes = {path: entry.shape for path, entry in table.items()}
     _compare([(path, tuple(array.shape)) for path, array in tree.items()], shapes, summary)

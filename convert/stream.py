@@ -129,7 +129,6 @@ def write_tree(job: Job, partial: Path, identity: Mapping[str, Any], progress: t
         for source in job.sources:
             reader = _Reader(source, progress)
             for tensor in (tensor for tensor in job.tensors if tensor.file == source):
-                reader.skip_to(tensor.offset)
                 writer.take(tensor, reader)
             files.append({"name": source.name, "bytes": reader.size, "sha256": reader.finish()})
         leaves = writer.leaves()
@@ -299,22 +298,31 @@ class _Writer:
     def __init__(self, tree: Path, job: Job, journal: _Journal):
         self._tree, self._job, self._journal = tree, job, journal
         self._dtypes = job.dtypes()
-        self._place = {
-            name: (path, layer) for path, leaf in job.table.items() for layer, name in enumerate(leaf.names)
-        }
+        self._places: dict[str, list[_Place]] = {}
+        for path, leaf in job.table.items():
+            for layer, name in enumerate(leaf.names):
+                self._places.setdefault(name, []).extend(_places(path, layer, leaf))
         self._gathered: dict[str, tuple[np.ndarray, set[int]]] = {}
+        self._collected: dict[tuple[str, int], np.ndarray] = {}
         self._copies: dict[str, list[str]] = {}
         self._buffer = np.empty(0, np.uint8)
 
     def take(self, tensor: Tensor, reader: _Reader) -> None:
-        """Reads a tensor, at which the reader stands, and writes it unless an earlier run did."""
+        """Reads a tensor that lies ahead of the reader, and writes it unless an earlier run did."""
         original = self._job.copies.get(tensor.name)
-        path, layer = self._place[original or tensor.name]
-        gathered = _is_gathered(self._job.table[path], self._dtypes[path])
-        if original:
-            self._copies[tensor.name] = self._digests(self._parts(tensor, path, reader), path)
-        elif not self._is_done(path if gathered else tensor.name, path, layer):
-            (self._gather if gathered else self._stream)(tensor, path, layer, reader)
+        for place in sorted(self._places[original or tensor.name], key=lambda place: place.start):
+            part = tensor.part(place.start, place.stop)
+            reader.skip_to(part.offset)
+            path, layer = place.path, place.layer
+            if original:
+                self._copies[tensor.name] = self._digests(self._parts(part, path, reader), path)
+            elif not self._is_done(path, layer):
+                if self._job.table[path].rows:
+                    self._collect(part, place, reader)
+                elif _is_gathered(self._job.table[path], self._dtypes[path]):
+                    self._gather(part, path, layer, reader)
+                else:
+                    self._write_layer(path, layer, self._parts(part, path, reader))
 
     def leaves(self) -> dict[str, tuple[str, tuple[int, ...], list[str]]]:
         """dtype, shape and digests of every leaf, by path, when all tensors have been taken."""
@@ -325,34 +333,59 @@ class _Writer:
                 raise SourceError(f"{copy} differs from {original}, of which it must be a copy")
         leaves = {}
         for path, leaf in self._job.table.items():
-            names = [path] if _is_gathered(leaf, self._dtypes[path]) else leaf.names
-            digests = [digest for name in names for digest in done[name]]
+            keys = dict.fromkeys(self._key(path, layer) for layer in range(len(leaf.names)))
+            digests = [digest for key in keys for digest in done[key]]
             leaves[path] = (str(self._dtypes[path]), leaf.shape, digests)
         return leaves
 
     def _gather(self, tensor: Tensor, path: str, layer: int, reader: _Reader) -> None:
         leaf = self._job.table[path]
+        for _, rows in reader.rows(tensor, tensor.shape[0]):
+            self._add_layer(path, layer, leaf.from_torch(rows))
+
+    def _add_layer(self, path: str, layer: int, piece: np.ndarray) -> None:
+        """Adds a layer of a gathered leaf, which is written when it has them all."""
+        leaf = self._job.table[path]
         if path not in self._gathered:
             array = np.empty(leaf.shape, self._dtypes[path])
             self._gathered[path] = (array, set(range(len(leaf.names))))
         array, missing = self._gathered[path]
-        for _, rows in reader.rows(tensor, tensor.shape[0]):
-            array[layer] = leaf.from_torch(rows)
+        array[layer] = piece
         missing.remove(layer)
         if not missing:
             _write(self._files(path, 0)[0], array, array.nbytes)
             self._journal.add(path, checkpoints.leaf_digests(array))
             del self._gathered[path]
 
-    def _stream(self, tensor: Tensor, path: str, layer: int, reader: _Reader) -> None:
+    def _collect(self, part: Tensor, place: "_Place", reader: _Reader) -> None:
+        """Adds rows to a layer that is made of some rows of a tensor; it is written when it has them all."""
+        path, layer = place.path, place.layer
+        leaf, dtype = self._job.table[path], self._dtypes[path]
+        bits = np.dtype(f"u{dtype.itemsize}")  # NumPy moves integers faster than bfloat16.
+        if (path, layer) not in self._collected:
+            self._collected[path, layer] = np.empty(leaf.piece_shape, bits)
+        piece = self._collected[path, layer]
+        for start, rows in reader.rows(part, _ROWS):
+            leaf.put(piece, place.at + start, rows.astype(dtype, copy=False).view(bits))
+        if place.is_last:
+            del self._collected[path, layer]
+            piece = piece.view(dtype)
+            if _is_gathered(leaf, dtype):
+                self._add_layer(path, layer, piece)
+            else:
+                length = self._chunk(path)[1 if leaf.stacked else 0]
+                self._write_layer(path, layer, _cut(piece, length))
+
+    def _write_layer(self, path: str, layer: int, parts: Iterator[np.ndarray]) -> None:
+        """Writes the chunks of a layer of a stacked leaf, or of the whole of another, as they come."""
         files, size = self._files(path, layer), self._chunk_bytes(path)
 
         def written() -> Iterator[np.ndarray]:
-            for file, part in zip(files, self._parts(tensor, path, reader), strict=True):
+            for file, part in zip(files, parts, strict=True):
                 _write(file, part, size)
                 yield part
 
-        self._journal.add(tensor.name, self._digests(written(), path))
+        self._journal.add(self._key(path, layer), self._digests(written(), path))
 
     def _digests(self, parts: Iterator[np.ndarray], path: str) -> list[str]:
         """`checkpoints.leaf_digests` of a leaf in parts, or the one digest of a layer of a stacked leaf."""
@@ -402,11 +435,40 @@ class _Writer:
         folder = _folder(self._tree, path)
         return [folder / ".".join(map(str, index)) for index in itertools.product(*grid)]
 
-    def _is_done(self, name: str, path: str, layer: int) -> bool:
+    def _key(self, path: str, layer: int) -> str:
+        """What the journal calls a layer of a leaf, or the whole of a gathered one."""
+        leaf = self._job.table[path]
+        if _is_gathered(leaf, self._dtypes[path]):
+            return path
+        return f"{path} {layer}" if leaf.rows else leaf.names[layer]
+
+    def _is_done(self, path: str, layer: int) -> bool:
         # After a power cut the journal may know of bytes that never reached the disk.
         size = self._chunk_bytes(path)
-        files = self._files(path, layer) if name in self._journal.done else []
+        files = self._files(path, layer) if self._key(path, layer) in self._journal.done else []
         return bool(files) and all(file.exists() and file.stat().st_size == size for file in files)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where rows of a tensor go."""
+
+    path: str
+    layer: int
+    start: int
+    stop: int | None  # None: all rows.
+    at: int = 0  # The place of the first of them among the rows of the leaf.
+    is_last: bool = True  # Whether the leaf's layer has all its rows then, as tensors are read in order.
+
+
+def _places(path: str, layer: int, leaf: Leaf) -> list[_Place]:
+    if not leaf.rows:
+        return [_Place(path, layer, 0, None)]
+    places, at = [], 0
+    for start, stop in leaf.rows:
+        places.append(_Place(path, layer, start, stop, at, stop == leaf.rows[-1][1]))
+        at += stop - start
+    return places
 
 
 def _cut(array: np.ndarray, length: int) -> Iterator[np.ndarray]:

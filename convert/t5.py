@@ -98,3 +98,33 @@ def sizes_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
         "shared_bias": False,
         "num_buckets": num_buckets,
     }
+
+
+def transformers_config(config: T5Config) -> dict[str, Any]:
+    """config.json for transformers, without the dtype."""
+    return {
+        "architectures": ["T5EncoderModel" if config.shared_bias else "UMT5EncoderModel"],
+        "d_ff": config.d_ff,
+        "d_kv": config.d_kv,
+        "d_model": config.d_model,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": config.eps,
+        "model_type": "t5" if config.shared_bias else "umt5",
+        "num_decoder_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": config.max_distance,
+        "relative_attention_num_buckets": config.num_buckets,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def official_config(config: T5Config) -> None:
+    """The official format has no config.json. Raises UserError on a T5 v1.1."""
+    if config.shared_bias:
+        raise UserError("is a T5 v1.1, the official Wan2.1 format has none: use --format=diffusers")

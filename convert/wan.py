@@ -11,33 +11,21 @@ Both formats name the same tensors differently and store them alike, so one tabl
 reading and writing (here and in `convert.t5`). `convert.export` takes the way back.
 """
 
-import argparse
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import re
-import shutil
-import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-from absl import logging
 from flax import traverse_util
-from tqdm import tqdm
 
-import prophy_jax
-from convert import files, stream, t5
+from convert import command, files, t5
 from convert import leaves as lv
-from prophy_jax import cli, models
-from prophy_jax.data.text import load_tokenizer
-from prophy_jax.errors import UserError, one_line_errors
+from prophy_jax.errors import UserError
 from prophy_jax.models.t5 import UMT5_XXL
 from prophy_jax.models.wan import WAN_1_3B, Params, Wan, WanConfig
 from prophy_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -201,9 +189,95 @@ def _write(params: Params, config: WanConfig, naming: str) -> dict[str, np.ndarr
     return lv.write(params, dit_leaves(config, naming), summary)
 
 
-# The command.
+# Configuration files.
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DIFFUSERS_VERSION = "0.33.0"  # the first with Wan2.1, whose fields our files have
+
+
+def official_config(config: WanConfig) -> dict[str, Any]:
+    """config.json for the reference code.
+
+    Raises:
+        UserError: it has no field for two sizes, where the reference code takes Wan2.1's.
+    """
+    for name in ("patch_size", "text_dim"):
+        if getattr(config, name) != getattr(WAN_1_3B, name):
+            raise UserError(
+                f"has {name} {getattr(config, name)}, the official format knows only Wan2.1's "
+                f"{getattr(WAN_1_3B, name)}: use --format=diffusers"
+            )
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "dim": config.dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.in_channels,
+        "model_type": "t2v",
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_dim": config.out_channels,
+        "text_len": config.text_len,
+    }
+
+
+def diffusers_config(config: WanConfig) -> dict[str, Any]:
+    """config.json for diffusers."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "added_kv_proj_dim": None,
+        "attention_head_dim": config.head_dim,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "image_dim": None,
+        "in_channels": config.in_channels,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_channels": config.out_channels,
+        "patch_size": list(config.patch_size),
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": config.text_dim,
+    }
+
+
+def diffusers_vae_config(config: WanVAEConfig) -> dict[str, Any]:
+    """config.json for diffusers."""
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "attn_scales": [],
+        "base_dim": config.base_dim,
+        "dim_mult": list(config.dim_mult),
+        "dropout": 0.0,
+        "latents_mean": list(config.latents_mean),
+        "latents_std": list(config.latents_std),
+        "num_res_blocks": config.num_res_blocks,
+        "scale_factor_spatial": config.space,
+        "scale_factor_temporal": config.time,
+        "temperal_downsample": list(config.temporal_downsample),  # diffusers spells it so
+        "z_dim": config.z_dim,
+    }
+
+
+def diffusers_pipeline(config: WanConfig) -> tuple[str, dict[str, Any]]:
+    """Class of the pipeline, and the scheduler of the public 1.3B repository."""
+    return "WanPipeline", {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "flow_shift": 3.0,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "use_flow_sigmas": True,
+    }
+
+
+# The command.
 
 
 def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +289,7 @@ def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: ours[field.name] for field in dataclasses.fields(WanConfig) if field.name in ours}
 
 
-def _dit_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
+def _dit_of_shapes(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
     """Fields of `WanConfig` from official tensors. Every Wan2.1 has heads of width 128."""
     dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
     return {
@@ -240,7 +314,7 @@ def _vae_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: ours[field.name] for field in dataclasses.fields(WanVAEConfig) if field.name in ours}
 
 
-def _vae_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
+def _vae_of_shapes(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
     """Fields of `WanVAEConfig` from official tensors. The statistics of the latents are Wan2.1's."""
     pattern = re.compile(r"encoder\.downsamples\.(\d+)\.resample\.1\.weight")
     ends = sorted(int(match[1]) for match in map(pattern.fullmatch, shapes) if match)
@@ -258,118 +332,59 @@ def _vae_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How a part of Wan2.1 is found and recognised."""
-
-    module: str  # in prophy_jax.models
-    official: str  # stem of the file
-    diffusers: str  # in the folder of the part's name
-    public: Any  # A configuration, whose names tell the naming of a file.
-    leaves: Callable[[Any, str], dict[str, lv.Leaf]]
-    of_json: Callable[[Mapping[str, Any]], dict[str, Any]]
-    of_shapes: Callable[[Mapping[str, lv.Shape]], dict[str, Any]]
-
-
 PARTS = {
-    "transformer": Kind(
+    "transformer": command.Part(
         module="wan",
-        official="diffusion_pytorch_model",
-        diffusers="diffusion_pytorch_model",
         public=WAN_1_3B,
+        namings=NAMINGS,
         leaves=dit_leaves,
         of_json=_dit_of_json,
-        of_shapes=_dit_of_shapes,
+        of_shapes={"official": _dit_of_shapes},
     ),
-    "vae": Kind(
+    "vae": command.Part(
         module="wan_vae",
-        official="Wan2.1_VAE",
-        diffusers="diffusion_pytorch_model",
         public=WanVAEConfig(),
+        namings=NAMINGS,
         leaves=vae_leaves,
         of_json=_vae_of_json,
-        of_shapes=_vae_of_shapes,
+        of_shapes={"official": _vae_of_shapes},
     ),
-    "text_encoder": Kind(
+    "text_encoder": command.Part(
         module="t5",
-        official="models_t5_umt5-xxl-enc-bf16",
-        diffusers="model",
         public=UMT5_XXL,
+        namings=NAMINGS,
         leaves=t5.leaves,
         of_json=t5.sizes_of_json,
-        of_shapes=t5.sizes_of_shapes,
+        of_shapes={"official": lambda shapes, _: t5.sizes_of_shapes(shapes)},
     ),
+}
+# Stems of the weight files in the folder of a part's name, and in the folder of all official files.
+DIFFUSERS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+OFFICIAL = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "Wan2.1_VAE",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """A part that was found, recognised and checked, ready to be streamed."""
-
-    part: str
-    format: str
-    model: dict[str, Any]  # for `models.build`
-    job: stream.Job
-    tokenizer: Path | None
-
-
-def find(src: Path, part: str) -> tuple[list[Path], Path]:
-    """The weight files of a part in either layout, empty if there are none, and where its config.json is."""
-    kind = PARTS[part]
+def _find(src: Path, part: str) -> command.Source | None:
     folder = src / part
     if folder.is_dir():
-        return files.find(folder, kind.diffusers), folder / "config.json"
-    config = src / "config.json" if part == "transformer" else folder / "config.json"
-    return files.find(src, kind.official), config
-
-
-def open_component(src: Path, part: str, dtype: np.dtype | None) -> Component:
-    """Recognises a part, checks names and shapes of all tensors; reads headers and no weights.
-
-    Raises:
-        UserError: it is missing, damaged, of another model, or does not fit its configuration.
-    """
-    kind = PARTS[part]
-    paths, config_path = find(src, part)
-    if not paths:
-        raise UserError(_missing(src, part))
-    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
-    tensors = files.tensors(paths)
-    fields = files.read_json(config_path) if config_path.is_file() else {}
-    _refuse_other_models(where, {tensor.name: tensor.shape for tensor in tensors}, fields)
-
-    tables = {naming: kind.leaves(kind.public, naming) for naming in NAMINGS}
-    naming = lv.recognise((tensor.name for tensor in tensors), tables)
-    if naming is None:
-        raise UserError(f"{where} holds no tensor of a Wan2.1 {part}: is it the right file?")
-    tensors, copies = _set_copies_apart(tensors)
-    found = {tensor.name: tensor.shape for tensor in tensors if tensor.name not in copies}
-    if fields:
-        model, table = _configure(kind, naming, str(config_path), kind.of_json, fields)
-    elif naming == "official":
-        model, table = _configure(kind, naming, where, kind.of_shapes, found)
+        weights, config = files.find(folder, DIFFUSERS[part]), folder / "config.json"
     else:
-        raise UserError(f"{config_path} is missing: download it too")
-    shapes = [(tensor.name, tensor.shape) for tensor in tensors if tensor.name not in copies]
-    lv.check(shapes, table, f"{where} is not the {part} of its configuration ({naming} naming)")
-    tokenizer = _tokenizer(src, model["vocab_size"]) if part == "text_encoder" else None
-    return Component(part, naming, model, stream.Job(table, tensors, copies, dtype), tokenizer)
+        weights = files.find(src, OFFICIAL[part])
+        config = src / "config.json" if part == "transformer" else folder / "config.json"
+    tokenizer = src / "tokenizer" if (src / "text_encoder").is_dir() else src / "google" / "umt5-xxl"
+    return command.Source(weights, config, tokenizer) if weights else None
 
 
-def _configure(
-    kind: Kind, naming: str, where: str, read: Callable[[Any], dict[str, Any]], source: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, lv.Leaf]]:
-    """The model of a config.json or of shapes, for `models.build`, and the table of its leaves."""
-    try:
-        config = models.build({"module": kind.module, **read(source)}).config
-        table = kind.leaves(config, naming)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except KeyError as error:
-        raise UserError(f"{where} lacks {error}: is it of Wan2.1?") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{where} does not describe a Wan2.1 model: {error}") from error
-    return {"module": kind.module, **dataclasses.asdict(config)}, table
+def _wanted(part: str) -> str:
+    suffix = "*.safetensors" if part == "transformer" else ".pth"
+    return f"neither {OFFICIAL[part]}{suffix} nor {part}/{DIFFUSERS[part]}*.safetensors"
 
 
 # Names of tensors, and what has them.
@@ -394,164 +409,21 @@ def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Map
         raise UserError(f"{where} is an image-to-video model (36 input channels): give a Wan2.1-T2V")
 
 
-def _set_copies_apart(tensors: list[files.Tensor]) -> tuple[list[files.Tensor], dict[str, str]]:
-    """transformers has two names for the embedding of T5; a file may use either or both."""
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    if t5.EMBEDDING not in shapes:
-        rename = {t5.ALIAS: t5.EMBEDDING}
-        return [dataclasses.replace(t, name=rename.get(t.name, t.name)) for t in tensors], {}
-    same = shapes.get(t5.ALIAS) == shapes[t5.EMBEDDING]
-    return tensors, {t5.ALIAS: t5.EMBEDDING} if same else {}
-
-
-def _tokenizer(src: Path, vocab_size: int) -> Path:
-    folder = src / "tokenizer" if (src / "text_encoder").is_dir() else src / "google" / "umt5-xxl"
-    if not folder.is_dir():
-        raise UserError(f"the text encoder's tokenizer {folder} is missing: download it too")
-    load_tokenizer(folder, vocab_size)
-    return folder
-
-
-def _missing(src: Path, part: str) -> str:
-    kind = PARTS[part]
-    suffix = "*.safetensors" if part == "transformer" else ".pth"
-    return f"{src} has neither {kind.official}{suffix} nor {part}/{kind.diffusers}*.safetensors"
-
-
-def convert(component: Component, dst: Path) -> str:
-    """Writes DST/<part>; returns the hash of its tree. Goes on where an earlier run was cut off.
-
-    Raises:
-        UserError: a source is damaged, or the disk is full; then nothing is left behind.
-    """
-    partial = dst / f"{component.part}.partial"
-    missing = [folder for folder in (partial, *partial.parents) if not folder.exists()]
-    try:
-        sha256 = _write_part(component, partial)
-    except stream.SourceError:
-        shutil.rmtree((missing or [partial])[-1])
-        raise
-    except OSError as error:
-        if error.errno not in stream.DISK_FULL:
-            raise UserError(f"{error.filename or partial}: {error.strerror}") from error
-        shutil.rmtree((missing or [partial])[-1])
-        raise UserError(f"the disk is full and {partial} removed: free space or change --dst") from error
-    (partial / stream.JOURNAL).unlink()
-    partial.rename(dst / component.part)
-    return sha256
-
-
-def _write_part(component: Component, partial: Path) -> str:
-    job = component.job
-    sources = [(file.name, file.stat()) for file in job.sources]
-    identity = {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sources],
-        "dtype": str(job.dtype),
-        "model": component.model,
-        "prophy_jax": prophy_jax.__version__,
-    }
-    with tqdm(total=job.source_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
-        written = stream.write_tree(job, partial, identity, progress)
-    source = {
-        "format": component.format,
-        "files": written.pop("files"),
-        "dtypes": sorted({str(tensor.dtype) for tensor in job.tensors}),
-    }
-    if component.tokenizer:
-        source["tokenizer"] = _copy_files(component.tokenizer, partial / "tokenizer")
-    manifest = {"part": component.part, "model": component.model, **written, "source": source}
-    (partial / "manifest.json").write_text(json.dumps({**manifest, "versions": _versions()}, indent=1))
-    return written["sha256"]
-
-
-def _copy_files(src: Path, dst: Path) -> dict[str, str]:
-    """Copies the files of a folder; returns their hashes."""
-    dst.mkdir(exist_ok=True)
-    hashes = {}
-    for file in sorted(path for path in src.iterdir() if path.is_file()):
-        data = file.read_bytes()
-        (dst / file.name).write_bytes(data)
-        hashes[file.name] = hashlib.sha256(data).hexdigest()
-    return hashes
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "numpy", "orbax-checkpoint", "tensorstore")
-    return {"prophy_jax": prophy_jax.__version__, **{name: metadata.version(name) for name in packages}}
-
-
-def _describe(component: Component) -> str:
-    job = component.job
-    parameters = sum(math.prod(leaf.shape) for leaf in job.table.values())
-    sizes = ", ".join(f"{key} {value}" for key, value in component.model.items())
-    dtypes = ", ".join(sorted({str(dtype) for dtype in job.dtypes().values()}))
-    return "\n".join(
-        [
-            f"{component.part}: {component.format} naming, {parameters:,} parameters, everything fits",
-            *(f"  reads {file} ({file.stat().st_size / 1e9:.3f} GB)" for file in job.sources),
-            f"  writes {job.target_bytes() / 1e9:.3f} GB as {dtypes}",
-            f"  {sizes}",
-        ]
-    )
-
-
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cli.ArgumentParser("python -m convert.wan", __doc__)
-    parser.add_argument("--src", type=Path, required=True, help="folder of the download")
-    parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--component", choices=[*PARTS, "all"], default="all", help="what to convert")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; as in the files by default")
-    parser.add_argument("--dry-run", action="store_true", help="check and describe, write nothing")
-    return parser.parse_args(arguments)
-
-
-def _find_parts(src: Path, wanted: str) -> list[str]:
-    """The parts to convert; says which of "all" are not there."""
-    if not src.is_dir():
-        raise UserError(f"{src} is not a folder: --src names the folder of the download")
-    if wanted != "all":
-        return [wanted]
-    parts = [part for part in PARTS if find(src, part)[0]]
-    if not parts:
-        for file in sorted(src.glob("*.safetensors")):  # Perhaps it is something that has a name.
-            _refuse_other_models(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
-        raise UserError(f"no Wan2.1 weights: {'; '.join(_missing(src, part) for part in PARTS)}")
-    for part in PARTS:
-        if part not in parts:
-            print(f"no {part}: {_missing(src, part)}")
-    return parts
+MODEL = command.Model(
+    name="Wan2.1",
+    command="convert.wan",
+    about=__doc__,
+    parts=PARTS,
+    find=_find,
+    wanted=_wanted,
+    refuse=_refuse_other_models,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault of the user.
-    jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
-    options = _arguments(arguments)
-    src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
-    parts = _find_parts(src, options.component)
-    components = [open_component(src, part, dtype) for part in parts]
-    if dst.exists() and not dst.is_dir():
-        raise UserError(f"{dst} is not a folder: choose another --dst")
-    for part in parts:
-        if (dst / part).exists():
-            raise UserError(f"{dst / part} exists: delete it or choose another --dst")
-    stream.check_space(dst, {dst / f"{c.part}.partial": c.job for c in components})
-    for component in components:
-        if options.dry_run:
-            print(_describe(component))
-            continue
-        start = time.monotonic()
-        sha256 = convert(component, dst)
-        seconds, source = time.monotonic() - start, component.job.source_bytes()
-        print(
-            f"{dst / component.part}: {source / 1e9:.2f} GB in {seconds:.1f} s, "
-            f"{source / 1e6 / seconds:.0f} MB/s, sha256 {sha256}"
-        )
+    command.main(MODEL, arguments)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        try:
-            main()
-        except KeyboardInterrupt:
-            raise UserError("interrupted: the same command goes on from here") from None
+    command.run(MODEL)

@@ -3,9 +3,12 @@
     codec.latent_shape(frames, height, width) -> (T, h, w, 16)
     codec.encode(frames (..., F, H, W, 3) uint8) -> latents (..., T, h, w, 16) float32, normalised
     codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8
-    encoder(texts) -> (text (B, L, D) float32, zero after the last valid row, mask (B, L) bool)
+    encoder(texts) -> (text (B, L, D) float32, mask (B, L) bool of the rows that are words or the end of them)
     encoder.words_lost(text) -> int, words that do not fit into L rows
     codec.sha256, encoder.sha256: hash of the weights, where there are any
+
+Rows of text that are not valid are zero, unless the encoder encodes its padding too (`t5.T5`): then they are
+part of the text, and a model reads all L rows.
 
 Models without weights (`linear_codec`, `hash_text`) offer this themselves. Those with weights are pure
 functions of a parameter tree; here they meet their weights, tokenizer, devices and cache.
@@ -143,20 +146,20 @@ class TextEncoder:
             for text, encoded in zip(batch, self._encode(batch), strict=True):
                 rows[text] = encoded
                 self._remember(text, encoded)
-        length, width = self._model.length, self._model.config.d_model
-        text, mask = np.zeros((len(texts), length, width), np.float32), np.zeros((len(texts), length), bool)
+        _, mask = self._tokenizer(texts, self._model.length)
+        text = np.zeros((*mask.shape, self._model.config.d_model), np.float32)
         for index, key in enumerate(texts):
             text[index, : len(rows[key])] = rows[key]
-            mask[index, : len(rows[key])] = True
         return text, mask
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The valid rows (n, D) float32 of each text."""
+        """The rows (n, D) float32 of each text, without those at the end that are zero."""
         if self._params is None:
             self._load()
         ids, mask = self._tokenizer(texts, self._model.length)
         encoded = np.asarray(self._run(self._params, ids, mask), np.float32)
-        return [row[: valid.sum()] for row, valid in zip(encoded, mask, strict=True)]
+        counts = mask.sum(axis=1) if self._model.padding == "zeros" else [self._model.length] * len(texts)
+        return [rows[:count] for rows, count in zip(encoded, counts, strict=True)]
 
     def _load(self) -> None:
         devices = jax.local_devices()

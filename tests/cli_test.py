@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "label", "evaluate", "plan")] + [
     "convert.wan",
+    "convert.cogvideox",
     "convert.export",
 ]
 # Every command shows its help in less than two seconds; one of these alone may take as long.

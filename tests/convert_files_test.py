@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from convert import command as convert_command
 from convert import files, stream
 from convert import leaves as lv
 from convert import wan as convert_wan
@@ -98,7 +99,7 @@ def save(params, folder, layout: str, parts=tuple(SPECS), shards: int = 1):
     for part in parts:
         tensors = lv.write(params[part], table_of(part, layout), "")
         where = folder if layout == "official" else folder / part
-        stem = OFFICIAL[part] if layout == "official" else convert_wan.PARTS[part].diffusers
+        stem = OFFICIAL[part] if layout == "official" else convert_wan.DIFFUSERS[part]
         where.mkdir(parents=True, exist_ok=True)
         if part in CONFIG_JSON[layout]:
             (where / "config.json").write_text(json.dumps(CONFIG_JSON[layout][part]))
@@ -356,10 +357,10 @@ def test_chunks_that_a_power_cut_lost_are_written_again(tmp_path, params, monkey
 
 def test_two_runs_at_once(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
-    component = convert_wan.open_component(src, "transformer", None)
+    component = convert_command.open_component(convert_wan.MODEL, src, "transformer", None)
     partial = tmp_path / "transformer.partial"
     with stream._Journal(partial, {}, None), pytest.raises(UserError, match="another conversion"):
-        convert_wan.convert(component, tmp_path)
+        convert_command.convert(component, tmp_path)
     assert partial.exists()
 
 
@@ -625,11 +626,11 @@ def test_the_disk_is_full_before_anything_is_written(tmp_path, params, monkeypat
 
 def test_a_source_that_shrinks_while_it_is_read(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
-    component = convert_wan.open_component(src, "transformer", None)
+    component = convert_command.open_component(convert_wan.MODEL, src, "transformer", None)
     file = src / "diffusion_pytorch_model.safetensors"
     os.truncate(file, file.stat().st_size - 10)
     with pytest.raises(UserError, match="became shorter"):
-        convert_wan.convert(component, tmp_path / "dst")
+        convert_command.convert(component, tmp_path / "dst")
 
 
 # .pth files; those of torch.save are in convert_parity_test.py.
@@ -726,7 +727,8 @@ def test_memory_of_the_widths_of_the_public_models(tmp_path, part, kind, spec, d
     largest = write_large(src / f"{OFFICIAL[part]}.safetensors", table, kind)
     # Of the program itself: what wait4 reports counts the memory of the test, which it was forked from.
     program = (
-        "import sys; from convert import wan; wan.load_tokenizer = lambda *_: None; wan.main(sys.argv[1:]);"
+        "import sys; from convert import command, wan; command._tokenizer = lambda *_: [];"
+        "wan.main(sys.argv[1:]);"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     (src / "google" / "umt5-xxl").mkdir(parents=True)

@@ -145,3 +145,27 @@ def test_prompts_become_the_embeddings_of_the_pipeline(tmp_path):
         out = np.asarray(jax.jit(model)(params, *tokenizer(PROMPTS, length)))
         np.testing.assert_allclose(out, expected, rtol=0, atol=3e-5)
         assert np.all((out == 0).all(-1) == (expected == 0).all(-1))
+
+
+def test_prompts_become_the_embeddings_of_the_cogvideox_pipeline(tmp_path):
+    """All rows, with CogVideoXPipeline's own tokenizer call and truncation; it cleans no prompt."""
+    save_tiny_tokenizer(tmp_path)
+    reference = reference_model("t5")
+    pipeline = diffusers.CogVideoXPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True),
+        text_encoder=reference,
+        vae=None,
+        scheduler=None,
+        transformer=None,
+    )
+    model, params = to_ours(reference, "t5")
+    model = dataclasses.replace(model, padding="encoded")
+    tokenizer = text.load_tokenizer(tmp_path, model.config.vocab_size)
+    prompts = ["", "a red ball falls on the box.", "the ball rolls into the box, " * 40]
+    for length in (9, 226):
+        with torch.no_grad():
+            expected = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length).numpy()
+        ids, mask = tokenizer(prompts, length)
+        out = np.asarray(jax.jit(model)(params, ids, mask))
+        assert out.shape == (3, length, SIZES["d_model"]) and mask.sum(1).tolist()[0] == 1
+        np.testing.assert_allclose(out, expected, rtol=0, atol=3e-5)

@@ -5,14 +5,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from prophy_jax import parallel
+from prophy_jax import checkpoints, encoders, parallel
 from prophy_jax.errors import UserError
 from prophy_jax.models import build as build_model
 from prophy_jax.models import t5
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
 # Values recorded from the public PyTorch models have six decimals and their own fp32 rounding.
 GOLDEN = 2e-5
@@ -132,12 +134,18 @@ def test_t5_has_the_recorded_values():
         value = 0.05 * noise.standard_normal(math.prod(shape)).reshape(shape)
         state[name] = (1 + value if len(shape) == 1 else value).astype(np.float32)
     ids = (7 * np.arange(40)[None] + 3) % 50
-    out = np.asarray(jax.jit(model)(from_transformers(state, model.config), ids, None))
+    params = from_transformers(state, model.config)
+    out = np.asarray(jax.jit(model)(params, ids, None))
     at = [0, 1, 2, 213, 320, 638, 639]
     expected = [1.791573, 0.225771, 1.234537, 0.959855, 0.074172, -0.406110, 0.404835]
     np.testing.assert_allclose(out.ravel()[at], expected, rtol=0, atol=GOLDEN)
     np.testing.assert_allclose([out.mean(), out.std()], [0.063711, 1.004816], rtol=0, atol=GOLDEN)
     np.testing.assert_allclose(np.abs(out).sum(), 528.0152, rtol=GOLDEN)
+    # As CogVideoX is set up: the last rows are padding to the mask, which changes nothing.
+    encoding = dataclasses.replace(model, padding="encoded")
+    mask = np.arange(40)[None] < 25
+    np.testing.assert_array_equal(jax.jit(encoding)(params, ids, mask), out)
+    assert np.abs(np.asarray(jax.jit(model)(params, ids, mask)) - out)[:, :25].max() > 0.01
 
 
 @pytest.mark.parametrize(("variant", "count"), [("umt5-xxl", 5_680_910_336), ("t5-v1.1-xxl", 4_762_310_656)])
@@ -309,6 +317,70 @@ def test_shapes_that_do_not_belong_together():
         model(params, ids, mask[:, :7])
 
 
+PROMPTS = [
+    "a red ball",
+    "",
+    "the blue box falls on the red ball, the red ball rolls into the box",
+    "a red ball",
+]
+
+
+def text_config(folder, padding: str):
+    """A T5 v1.1 with weights and tokenizer in `folder`, for 12 rows of text."""
+    sizes = dict(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, shared_bias=True)
+    spec = dict(module="t5", length=12, padding=padding, **sizes)
+    if not folder.exists():
+        params = random_params(build_model(spec))
+        checkpoints.save_params(str(folder), params, {"part": "text_encoder", "model": spec})
+        save_tiny_tokenizer(folder / "tokenizer", 250)
+    encoder = ml_collections.ConfigDict(spec)
+    return ml_collections.ConfigDict(
+        dict(text_encoder=encoder, text_encoder_params=str(folder), backbone_remedy="")
+    )
+
+
+@pytest.mark.parametrize("padding", t5.PADDINGS)
+def test_rows_of_encoded_texts(tmp_path, padding):
+    config = text_config(tmp_path / "text_encoder", padding)
+    cache = str(tmp_path / "cache")
+    encoder = encoders.load_text_encoder(config, cache)
+    text, mask = encoder(PROMPTS)
+    assert (text.shape, text.dtype) == ((4, 12, 32), np.float32)
+    # The words and the end of each prompt, whatever becomes of the other rows.
+    assert mask.sum(1).tolist() == [4, 1, 12, 4] and (np.diff(mask.astype(int)) <= 0).all()
+    rows = np.abs(text).max(-1)
+    assert rows[mask].min() > 0.1
+    assert rows[~mask].min() > 0.1 if padding == "encoded" else not rows[~mask].any()
+    assert encoder.words_lost(PROMPTS[2]) == 5 and encoder.words_lost(PROMPTS[0]) == 0
+
+    ids, valid = encoder._tokenizer(PROMPTS, 12)
+    want = jax.jit(build_model(config.text_encoder))(
+        encoder._params, ids, valid if padding == "zeros" else None
+    )
+    np.testing.assert_array_equal(mask, valid)
+    # One prompt at a time and another batch: sums in another order.
+    np.testing.assert_allclose(text, want, rtol=0, atol=1e-5)
+    other = encoders.load_text_encoder(config)
+    for index, prompt in enumerate(PROMPTS[:3]):
+        alone, alone_mask = other([prompt])
+        np.testing.assert_allclose(alone[0], text[index], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(alone_mask[0], mask[index])
+
+    kept = encoders.load_text_encoder(config, cache)
+    kept._load = None  # the weights are not read
+    for first, again in zip((text, mask), kept(PROMPTS), strict=True):
+        np.testing.assert_array_equal(first, again)
+
+
+def test_texts_of_another_padding_are_not_taken_from_the_cache(tmp_path):
+    cache = str(tmp_path / "cache")
+    texts = [
+        encoders.load_text_encoder(text_config(tmp_path / "text_encoder", padding), cache)(PROMPTS[:1])[0]
+        for padding in t5.PADDINGS
+    ]
+    assert np.abs(texts[0] - texts[1])[0, :4].max() > 0.1
+
+
 def test_build_takes_variants_and_sizes_and_names_mistakes():
     config = t5.build("umt5-xxl", num_layers=2).config
     assert (config.num_layers, config.vocab_size, config.shared_bias) == (2, 256384, False)
@@ -318,6 +390,10 @@ def test_build_takes_variants_and_sizes_and_names_mistakes():
     for arguments, message in [
         ({"variant": "t5-small"}, "unknown T5 variant 't5-small': choose one of umt5-xxl, t5-v1.1-xxl"),
         ({"variant": "umt5-xxl", "dtype": "float16"}, "unknown compute dtype 'float16'"),
+        (
+            {"variant": "umt5-xxl", "padding": "kept"},
+            "unknown padding 'kept' of texts: choose one of zeros, enc",
+        ),
         ({"variant": "umt5-xxl", "heads": 3}, "T5 sizes .'heads'. do not fit T5Config"),
         ({"d_model": 8}, "T5 sizes .'d_model'. do not fit T5Config.*missing"),
         ({"variant": "umt5-xxl", "num_buckets": 30}, "30 position buckets up to distance 128"),

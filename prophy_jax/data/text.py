@@ -27,7 +27,8 @@ def clean(text: str) -> str:
 
     Mends wrongly decoded text, resolves HTML entities, also doubly escaped ones, and turns every run of
     white space into one space, none at the ends. Case and punctuation stay, but for what `ftfy` mends:
-    full-width letters and punctuation become plain, curly quotes straight.
+    full-width letters and punctuation become plain, curly quotes straight. The CogVideoX reference code
+    cleans nothing: plain prompts are the same to both.
     """
     import ftfy  # here, since the benchmarks that run without it import this file
 
@@ -77,7 +78,7 @@ def load_tokenizer(folder: str | os.PathLike, vocab_size: int) -> Tokenizer:
 
     Args:
         folder: Holds `tokenizer.json` or `spiece.model`, and `tokenizer_config.json`: `google/umt5-xxl`
-            of the official Wan2.1 files, `tokenizer` of the diffusers ones.
+            of the official Wan2.1 files, `tokenizer` of the diffusers ones, CogVideoX's too.
         vocab_size: Rows of the text encoder's embedding.
 
     Raises:

@@ -20,6 +20,8 @@ from prophy_jax.models import layers
 
 Params = Mapping[str, Any]
 
+PADDINGS = ("zeros", "encoded")
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -165,11 +167,15 @@ class T5:
             whatever it is, where the reference rounds all but the variance and the softmax to bfloat16.
             Parameters of another dtype are cast where they are used, one layer at a time.
         length: Rows that every prompt is padded or cut to before it is encoded, by the caller.
+        padding: What becomes of rows behind a prompt. "zeros": nothing attends to them, and they come
+            out as zeros (Wan2.1). "encoded": they are tokens as all others, encoded and attended to
+            (CogVideoX).
     """
 
     config: T5Config
     dtype: Any = jnp.float32
     length: int = 512
+    padding: str = "zeros"
 
     def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
         """Draws parameters as the Wan2.1 reference code does."""
@@ -196,9 +202,8 @@ class T5:
         Args:
             params: The whole tree.
             ids: (B, L) integers in [0, vocab_size); a larger one turns its sample into NaN.
-            mask: (B, L) bool, True on tokens, False on padding: padding is not attended to and its
-                rows come out as zeros (Wan2.1). None: every row is a token (CogVideoX, which encodes
-                and attends to its padding).
+            mask: (B, L) bool, True on tokens, False on padding, of which `padding` says what becomes.
+                None: every row is a token.
 
         Returns:
             (B, L, D) fp32, the normalised stream after the last block.
@@ -213,7 +218,7 @@ class T5:
         bias = None
         if self.config.shared_bias:
             bias = self._position_bias.apply({"params": params["position_bias"]}, ids.shape[1])
-        keys = None if mask is None else mask.astype(bool)
+        keys = None if mask is None or self.padding == "encoded" else mask.astype(bool)
 
         def body(x: jax.Array, block: Params) -> tuple[jax.Array, None]:
             return self._block.apply({"params": block}, x, bias, keys), None
@@ -236,24 +241,34 @@ class T5:
         return layers.RMSNorm(epsilon=self.config.eps)
 
 
-def build(variant: str | None = None, dtype: str = "float32", length: int = 512, **overrides: Any) -> T5:
+def build(
+    variant: str | None = None,
+    dtype: str = "float32",
+    length: int = 512,
+    padding: str = "zeros",
+    **overrides: Any,
+) -> T5:
     """Builds an encoder from a public variant, from sizes, or from a variant with some sizes changed.
 
     Args:
         variant: "umt5-xxl" (5.7 B parameters, 11.4 GB in bfloat16), "t5-v1.1-xxl" (4.8 B, 9.5 GB) or
             None.
         dtype: Compute dtype, "float32" or "bfloat16".
-        length: See `T5`; 512 for Wan2.1.
+        length: See `T5`; 512 for Wan2.1, 226 for CogVideoX.
+        padding: See `T5`; "zeros" for Wan2.1, "encoded" for CogVideoX.
         **overrides: Fields of `T5Config`.
 
     Raises:
-        UserError: on an unknown variant, dtype or field, and on bucket counts that T5 does not define.
+        UserError: on an unknown variant, dtype, padding or field, and on bucket counts that T5 does not
+            define.
     """
     variants = {"umt5-xxl": UMT5_XXL, "t5-v1.1-xxl": T5_V1_1_XXL}
     if variant is not None and variant not in variants:
         raise UserError(f"unknown T5 variant {variant!r}: choose one of {', '.join(variants)}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
+    if padding not in PADDINGS:
+        raise UserError(f"unknown padding {padding!r} of texts: choose one of {', '.join(PADDINGS)}")
     try:
         if variant is None:
             config = T5Config(**overrides)
@@ -266,4 +281,4 @@ def build(variant: str | None = None, dtype: str = "float32", length: int = 512,
             f"{config.num_buckets} position buckets up to distance {config.max_distance}: the number must be "
             f"a multiple of 4, and the distance greater than a quarter of it"
         )
-    return T5(config, jnp.dtype(dtype), length)
+    return T5(config, jnp.dtype(dtype), length, padding)

@@ -1,0 +1,303 @@
+"""The command that converts a published model: PyTorch files -> Orbax checkpoints that this package reads.
+
+    python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry-run]
+
+What the models have in common. What tells them apart is a `Model`: key tables, and where a download has its
+files (`convert.wan`, `convert.cogvideox`).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+import prophy_jax
+from convert import files, stream, t5
+from convert import leaves as lv
+from prophy_jax import cli, models
+from prophy_jax.data.text import load_tokenizer
+from prophy_jax.errors import UserError, one_line_errors
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """How a part of a model is recognised."""
+
+    module: str  # in prophy_jax.models
+    public: Any  # A configuration, whose names tell the naming of a file.
+    namings: tuple[str, ...]
+    leaves: Callable[[Any, str], dict[str, lv.Leaf]]  # of a configuration and a naming
+    of_json: Callable[[Mapping[str, Any]], dict[str, Any]]  # Fields of a configuration, from config.json.
+    # The same from the tensors and --src, by the namings whose files come without a config.json.
+    of_shapes: Mapping[str, Callable[[Mapping[str, lv.Shape], Path], dict[str, Any]]]
+    unused: re.Pattern | None = None  # Finds names of tensors that are no parameters.
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The files of a part, as found in a download."""
+
+    weights: list[Path]
+    config: Path  # of config.json, which may not be there
+    tokenizer: Path  # of the text encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A published model."""
+
+    name: str  # as messages call it
+    command: str  # python -m of its module
+    about: str  # the help
+    parts: Mapping[str, Part]
+    find: Callable[[Path, str], Source | None]  # of --src and a part; None: it is not there
+    wanted: Callable[[str], str]  # The names of a part's files, for messages: "neither A nor B".
+    # Of a place, the tensors' shapes and config.json: raises UserError that says what is there instead.
+    refuse: Callable[[str, Mapping[str, lv.Shape], Mapping[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A part that was found, recognised and checked, ready to be streamed."""
+
+    part: str
+    format: str
+    model: dict[str, Any]  # for `models.build`
+    job: stream.Job
+    tokenizer: list[Path]  # its files
+
+
+def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -> Component:
+    """Recognises a part, checks names and shapes of all tensors; reads headers and no weights.
+
+    Raises:
+        UserError: it is missing, damaged, of another model, or does not fit its configuration.
+    """
+    kind, source = model.parts[part], model.find(src, part)
+    if source is None:
+        raise UserError(_missing(model, src, part))
+    paths = source.weights
+    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+    tensors = files.tensors(paths, kind.unused)
+    fields = files.read_json(source.config) if source.config.is_file() else {}
+    all_shapes = {tensor.name: tensor.shape for tensor in tensors}
+    model.refuse(where, all_shapes, fields)
+
+    tables = {naming: kind.leaves(kind.public, naming) for naming in kind.namings}
+    naming = lv.recognise(all_shapes, tables)
+    if naming is None:
+        raise UserError(f"{where} holds no tensor of a {model.name} {part}: is it the right file?")
+    tensors, copies = _set_copies_apart(tensors)
+    if fields:
+        sizes, table = _configure(model, part, naming, str(source.config), lambda: kind.of_json(fields))
+    elif naming in kind.of_shapes:
+        read = kind.of_shapes[naming]
+        sizes, table = _configure(model, part, naming, where, lambda: read(all_shapes, src))
+    else:
+        raise UserError(f"{source.config} is missing: download it too")
+    if kind.unused:
+        tensors = [tensor for tensor in tensors if not kind.unused.search(tensor.name)]
+    shapes = [(tensor.name, tensor.shape) for tensor in tensors if tensor.name not in copies]
+    lv.check(shapes, table, f"{where} is not the {part} of its configuration ({naming} naming)")
+    job, tokenizer = stream.Job(table, tensors, copies, dtype), []
+    if part == "text_encoder":
+        # It may be in the folder of the weights.
+        others = {*paths, *job.sources, source.config}
+        tokenizer = [file for file in _tokenizer(source.tokenizer, sizes["vocab_size"]) if file not in others]
+    return Component(part, naming, sizes, job, tokenizer)
+
+
+def _configure(
+    model: Model, part: str, naming: str, where: str, read: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, lv.Leaf]]:
+    """The model of a config.json or of shapes, for `models.build`, and the table of its leaves."""
+    kind = model.parts[part]
+    try:
+        config = models.build({"module": kind.module, **read()}).config
+        table = kind.leaves(config, naming)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{where} lacks {error}: is it of {model.name}?") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{where} does not describe a {model.name} model: {error}") from error
+    return {"module": kind.module, **dataclasses.asdict(config)}, table
+
+
+def _set_copies_apart(tensors: list[files.Tensor]) -> tuple[list[files.Tensor], dict[str, str]]:
+    """transformers has two names for the embedding of T5; a file may use either or both."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    if t5.EMBEDDING not in shapes:
+        rename = {t5.ALIAS: t5.EMBEDDING}
+        return [dataclasses.replace(t, name=rename.get(t.name, t.name)) for t in tensors], {}
+    same = shapes.get(t5.ALIAS) == shapes[t5.EMBEDDING]
+    return tensors, {t5.ALIAS: t5.EMBEDDING} if same else {}
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> list[Path]:
+    """The files in the folder of a tokenizer that belongs to the text encoder."""
+    if not folder.is_dir():
+        raise UserError(f"the text encoder's tokenizer {folder} is missing: download it too")
+    load_tokenizer(folder, vocab_size)
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _missing(model: Model, src: Path, part: str) -> str:
+    return f"{src} has {model.wanted(part)}"
+
+
+def convert(component: Component, dst: Path) -> str:
+    """Writes DST/<part>; returns the hash of its tree. Goes on where an earlier run was cut off.
+
+    Raises:
+        UserError: a source is damaged, or the disk is full; then nothing is left behind.
+    """
+    partial = dst / f"{component.part}.partial"
+    missing = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        sha256 = _write_part(component, partial)
+    except stream.SourceError:
+        shutil.rmtree((missing or [partial])[-1])
+        raise
+    except OSError as error:
+        if error.errno not in stream.DISK_FULL:
+            raise UserError(f"{error.filename or partial}: {error.strerror}") from error
+        shutil.rmtree((missing or [partial])[-1])
+        raise UserError(f"the disk is full and {partial} removed: free space or change --dst") from error
+    (partial / stream.JOURNAL).unlink()
+    partial.rename(dst / component.part)
+    return sha256
+
+
+def _write_part(component: Component, partial: Path) -> str:
+    job = component.job
+    sources = [(file.name, file.stat()) for file in job.sources]
+    identity = {
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sources],
+        "dtype": str(job.dtype),
+        "model": component.model,
+        "prophy_jax": prophy_jax.__version__,
+    }
+    with tqdm(total=job.source_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
+        written = stream.write_tree(job, partial, identity, progress)
+    source = {
+        "format": component.format,
+        "files": written.pop("files"),
+        "dtypes": sorted({str(tensor.dtype) for tensor in job.tensors}),
+    }
+    if component.tokenizer:
+        source["tokenizer"] = _copy_files(component.tokenizer, partial / "tokenizer")
+    manifest = {"part": component.part, "model": component.model, **written, "source": source}
+    (partial / "manifest.json").write_text(json.dumps({**manifest, "versions": _versions()}, indent=1))
+    return written["sha256"]
+
+
+def _copy_files(sources: list[Path], dst: Path) -> dict[str, str]:
+    """Copies files into a folder; returns their hashes."""
+    dst.mkdir(exist_ok=True)
+    hashes = {}
+    for file in sources:
+        data = file.read_bytes()
+        (dst / file.name).write_bytes(data)
+        hashes[file.name] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "numpy", "orbax-checkpoint", "tensorstore")
+    return {"prophy_jax": prophy_jax.__version__, **{name: metadata.version(name) for name in packages}}
+
+
+def _describe(component: Component) -> str:
+    job = component.job
+    parameters = sum(math.prod(leaf.shape) for leaf in job.table.values())
+    sizes = ", ".join(f"{key} {value}" for key, value in component.model.items())
+    dtypes = ", ".join(sorted({str(dtype) for dtype in job.dtypes().values()}))
+    return "\n".join(
+        [
+            f"{component.part}: {component.format} naming, {parameters:,} parameters, everything fits",
+            *(f"  reads {file} ({file.stat().st_size / 1e9:.3f} GB)" for file in job.sources),
+            f"  writes {job.target_bytes() / 1e9:.3f} GB as {dtypes}",
+            f"  {sizes}",
+        ]
+    )
+
+
+def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.ArgumentParser(f"python -m {model.command}", model.about)
+    parser.add_argument("--src", type=Path, required=True, help="folder of the download")
+    parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="what to convert")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; as in the files by default")
+    parser.add_argument("--dry-run", action="store_true", help="check and describe, write nothing")
+    return parser.parse_args(arguments)
+
+
+def _find_parts(model: Model, src: Path, wanted: str) -> list[str]:
+    """The parts to convert; says which of "all" are not there."""
+    if not src.is_dir():
+        raise UserError(f"{src} is not a folder: --src names the folder of the download")
+    if wanted != "all":
+        return [wanted]
+    parts = [part for part in model.parts if model.find(src, part)]
+    if not parts:
+        for file in sorted(src.glob("*.safetensors")):  # Perhaps it is something that has a name.
+            model.refuse(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
+        missing = "; ".join(_missing(model, src, part) for part in model.parts)
+        raise UserError(f"no {model.name} weights: {missing}")
+    for part in model.parts:
+        if part not in parts:
+            print(f"no {part}: {_missing(model, src, part)}")
+    return parts
+
+
+def main(model: Model, arguments: list[str] | None = None) -> None:
+    """The command; `arguments` are those of the process by default."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault of the user.
+    jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
+    options = _arguments(model, arguments)
+    src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
+    parts = _find_parts(model, src, options.component)
+    components = [open_component(model, src, part, dtype) for part in parts]
+    if dst.exists() and not dst.is_dir():
+        raise UserError(f"{dst} is not a folder: choose another --dst")
+    for part in parts:
+        if (dst / part).exists():
+            raise UserError(f"{dst / part} exists: delete it or choose another --dst")
+    stream.check_space(dst, {dst / f"{c.part}.partial": c.job for c in components})
+    for component in components:
+        if options.dry_run:
+            print(_describe(component))
+            continue
+        start = time.monotonic()
+        sha256 = convert(component, dst)
+        seconds, source = time.monotonic() - start, component.job.source_bytes()
+        print(
+            f"{dst / component.part}: {source / 1e9:.2f} GB in {seconds:.1f} s, "
+            f"{source / 1e6 / seconds:.0f} MB/s, sha256 {sha256}"
+        )
+
+
+def run(model: Model) -> None:
+    """The process: `main`, with one line for every error."""
+    with one_line_errors():
+        try:
+            main(model)
+        except KeyboardInterrupt:
+            raise UserError("interrupted: the same command goes on from here") from None
