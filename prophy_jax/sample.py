@@ -42,20 +42,22 @@ def make_sampler(model: ProPhy, config) -> tuple[Callable, Callable]:
     loop(params, state, prompt, scale, first, last) -> state after steps first..last-1; the one given is
         donated. One program runs them all and holds the network once.
 
-    Steps that `config.samples.skip` lists do not call the network. Rows, and with guidance the pairs of
-    rows, are split over the mesh in force wherever they divide: a single guided clip takes two devices.
+    Steps that `config.samples.skip` lists do not call the network. Where the configuration names no
+    `samples.guidance_schedule`, guidance is constant. Rows, and with guidance the pairs of rows, are split
+    over the mesh in force wherever they divide: a single guided clip takes two devices.
     """
     settings = config.samples
     solver = solvers.solver(settings.solver, settings.steps, settings.shift)
     solver = solvers.skipping(solver, settings.skip)
-    guidance = float(settings.guidance)
+    schedule = getattr(settings, "guidance_schedule", "constant")
+    guidance = solvers.guidance_schedule(schedule, settings.guidance, settings.steps)
 
     @functools.partial(jax.jit, static_argnames="rows")
     def begin(params, noise, text, text_mask, negative, rows):
         text = solvers.pair_prompts(text, negative["text"], guidance)
         text_mask = solvers.pair_prompts(text_mask, negative["text_mask"], guidance)
         prompt = model.read_ahead(params, split_rows(text), split_rows(text_mask), rows)
-        return prompt, jax.tree.map(split_rows, solvers.start(noise, solver.skips))
+        return prompt, jax.tree.map(split_rows, solvers.start(solver, noise))
 
     @functools.partial(jax.jit, donate_argnames="state")
     def loop(params, state, prompt, scale, first, last):
@@ -114,7 +116,10 @@ def text_rows(mask: np.ndarray) -> int | None:
 
 
 def make_noise(seed: int, indices: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise (B, *shape). Row i depends on the seed and indices[i] alone."""
+    """Standard normal noise (B, *shape) to start from. Row i depends on the seed and indices[i] alone.
+
+    What a stochastic solver adds later follows from it, see `solvers.sample_keys`.
+    """
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(indices))
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
@@ -122,7 +127,7 @@ def make_noise(seed: int, indices: np.ndarray, shape: tuple[int, ...]) -> jax.Ar
 def make_localiser(model: ProPhy, objective, sigma: float = 0.2) -> Callable[..., jax.Array]:
     """localise(params, latents, text, text_mask, seed) -> P'_r (B, N, 17) of clean latents.
 
-    The routers read noisy latents: noise is added at `sigma`.
+    The routers read noisy latents: noise is added until its share is `sigma`, in every family.
     """
 
     @jax.jit
@@ -185,7 +190,7 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
 
 
 def use_checkpoint(config, folder: str) -> None:
-    """Points the configuration at a folder that convert.wan wrote, or at one of backbone parameters."""
+    """Points the configuration at a folder of converted weights, or at one of backbone parameters."""
     if os.path.isdir(os.path.join(folder, "transformer")):
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
@@ -281,7 +286,8 @@ def main(config) -> None:
     # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
     for prompt in prompts:
         if lost := encoder.words_lost(prompt):
-            print(f"warning: the text has no room for the last {lost} words of: {prompt}", file=sys.stderr)
+            words = " ".join(prompt.split()[-lost:])
+            print(f"warning: no room for the last {lost} words of a prompt, lost: {words}", file=sys.stderr)
     text, text_mask = encoder([*prompts, config.samples.negative_prompt])
     negative = {"text": text[-1], "text_mask": text_mask[-1]}
     del encoder
@@ -335,7 +341,7 @@ if __name__ == "__main__":
 
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts", None, "A file with one prompt a line.")
-    flags.DEFINE_string("checkpoint", None, "Folder of convert.wan, or of backbone parameters.")
+    flags.DEFINE_string("checkpoint", None, "Folder of converted weights, or of backbone parameters.")
     flags.DEFINE_string("branch", None, "Branch parameters of a run; without it, the backbone alone.")
     flags.DEFINE_string("out", "samples", "Folder for the clips.")
     flags.DEFINE_float("scale", 1.0, "Strength of the branch's hints.")

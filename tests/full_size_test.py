@@ -1,9 +1,11 @@
-"""Wan2.1-T2V-1.3B at its real size, once: random files in the public format, converted, loaded, compared.
+"""Wan2.1-T2V-1.3B and CogVideoX-5B's transformer at their real sizes, once: random files in the public
+format, converted, loaded, compared.
 
     make test-full      or      python -m pytest -m slow tests/full_size_test.py -s
-    python -m tests.full_size_test write DIR        the random files alone, to try the commands on
+    python -m tests.full_size_test write DIR                the random files alone, to try the commands on
+    python -m tests.full_size_test write_cogvideox DIR      those of CogVideoX
 
-Needs 30 GB of disk under TMPDIR, 20 GB of memory and, on two cores, some 15 minutes. Prints peak memory and
+Needs 35 GB of disk under TMPDIR, 20 GB of memory and, on two cores, some 25 minutes. Prints peak memory and
 speed of every conversion, and how far our outputs and PyTorch's are from PyTorch's in fp32.
 
 In bfloat16 two right implementations differ, because they round at different places. So both are compared
@@ -36,6 +38,14 @@ pytestmark = pytest.mark.slow
 SHARD = 2 << 30
 LATENTS = (1, 2, 30, 52, 16)  # 5 frames of 240 x 416
 TOKENS = 100  # of 512
+# 5 frames (an even number of latents too) of 64 x 64, beside the 226 rows of text that are always read.
+COGVIDEOX_LATENTS = (1, 2, 8, 8, 16)
+# Folders of converted weights.
+CHECKPOINTS = {
+    "transformer": "wan/transformer",
+    "text_encoder": "wan/text_encoder",
+    "cogvideox": "cogvideox/transformer",
+}
 # What the configurations of the public files say, as far as it is not the default of the class.
 TEXT_CONFIG = {
     "model_type": "umt5", "architectures": ["UMT5EncoderModel"], "vocab_size": 256384, "d_model": 4096,
@@ -66,7 +76,7 @@ def random_files(folder: pathlib.Path, table, stem: str, dtype: np.dtype) -> Non
         tensors = {}
         for name, shape in shard.items():
             noise = rng.standard_normal(shape, np.float32)
-            if "norm" in name or name.endswith("gamma"):
+            if ("norm" in name and ".linear." not in name) or name.endswith("gamma"):
                 noise = 1 + 0.1 * noise
             else:
                 # T5 draws queries smaller by sqrt(64): its attention scores are not divided by that.
@@ -104,6 +114,22 @@ def write_public(root: pathlib.Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
+def write_cogvideox(root: pathlib.Path) -> None:
+    """The transformer of CogVideoX-5B in the diffusers layout, bfloat16."""
+    from convert import cogvideox
+    from prophy_jax.models.cogvideox import COGVIDEOX_5B
+
+    table = cogvideox.dit_leaves(COGVIDEOX_5B, "diffusers")
+    random_files(root / "transformer", table, "diffusion_pytorch_model", np.dtype(ml_dtypes.bfloat16))
+    with torch.device("meta"):
+        transformer = diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=48,
+            num_layers=COGVIDEOX_5B.num_layers,
+            use_rotary_positional_embeddings=True,
+        )
+    transformer.save_config(root / "transformer")
+
+
 @pytest.fixture(scope="module")
 def public(tmp_path_factory):
     root = tmp_path_factory.mktemp("full") / "public"
@@ -136,6 +162,17 @@ def draw_inputs(folder: pathlib.Path) -> None:
     )  # fmt: skip
 
 
+def draw_cogvideox_inputs(folder: pathlib.Path) -> None:
+    """inputs.npz: latents, t and text, whose padding is as long as the rest."""
+    rng = np.random.default_rng(1)
+    np.savez(
+        folder / "inputs.npz",
+        latents=rng.standard_normal(COGVIDEOX_LATENTS, np.float32),
+        t=np.float32([499]),
+        text=rng.standard_normal((1, 226, 4096), np.float32),
+    )
+
+
 def widened(block: torch.nn.Module) -> None:
     """Computes in fp32 inside of a bfloat16 module; its weights are wide only while it runs."""
     block.register_forward_pre_hook(lambda module, _: module.float() and None)
@@ -157,6 +194,27 @@ def pytorch(what: str, folder: pathlib.Path, out: pathlib.Path) -> None:
                     0
                 ]
                 results[name] = velocity.float().permute(0, 2, 3, 4, 1)
+        elif what == "cogvideox":
+            from diffusers.models.embeddings import get_3d_rotary_pos_embed
+            from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+            model = diffusers.CogVideoXTransformer3DModel.from_pretrained(
+                folder / "public" / "transformer", torch_dtype=torch.bfloat16
+            )
+            latents, t, text = inputs["latents"].permute(0, 1, 4, 2, 3), inputs["t"], inputs["text"]
+            times, grid = latents.shape[1], (latents.shape[3] // 2, latents.shape[4] // 2)
+            crop = get_resize_crop_region_for_grid(grid, 45, 30)
+            rope = get_3d_rotary_pos_embed(64, crop, grid, times)
+            for name, dtype in (("half", torch.bfloat16), ("fp32", torch.float32)):
+                if name == "fp32":  # One module at a time: all of them would take 22 GB.
+                    top = model.patch_embed, model.time_embedding, model.norm_final, model.norm_out
+                    for module in (*top, *model.transformer_blocks, model.proj_out):
+                        widened(module)
+                (velocity,) = model(
+                    latents.to(dtype), text.to(dtype), t, image_rotary_emb=rope, return_dict=False
+                )
+                assert velocity.dtype == dtype
+                results[name] = velocity.float().permute(0, 1, 3, 4, 2)
         else:
             import transformers
 
@@ -186,49 +244,50 @@ def ours(what: str, folder: pathlib.Path, out: pathlib.Path) -> None:
     spec = {
         "transformer": dict(module="wan", variant="1.3b", dtype="bfloat16"),
         "text_encoder": dict(module="t5", variant="umt5-xxl", dtype="bfloat16"),
+        "cogvideox": dict(module="cogvideox", variant="5b", dtype="bfloat16"),
     }[what]
     model = models.build(spec)
     layout = jax.eval_shape(lambda key: model.init(key, "bfloat16"), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), layout)
-    params = checkpoints.load_params(str(folder / "wan" / what), layout, "")
+    params = checkpoints.load_params(str(folder / CHECKPOINTS[what]), layout, "")
     inputs = np.load(folder / "inputs.npz")
-    names = ("latents", "t", "text") if what == "transformer" else ("ids", "mask")
+    names = ("ids", "mask") if what == "text_encoder" else ("latents", "t", "text")
     # See `encoders.TextEncoder`: a CPU would hold all weights in fp32 as well.
     hoisting = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     result = jax.jit(model, compiler_options=hoisting)(params, *(inputs[name] for name in names))
-    result = result if what == "transformer" else result[:, :TOKENS]
+    result = result[:, :TOKENS] if what == "text_encoder" else result
     np.savez(out, half=np.asarray(result, np.float32))
 
 
-@pytest.fixture(scope="module")
-def converted(public):
-    """PUBLIC/../wan, with what converting and copying cost, printed and checked."""
-    largest = {"transformer": 8960 * 1536 * 2, "vae": 384 * 384 * 27 * 4, "text_encoder": 256384 * 4096 * 2}
-    for part, tensor in largest.items():
-        size = sum(file.stat().st_size for file in (public / part).iterdir())
-        arguments = ["--src", str(public), "--dst", str(public.parent / "wan"), "--component", part]
-        seconds, peak, output = timed(sys.executable, "-m", "convert.wan", *arguments)
-        copy, _, _ = timed("cp", "-r", str(public / part), str(public.parent / "copy"))
-        shutil.rmtree(public.parent / "copy")
-        cpu = sum(float(value) for value in re.findall(r"(?:User|System) time \(seconds\): ([\d.]+)", output))
-        print(
-            f"\n{part}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s; "
-            f"{size / 1e6 / cpu:.0f} MB per second of processor time; cp took {copy:.1f} s "
-            f"({seconds / copy:.2f} times); peak {peak / 1e6:.0f} MB"
-        )
-        assert peak <= 2.5 * tensor + 500e6
-    draw_inputs(public.parent)
-    return public.parent
+def convert(module: str, folder: pathlib.Path, part: str, largest: int) -> None:
+    """FOLDER/public/<part> -> FOLDER/<model>; cost of converting and copying printed, memory checked.
+
+    `largest` is the size of the largest tensor in bytes.
+    """
+    public = folder / "public"
+    size = sum(file.stat().st_size for file in (public / part).iterdir())
+    dst = folder / module.rpartition(".")[2]
+    arguments = ["--src", str(public), "--dst", str(dst), "--component", part]
+    seconds, peak, output = timed(sys.executable, "-m", module, *arguments)
+    copy, _, _ = timed("cp", "-r", str(public / part), str(folder / "copy"))
+    shutil.rmtree(folder / "copy")
+    cpu = sum(float(value) for value in re.findall(r"(?:User|System) time \(seconds\): ([\d.]+)", output))
+    print(
+        f"\n{part}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s; "
+        f"{size / 1e6 / cpu:.0f} MB per second of processor time; cp took {copy:.1f} s "
+        f"({seconds / copy:.2f} times); peak {peak / 1e6:.0f} MB"
+    )
+    assert peak <= 2.5 * largest + 500e6
 
 
-@pytest.mark.parametrize("what", ["transformer", "text_encoder"])
-def test_outputs(converted, what):
+def compare(what: str, folder: pathlib.Path) -> None:
+    """Outputs in bfloat16, PyTorch's and ours from the converted weights, with PyTorch's in fp32."""
     results = {}
     for who in ("pytorch", "ours"):
-        file = converted / f"{who}_{what}.npz"
+        file = folder / f"{who}_{what}.npz"
         seconds, peak, _ = timed(
-            sys.executable, "-m", "tests.full_size_test", who, what, str(converted), str(file)
+            sys.executable, "-m", "tests.full_size_test", who, what, str(folder), str(file)
         )
         results |= {f"{who} {name}": value for name, value in np.load(file).items()}
         print(f"\n{what}, {who}: {seconds:.0f} s, peak {peak / 1e9:.1f} GB")
@@ -237,8 +296,37 @@ def test_outputs(converted, what):
     print({name: f"{error / truth.std():.2e}" for name, error in errors.items()}, "of", truth.std())
     assert truth.std() > 0.1 and np.isfinite(truth).all()
     assert errors["ours half"] <= errors["pytorch half"]
-    # Roundings of 8 bits through 30 blocks; another tensor in its place is as far off as it is large.
+    # Roundings of 8 bits through 30 blocks or more; another tensor in its place is as far off as it is large.
     assert errors["ours half"] < 0.05 * truth.std()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+# Before the others, whose files stay until the last of them is done.
+def test_cogvideox(folder):
+    write_cogvideox(folder / "public")
+    convert("convert.cogvideox", folder, "transformer", 12288 * 3072 * 2)
+    draw_cogvideox_inputs(folder)
+    compare("cogvideox", folder)
+
+
+@pytest.fixture(scope="module")
+def converted(public):
+    """The folder that `public` is in, with the converted weights."""
+    largest = {"transformer": 8960 * 1536 * 2, "vae": 384 * 384 * 27 * 4, "text_encoder": 256384 * 4096 * 2}
+    for part, tensor in largest.items():
+        convert("convert.wan", public.parent, part, tensor)
+    draw_inputs(public.parent)
+    return public.parent
+
+
+@pytest.mark.parametrize("what", ["transformer", "text_encoder"])
+def test_outputs(converted, what):
+    compare(what, converted)
 
 
 def test_every_tensor_comes_back(converted):
@@ -263,7 +351,7 @@ def test_every_tensor_comes_back(converted):
 
 if __name__ == "__main__":
     role, *places = sys.argv[1:]
-    if role == "write":
-        write_public(pathlib.Path(*places))
+    if role.startswith("write"):
+        {"write": write_public, "write_cogvideox": write_cogvideox}[role](pathlib.Path(*places))
     else:
         {"pytorch": pytorch, "ours": ours}[role](places[0], *map(pathlib.Path, places[1:]))

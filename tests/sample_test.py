@@ -16,6 +16,7 @@ import pytest
 from benchmarks import measure
 from prophy_jax import checkpoints, experiment, models, parallel, sample
 from prophy_jax.data import video
+from prophy_jax.diffusion import v_prediction
 from prophy_jax.errors import UserError
 from tests.conftest import ROOT, get_config
 
@@ -255,6 +256,73 @@ def test_skipped_steps_are_those_of_the_solver(weights):
     apart = np.linalg.norm(two_skipped - every) / np.linalg.norm(every)
     assert 1e-4 < apart < 0.5
     np.testing.assert_array_equal(two_skipped, generate(after_steps=lambda n: None))
+
+
+def stochastic_config():
+    """As CogVideoX-5B samples: noise in every step, and a guidance that changes from step to step."""
+    config = small_config()
+    config.samples.update(solver="cogvideox-dpm", steps=4, shift=1.0, guidance_schedule="dynamic")
+    return config
+
+
+def test_clips_of_a_stochastic_solver_are_their_own(weights):
+    config, results = stochastic_config(), []
+    for devices, clips in ((4, 4), (1, 1)):
+        config.mesh, config.batch_size = {"data": devices, "fsdp": 1, "context": 1}, clips
+        run, generate = make(config, weights, devices, clips)
+        with jax.set_mesh(run.mesh):
+            results.append(np.asarray(generate()))
+            np.testing.assert_array_equal(results[-1], generate(after_steps=lambda n: None))
+    spread, alone = results
+    assert np.abs(np.diff(spread, axis=0)).max() > 0.5
+    np.testing.assert_allclose(alone, spread[:1], rtol=0, atol=1e-4)  # fp32, four guided steps
+
+
+def test_stochastic_generator_equals_the_model_called_step_by_step(weights):
+    config = stochastic_config()
+    run, generate = make(config, weights, clips=1)
+    params, noise = generate.args[0], generate.keywords["noise"]
+    text, mask = models.build(config.text_encoder)([PROMPTS[0], ""])
+    table, model = sample.solvers.cogvideox_dpm(4, 1.0), jax.jit(run.model)
+    state = sample.solvers.start(table, noise)
+    for i, t in enumerate((999, 749, 499, 249)):
+        factor = 1 + config.samples.guidance * (1 - np.cos(np.pi * ((4 - t) / 4) ** 5)) / 2
+
+        def velocity(x, t, factor=factor):
+            t = jnp.broadcast_to(t, (1,))
+            without, with_prompt = (model(params, x, t, text[[i]], mask[[i]]).velocity for i in (1, 0))
+            return without + factor * (with_prompt - without)
+
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
+        state = sample.solvers.step(row, state, velocity, sample.solvers.step_noise(state, i))
+    np.testing.assert_allclose(generate(), state.x, rtol=0, atol=1e-4)  # fp32, four guided steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(dict(skip=(2,)), "samples.skip"), (dict(guidance_schedule="wave"), "guidance schedule 'wave'")],
+)
+def test_settings_that_a_stochastic_sampler_cannot_take(settings, message):
+    config = stochastic_config()
+    config.samples.update(**settings)
+    with pytest.raises(UserError, match=message):
+        sample.make_sampler(None, config)
+
+
+def test_the_localiser_noises_as_much_in_every_family(weights):
+    config = small_config()
+    run, generate = make(config, weights, clips=1)
+    params, inputs, model = generate.args[0], generate.keywords, jax.jit(run.model)
+    latents, text, mask = inputs["noise"], inputs["text"], inputs["text_mask"]
+    family = v_prediction.VPrediction(1.0)
+    maps = sample.make_localiser(run.model, family)(params, latents, text, mask)
+    # alpha^2 of timestep 56, whose share of noise is the nearest to 0.2
+    alpha, sigma = (np.float32(np.sqrt(a)) for a in (0.941307, 1 - 0.941307))
+    assert abs(sigma / (alpha + sigma) - 0.2) < 1e-3  # levels are 1.7e-3 apart there
+    noisy = alpha * latents + sigma * jax.random.normal(jax.random.key(0), latents.shape)
+    expected, other = (model(params, noisy, jnp.full(1, t), text, mask) for t in (56.0, 200.0))
+    np.testing.assert_allclose(maps, expected.routing.alignment, rtol=0, atol=1e-4)  # alpha^2 to six digits
+    assert np.abs(maps - other.routing.alignment).max() > 1e-3
 
 
 def test_generator_equals_the_model_called_step_by_step(weights):

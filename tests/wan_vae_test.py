@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prophy_jax import models
 from prophy_jax.errors import UserError
-from prophy_jax.models import wan_vae
+from prophy_jax.models import causal_vae, wan_vae
 
 # Values recorded from the public PyTorch model have six decimals and its own fp32 rounding.
 GOLDEN = 1e-5
@@ -123,7 +123,7 @@ def test_tensors_inside_the_decoder_have_the_recorded_values(params, raw_latents
     @jax.jit
     def inside(params, x):
         p, history = params["decoder"], wan_vae.History(None)
-        tensors = {"post_quant": wan_vae._conv(params["post_quant_conv"], x)}
+        tensors = {"post_quant": causal_vae.conv(params["post_quant_conv"], x)}
         tensors["conv_in"] = wan_vae._causal_conv(p["conv_in"], tensors["post_quant"], history)
         x = tensors["mid"] = wan_vae._mid_block(p["mid_block"], tensors["conv_in"], history)
         block = p["up_blocks"]["0"]
@@ -194,37 +194,6 @@ def test_bfloat16_is_close(method, params, video, latents):
 
 
 # Tiles -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "tile"), [((9, 14), (6, 4)), ((4, 16), (4, 4)), ((17, 3), (8, 3)), ((10, 5), (8, 6))]
-)
-def test_tiles_of_the_identity_are_the_whole(size, tile):
-    """Wherever tiles agree blending changes nothing: seams and ends fall in the right places."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, *size, 2)), jnp.float32)
-
-    def double(x):
-        return x.repeat(2, axis=2).repeat(2, axis=3)
-
-    @jax.jit
-    def run(x):
-        twice = tuple(2 * side for side in tile)
-        same = wan_vae._tiled(lambda tile: tile, x, tile, tile)
-        doubled = wan_vae._tiled(double, x, tile, twice)
-        halved = wan_vae._tiled(lambda tile: tile[:, :, ::2, ::2], double(x), twice, tile)
-        return same, doubled, halved
-
-    for out, expected in zip(run(x), (x, double(x), x), strict=True):
-        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
-
-
-def test_tiles_fade_linearly():
-    """Tiles of a constant each, its first column's number: 0, 4 and 8."""
-    x = jnp.broadcast_to(jnp.arange(12.0)[:, None], (1, 1, 6, 12, 1))
-    blended = wan_vae._tiled(lambda tile: jnp.broadcast_to(tile[:, :, :, :1], tile.shape), x, (6, 4), (6, 4))
-    # The overlap of 2 starts with the tile before and is half and half after one column.
-    expected = [0, 0, 0, 0, 0, 2, 4, 4, 4, 6, 8, 8]
-    np.testing.assert_allclose(blended[0, 0, 3, :, 0], expected, rtol=0, atol=1e-6)
 
 
 def test_tiles_run_by_themselves(params, latents):

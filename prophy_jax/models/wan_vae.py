@@ -15,20 +15,27 @@ a layer. Inside the network T H W are the sizes of the layer at hand.
 import dataclasses
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from prophy_jax.errors import UserError
-
-Params = Mapping[str, Any]
-Layers = Callable[[jax.Array, "History"], jax.Array]
-Network = Callable[[Params, jax.Array, "History"], jax.Array]
+from prophy_jax.models.causal_vae import (
+    History,
+    Layers,
+    Network,
+    Params,
+    Side,
+    conv,
+    conv_shape,
+    draw,
+    in_order,
+    in_pieces,
+    numbered,
+    tiled,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,96 +69,11 @@ class WanVAEConfig:
         return 2 ** sum(self.temporal_downsample)
 
 
-class History:
-    """What the convolutions over time keep of a clip from one piece to the next, in order of execution.
-
-    Args:
-        past: `present` of the piece before; None for the first piece: frame 0, or the whole clip.
-
-    Attributes:
-        first: Whether this is the first piece.
-        present: What the next piece needs.
-    """
-
-    def __init__(self, past: list[Any] | None):
-        self.first = past is None
-        self.present: list[Any] = []
-        self._past = iter(past or ())
-
-    def prepend(self, x: jax.Array, start: jax.Array) -> jax.Array:
-        """x after the frames kept from the piece before, `start` in the first piece.
-
-        As many frames, the last of the result, are kept for the next piece.
-        """
-        past = start if self.first else next(self._past)
-        x = jnp.concatenate([past, x], axis=1)
-        # Behind the barrier the kept frames are cut from the joined ones, at once. Without it the compiler
-        # cuts them from the parts at the end of the piece, and every layer's parts stay in memory till then.
-        x, kept = lax.optimization_barrier((x, x[:, -past.shape[1] :]))
-        self.present.append(kept)
-        return x
-
-    def split_first(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(frame 0 of the clip or nothing, the other frames): frame 0 is not resampled in time."""
-        n = int(self.first)
-        return x[:, :n], x[:, n:]
-
-    def in_halves(self, layers: Layers, x: jax.Array) -> jax.Array:
-        """Runs layers on the first half of the frames and then on the second; the first piece undivided."""
-        if self.first:
-            inner = History(None)
-            x = layers(x, inner)
-            self.present.append(inner.present)
-            return x
-
-        def step(past: list[Any], half: jax.Array) -> tuple[list[Any], jax.Array]:
-            inner = History(past)
-            y = layers(half, inner)
-            return inner.present, y
-
-        b, t, *rest = x.shape
-        halves = jnp.moveaxis(x.reshape(b, 2, t // 2, *rest), 1, 0)  # (B, T, ...) -> (2, B, T/2, ...)
-        present, y = lax.scan(step, next(self._past), halves)
-        self.present.append(present)
-        y = jnp.moveaxis(y, 0, 1)
-        return y.reshape(b, -1, *y.shape[3:])  # (B, 2, T', ...) -> (B, 2 T', ...)
-
-
-def _conv(p: Params, *taps: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolution over time and space.
-
-    Space is padded by half the kernel; at stride 2 it is padded at the right and bottom only.
-
-    Args:
-        p: kernel (T, H, W, in, out), or (H, W, in, out) for single frames, and bias.
-        *taps: (B, T, H, W, C) each: what each of the kernel's frames sees.
-        stride: In space.
-    """
-    kernel = p["kernel"]
-    if kernel.ndim == 4:
-        kernel = kernel[None]
-    side = kernel.shape[1]
-    pad = (0, 1) if stride == 2 else (side // 2, side // 2)
-    b, t, *frame = taps[0].shape
-
-    # A sum of two-dimensional convolutions: on CPUs up to twice as fast as a three-dimensional one.
-    y = p["bias"]
-    for tap, weights in zip(taps, kernel, strict=True):
-        y = y + lax.conv_general_dilated(
-            tap.reshape(b * t, *frame),  # (B, T, H, W, C) -> (B T, H, W, C)
-            weights,
-            window_strides=(stride, stride),
-            padding=(pad, pad),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    return y.reshape(b, t, *y.shape[1:])  # (B T, H', W', C') -> (B, T, H', W', C')
-
-
 def _causal_conv(p: Params, x: jax.Array, history: History) -> jax.Array:
     """Three frames long: each frame sees itself and the two before it, zeros before the clip."""
     b, t, *frame = x.shape
     x = history.prepend(x, jnp.zeros((b, 2, *frame), x.dtype))
-    return _conv(p, x[:, :t], x[:, 1 : t + 1], x[:, 2:])
+    return conv(p, x[:, :t], x[:, 1 : t + 1], x[:, 2:])
 
 
 def _norm(p: Params, x: jax.Array) -> jax.Array:
@@ -165,18 +87,18 @@ def _norm(p: Params, x: jax.Array) -> jax.Array:
 def _res_block(p: Params, x: jax.Array, history: History) -> jax.Array:
     y = _causal_conv(p["conv1"], jax.nn.silu(_norm(p["norm1"], x)), history)
     y = _causal_conv(p["conv2"], jax.nn.silu(_norm(p["norm2"], y)), history)
-    return y + (_conv(p["conv_shortcut"], x) if "conv_shortcut" in p else x)
+    return y + (conv(p["conv_shortcut"], x) if "conv_shortcut" in p else x)
 
 
 def _attention(p: Params, x: jax.Array) -> jax.Array:
     """One head over the pixels of each frame by itself."""
     b, t, h, w, c = x.shape
-    qkv = _conv(p["to_qkv"], _norm(p["norm"], x))
+    qkv = conv(p["to_qkv"], _norm(p["norm"], x))
     # (B, T, H, W, 3C) -> three of (B T, H W, 1, C)
     q, k, v = jnp.split(qkv.reshape(b * t, h * w, 1, 3 * c), 3, axis=-1)
     # C is 384: more than the fused kernels take.
     y = jax.nn.dot_product_attention(q, k, v, implementation="xla")
-    return x + _conv(p["proj"], y.reshape(x.shape))
+    return x + conv(p["proj"], y.reshape(x.shape))
 
 
 def _mid_block(p: Params, x: jax.Array, history: History) -> jax.Array:
@@ -187,13 +109,13 @@ def _mid_block(p: Params, x: jax.Array, history: History) -> jax.Array:
 
 def _downsample(p: Params, x: jax.Array, history: History) -> jax.Array:
     """Halves rows and columns and, where the block has a time convolution, the frames after frame 0."""
-    x = _conv(p["resample"]["1"], x, stride=2)
+    x = conv(p["resample"]["1"], x, stride=2)
     if "time_conv" not in p:
         return x
     head, rest = history.split_first(x)
     x = history.prepend(rest, head)
     taps = (x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2])  # frames 0 1 2, 2 3 4, ...
-    return jnp.concatenate([head, _conv(p["time_conv"], *taps)], axis=1)
+    return jnp.concatenate([head, conv(p["time_conv"], *taps)], axis=1)
 
 
 def _upsample(p: Params, x: jax.Array, history: History) -> jax.Array:
@@ -206,23 +128,18 @@ def _upsample(p: Params, x: jax.Array, history: History) -> jax.Array:
         x = x.reshape(b, t, h, w, 2, c // 2).transpose(0, 1, 4, 2, 3, 5)
         x = jnp.concatenate([head, x.reshape(b, 2 * t, h, w, c // 2)], axis=1)
     x = x.repeat(2, axis=2).repeat(2, axis=3)  # nearest pixel
-    return _conv(p["resample"]["1"], x)
+    return conv(p["resample"]["1"], x)
 
 
 def _output(p: Params, x: jax.Array, history: History) -> jax.Array:
     return _causal_conv(p["conv_out"], jax.nn.silu(_norm(p["norm_out"], x)), history)
 
 
-def _in_order(blocks: Params) -> list[Params]:
-    """The values of a dict with the keys "0", "1", ..."""
-    return [blocks[str(i)] for i in range(len(blocks))]
-
-
 def encoder(params: Params, x: jax.Array, history: History) -> jax.Array:
     """Frames (B, F, H, W, 3) -> mean and log-variance (B, T, h, w, 2z)."""
     p = params["encoder"]
     stages = [[functools.partial(_causal_conv, p["conv_in"])]]
-    for block in _in_order(p["down_blocks"]):
+    for block in in_order(p["down_blocks"]):
         if "time_conv" in block:
             stages.append([])
         layer = _downsample if "resample" in block else _res_block
@@ -237,16 +154,16 @@ def encoder(params: Params, x: jax.Array, history: History) -> jax.Array:
             x = layer(x, history)
         return x
 
-    return _conv(params["quant_conv"], run(stages, x, history))
+    return conv(params["quant_conv"], run(stages, x, history))
 
 
 def decoder(params: Params, x: jax.Array, history: History) -> jax.Array:
     """Latents (B, T, h, w, z) -> frames (B, F, H, W, 3), unclipped."""
     p = params["decoder"]
     stages = [[functools.partial(_causal_conv, p["conv_in"]), functools.partial(_mid_block, p["mid_block"])]]
-    for block in _in_order(p["up_blocks"]):
-        stages[-1] += [functools.partial(_res_block, resnet) for resnet in _in_order(block["resnets"])]
-        for upsampler in _in_order(block.get("upsamplers", {})):
+    for block in in_order(p["up_blocks"]):
+        stages[-1] += [functools.partial(_res_block, resnet) for resnet in in_order(block["resnets"])]
+        for upsampler in in_order(block.get("upsamplers", {})):
             stages[-1].append(functools.partial(_upsample, upsampler))
             if "time_conv" in upsampler:
                 stages.append([])
@@ -258,51 +175,43 @@ def decoder(params: Params, x: jax.Array, history: History) -> jax.Array:
             x = layer(x, history)
         return history.in_halves(functools.partial(run, later), x) if later else x
 
-    return run(stages, _conv(params["post_quant_conv"], x), history)
-
-
-def _conv_shape(kernel: tuple[int, ...], inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-    return {"kernel": (*kernel, inputs, outputs), "bias": (outputs,)}
+    return run(stages, conv(params["post_quant_conv"], x), history)
 
 
 def _res_shape(inputs: int, outputs: int) -> dict[str, Any]:
     shapes = {
         "norm1": {"scale": (inputs,)},
-        "conv1": _conv_shape((3, 3, 3), inputs, outputs),
+        "conv1": conv_shape((3, 3, 3), inputs, outputs),
         "norm2": {"scale": (outputs,)},
-        "conv2": _conv_shape((3, 3, 3), outputs, outputs),
+        "conv2": conv_shape((3, 3, 3), outputs, outputs),
     }
     if inputs != outputs:
-        shapes["conv_shortcut"] = _conv_shape((1, 1, 1), inputs, outputs)
+        shapes["conv_shortcut"] = conv_shape((1, 1, 1), inputs, outputs)
     return shapes
 
 
 def _mid_shape(c: int) -> dict[str, Any]:
     attention = {
         "norm": {"scale": (c,)},
-        "to_qkv": _conv_shape((1, 1), c, 3 * c),
-        "proj": _conv_shape((1, 1), c, c),
+        "to_qkv": conv_shape((1, 1), c, 3 * c),
+        "proj": conv_shape((1, 1), c, c),
     }
-    return {"resnets": _numbered([_res_shape(c, c)] * 2), "attentions": _numbered([attention])}
+    return {"resnets": numbered([_res_shape(c, c)] * 2), "attentions": numbered([attention])}
 
 
 def _resample_shape(inputs: int, outputs: int, time: tuple[int, int] | None) -> dict[str, Any]:
     """`time` is the inputs and outputs of the time convolution, if there is one."""
-    shapes: dict[str, Any] = {"resample": {"1": _conv_shape((3, 3), inputs, outputs)}}
+    shapes: dict[str, Any] = {"resample": {"1": conv_shape((3, 3), inputs, outputs)}}
     if time is not None:
-        shapes["time_conv"] = _conv_shape((3, 1, 1), *time)
+        shapes["time_conv"] = conv_shape((3, 1, 1), *time)
     return shapes
-
-
-def _numbered(blocks: list[Any]) -> dict[str, Any]:
-    return {str(i): block for i, block in enumerate(blocks)}
 
 
 def _ends_shape(first: int, inputs: int, last: int, outputs: int) -> dict[str, Any]:
     return {
-        "conv_in": _conv_shape((3, 3, 3), inputs, first),
+        "conv_in": conv_shape((3, 3, 3), inputs, first),
         "norm_out": {"scale": (last,)},
-        "conv_out": _conv_shape((3, 3, 3), last, outputs),
+        "conv_out": conv_shape((3, 3, 3), last, outputs),
     }
 
 
@@ -316,7 +225,7 @@ def _encoder_shape(config: WanVAEConfig) -> dict[str, Any]:
         if i < len(config.temporal_downsample):
             blocks.append(_resample_shape(c, c, (c, c) if config.temporal_downsample[i] else None))
     ends = _ends_shape(widths[0], 3, c, 2 * config.z_dim)
-    return {**ends, "down_blocks": _numbered(blocks), "mid_block": _mid_shape(c)}
+    return {**ends, "down_blocks": numbered(blocks), "mid_block": _mid_shape(c)}
 
 
 def _decoder_shape(config: WanVAEConfig) -> dict[str, Any]:
@@ -325,115 +234,24 @@ def _decoder_shape(config: WanVAEConfig) -> dict[str, Any]:
     blocks, c = [], widths[0]
     for i, width in enumerate(widths):
         inputs = [c] + [width] * config.num_res_blocks
-        block = {"resnets": _numbered([_res_shape(c, width) for c in inputs])}
+        block = {"resnets": numbered([_res_shape(c, width) for c in inputs])}
         if i < len(temporal):
             time = (width, 2 * width) if temporal[i] else None
-            block["upsamplers"] = _numbered([_resample_shape(width, width // 2, time)])
+            block["upsamplers"] = numbered([_resample_shape(width, width // 2, time)])
         blocks.append(block)
         c = width // 2  # an upsampler halves the channels
     ends = _ends_shape(widths[0], config.z_dim, widths[-1], 3)
-    return {**ends, "up_blocks": _numbered(blocks), "mid_block": _mid_shape(widths[0])}
+    return {**ends, "up_blocks": numbered(blocks), "mid_block": _mid_shape(widths[0])}
 
 
 def _shapes(config: WanVAEConfig) -> dict[str, Any]:
     """The shape of every parameter."""
     return {
         "encoder": _encoder_shape(config),
-        "quant_conv": _conv_shape((1, 1, 1), 2 * config.z_dim, 2 * config.z_dim),
-        "post_quant_conv": _conv_shape((1, 1, 1), config.z_dim, config.z_dim),
+        "quant_conv": conv_shape((1, 1, 1), 2 * config.z_dim, 2 * config.z_dim),
+        "post_quant_conv": conv_shape((1, 1, 1), config.z_dim, config.z_dim),
         "decoder": _decoder_shape(config),
     }
-
-
-def _in_pieces(network: Network, params: Params, x: jax.Array, frames_in: int, frames_out: int) -> jax.Array:
-    """Runs the network on one latent at a time: memory does not grow with the length of the clip.
-
-    Frame 0 (B, 1, ...) makes frame 0; each further `frames_in` of x make `frames_out` of the result.
-    """
-
-    def run(piece: jax.Array, past: list[Any] | None) -> tuple[jax.Array, list[Any]]:
-        history = History(past)
-        return network(params, piece, history), history.present
-
-    head, start = run(x[:, :1], None)
-    steps = (x.shape[1] - 1) // frames_in
-    if steps == 0:
-        return head
-    out = jnp.zeros((head.shape[0], 1 + steps * frames_out, *head.shape[2:]), head.dtype)
-    out = out.at[:, :1].set(head)
-
-    # The loop carries the result and writes each piece to its place: nothing is joined afterwards.
-    def step(i: jax.Array, carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
-        out, past = carry
-        piece = lax.dynamic_slice_in_dim(x, 1 + i * frames_in, frames_in, axis=1)
-        y, present = run(piece, past)
-        return lax.dynamic_update_slice_in_dim(out, y, 1 + i * frames_out, axis=1), present
-
-    out, _ = lax.fori_loop(0, steps, step, (out, start))
-    return out
-
-
-def _blend(before: jax.Array, tile: jax.Array, overlap: int, axis: int) -> jax.Array:
-    """The tile, its first `overlap` rows or columns faded in from the last ones of the tile before."""
-    overlap = min(before.shape[axis], tile.shape[axis], overlap)
-    ramp = (jnp.arange(overlap) / max(overlap, 1)).reshape(-1, *[1] * (tile.ndim - 1 - axis))
-    old = lax.slice_in_dim(before, before.shape[axis] - overlap, None, axis=axis)
-    new = lax.slice_in_dim(tile, 0, overlap, axis=axis)
-    rest = lax.slice_in_dim(tile, overlap, None, axis=axis)
-    return jnp.concatenate([old * (1 - ramp) + new * ramp, rest], axis=axis)
-
-
-def _tiled(
-    run: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    tile_in: tuple[int, int],
-    tile_out: tuple[int, int],
-) -> jax.Array:
-    """`run` on overlapping tiles of x (B, T, H, W, C), blended linearly (diffusers' tiled VAE).
-
-    Tiles are cut at multiples of the stride; the last ones are smaller. Tiles of one shape run in one
-    loop, so that the program holds the network once per shape, not once per tile.
-
-    Args:
-        run: Of one tile.
-        x: The whole.
-        tile_in: Size and stride in rows and columns of x.
-        tile_out: The same in those of the result.
-    """
-    (size, stride), (size_out, stride_out) = tile_in, tile_out
-    rows, columns = (range(0, length, stride) for length in x.shape[2:4])
-    corners = defaultdict(list)
-    for i in rows:
-        for j in columns:
-            corners[min(size, x.shape[2] - i), min(size, x.shape[3] - j)].append((i, j))
-
-    tiles = {}
-    for shape, group in corners.items():
-
-        def run_at(corner: jax.Array, shape: tuple[int, int] = shape) -> jax.Array:
-            start = (0, 0, corner[0], corner[1], 0)
-            return run(lax.dynamic_slice(x, start, (*x.shape[:2], *shape, x.shape[-1])))
-
-        tiles.update(zip(group, lax.map(run_at, jnp.array(group)), strict=True))
-
-    joined = []
-    for i in rows:
-        strips = []
-        for j in columns:
-            if i > 0:
-                tiles[i, j] = _blend(tiles[i - stride, j], tiles[i, j], size_out - stride_out, axis=2)
-            if j > 0:
-                tiles[i, j] = _blend(tiles[i, j - stride], tiles[i, j], size_out - stride_out, axis=3)
-            strips.append(tiles[i, j][:, :, :stride_out, :stride_out])
-        joined.append(jnp.concatenate(strips, axis=3))
-    return jnp.concatenate(joined, axis=2)
-
-
-class Side(NamedTuple):
-    """Lengths on one side of the network: in frames and pixels, or in latents."""
-
-    frames: int  # of a piece
-    tile: tuple[int, int] | None  # size and stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,17 +278,7 @@ class WanVAE:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random fp32 parameters: kernels of variance 1 / fan-in, biases 0, scales 1."""
-        shapes, treedef = jax.tree.flatten_with_path(
-            _shapes(self.config), is_leaf=lambda x: isinstance(x, tuple)
-        )
-        leaves = []
-        for i, (path, shape) in enumerate(shapes):
-            if path[-1].key == "kernel":
-                noise = jax.random.normal(jax.random.fold_in(key, i), shape)
-                leaves.append(noise / math.sqrt(math.prod(shape[:-1])))
-            else:
-                leaves.append(jnp.full(shape, float(path[-1].key == "scale")))
-        return jax.tree.unflatten(treedef, leaves)
+        return draw(key, _shapes(self.config))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, h, w, z) of a clip of that size.
@@ -565,13 +373,13 @@ class WanVAE:
             if self.whole:
                 y = network(params, x, History(None))
             else:
-                y = _in_pieces(network, params, x, source.frames, target.frames)
+                y = in_pieces(network, params, x, 1, source.frames, target.frames)
             return y.astype(jnp.float32)
 
         x = x.astype(self.dtype)
         if source.tile is None or max(x.shape[2:4]) <= source.tile[0]:
             return run(x)
-        return _tiled(run, x, source.tile, target.tile)
+        return tiled(run, x, source.tile, target.tile)
 
 
 def build(
