@@ -2,7 +2,6 @@
 
     configs/wan.py                  the paper's run: 480x832, 81 frames, K=10, 20K clips of WISA-80K
     configs/wan.py:14b              Wan2.1-T2V-14B, to sample with; training beside it has not been tried
-    configs/wan.py:cogvideox_sized  a stand-in to plan with: Wan's blocks in CogVideoX-5B's sizes
     configs/wan.py:tiny             seconds: the same path end to end on a small model; CI runs it
     configs/wan.py:demo_backbone    minutes: pretrains the demo's small backbone on the physics sandbox
     configs/wan.py:demo             minutes: trains the branch beside that backbone (`make demo`)
@@ -15,6 +14,8 @@ An ablation follows a comma, e.g. configs/wan.py:demo,pb+seb. It takes parts awa
 
 Hardware of the paper's run: not stated by the paper. Ours: one 80 GB GPU holds it; no time is measured yet.
 """
+
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -32,18 +33,22 @@ BRANCH_GROUPS = (("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    variant, _, ablation = arg.partition(",")
     variants = {
         "": paper,
         "14b": large,
-        "cogvideox_sized": cogvideox_sized,
         "tiny": tiny,
         "demo_backbone": demo_backbone,
         "demo": demo,
         "demo_data": demo_data,
     }
+    return choose("configs/wan.py", variants, arg)
+
+
+def choose(file: str, variants: Mapping[str, Callable[[], ConfigDict]], arg: str) -> ConfigDict:
+    """The configuration that "variant" or "variant,ablation" names, of a file."""
+    variant, _, ablation = arg.partition(",")
     if variant not in variants:
-        raise UserError(f"configs/wan.py has no variant {variant!r}; it has {sorted(filter(None, variants))}")
+        raise UserError(f"{file} has no variant {variant!r}; it has {sorted(filter(None, variants))}")
     config = variants[variant]()
     ablations = {
         "": (),
@@ -54,9 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "absolute": (absolute_alignment,),
     }
     if ablation not in ablations:
-        raise UserError(
-            f"configs/wan.py has no ablation {ablation!r}; it has {sorted(filter(None, ablations))}"
-        )
+        raise UserError(f"{file} has no ablation {ablation!r}; it has {sorted(filter(None, ablations))}")
     for change in ablations[ablation]:
         change(config)
     return config
@@ -150,6 +153,7 @@ def paper() -> ConfigDict:
         steps=50,
         shift=8.0,
         guidance=6.0,
+        guidance_schedule="constant",  # or "dynamic", CogVideoX's: see prophy_jax.diffusion.solvers
         skip=(),  # steps, from 1, that do not call the network: see docs/benchmarks.md for what it costs
         negative_prompt=NEGATIVE_PROMPT,
     )
@@ -169,20 +173,6 @@ def large() -> ConfigDict:
     )
     config.branch.layers = tuple(range(0, 40, 4))
     config.samples.update(shift=5.0, guidance=5.0)
-    return config
-
-
-def cogvideox_sized() -> ConfigDict:
-    """For prophy_jax.plan, until that backbone is written: width, depth, heads and clips of CogVideoX-5B."""
-    config = paper()
-    config.backbone = dict(
-        **dict(module="wan", dtype="bfloat16", remat="self_attention", text_len=226),
-        **dict(dim=3072, num_heads=48, num_layers=42, ffn_dim=12288),
-    )
-    config.text_encoder.length = 226
-    config.data.update(frames=49, width=720)
-    config.branch.layers = tuple(range(0, 42, 7))
-    config.branch.semantic.basis_grid = (13, 60, 90)
     return config
 
 

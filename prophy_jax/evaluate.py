@@ -30,7 +30,7 @@ from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.errors import UserError
 from prophy_jax.metrics import POSITIVE, roc_auc
 
-SIGMAS = (0.2, 0.5, 0.8)  # noise levels; headline numbers are of the first
+SIGMAS = (0.2, 0.5, 0.8)  # shares of noise, see `diffusion.flow`; headline numbers are of the first
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 MAPPED = (2, 3, 2, 3)  # phenomena in each clip whose routing is shown
 
@@ -200,13 +200,13 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
 
     # 1. The run and the clips.
     manifest = check_run(config, workdir)
-    data = experiment.check_data(config)
+    run = experiment.build(config)
+    data = experiment.check_data(run)
     counts = data["counts"]
     split = "test" if "test" in counts else "val"
     bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
     latent_shape = tuple(data["buckets"][bucket]["latent_shape"])
     stored = records.open_dataset(config.data.dir, "records", bucket, split)
-    run = experiment.build(config)
     backbone = os.path.join(workdir, "backbone")  # there, if the run trained it beside the branch
     backbone = backbone if os.path.exists(backbone) else config.backbone_params
     batch_size = config.batch_size // config.accumulation  # fits the mesh

@@ -172,8 +172,10 @@ def load_params(
     }
 
 
-def check_data(config: ConfigDict) -> dict[str, Any]:
-    """The manifest of `config.data.dir`. Raises UserError unless it was prepared as `config` says."""
+def check_data(experiment: Experiment) -> dict[str, Any]:
+    """The manifest of `config.data.dir`. Raises UserError unless it was prepared as the configuration says,
+    in latents that the backbone takes."""
+    config = experiment.config
     manifest, own = records.read_manifest(config.data.dir), config_as_json(config)
     encoders = ("codec", "text_encoder")
     different = differences(
@@ -188,6 +190,13 @@ def check_data(config: ConfigDict) -> dict[str, Any]:
             f"{config.data.dir} was prepared with another configuration ({different}): "
             "prepare it again with this one, or name another --config.data.dir"
         )
+    for bucket in manifest["buckets"].values():
+        grid = token_grid(experiment, bucket["latent_shape"])
+        if list(grid) != bucket["token_grid"]:
+            raise UserError(
+                f"{config.data.dir} has labels for {bucket['token_grid']} tokens of a clip, the backbone has "
+                f"{list(grid)}: training beside patches of several latent times is not possible yet"
+            )
     labels = records.find_labels(config.data.dir, config.data.labels)
     if labels is None and set(config.losses) & {"alignment", "absolute_alignment"}:
         print(

@@ -100,11 +100,12 @@ def prepare(
     mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
     work = [clip for _, _, chunk in mine for clip in chunk]
     decoded = decode_ahead(source, work, buckets, config.data, mesh.size)
+    padding = bool(work) and encodes_padding(*text_encoder([""]))
     with contextlib.closing(Progress(len(work))) as progress, contextlib.closing(decoded):
         for split, index, chunk in mine:
             with job.shard(split, index) as shard:
                 clips = itertools.islice(progress.waiting(decoded), len(chunk))
-                record_shard(shard, clips, codec, text_encoder, mesh.size, progress)
+                record_shard(shard, clips, codec, text_encoder, padding, mesh.size, progress)
     progress.report()
 
     # 4. The last process to be done puts the folder together.
@@ -189,12 +190,24 @@ def decode_ahead(
         pool.shutdown(cancel_futures=True)
 
 
+def encodes_padding(text: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether rows behind the words of text (B, L, D), mask (B, L), are not zero: part of the text then."""
+    return bool(text[~mask].any())
+
+
 def record_shard(
-    shard: "Shard", clips: Iterable, codec: Any, text_encoder: Any, group: int, progress: "Progress"
+    shard: "Shard",
+    clips: Iterable,
+    codec: Any,
+    text_encoder: Any,
+    padding: bool,
+    group: int,
+    progress: "Progress",
 ) -> None:
     """Encodes the clips of one shard, `group` of a bucket at a time, and writes their records.
 
-    How they are grouped depends on the shard alone, so that its bytes do too.
+    How they are grouped depends on the shard alone, so that its bytes do too. `padding`: see
+    `encodes_padding`.
     """
     waiting: dict[Bucket, list] = collections.defaultdict(list)
     moments = np.zeros((3, 16))  # count, sum, sum of squares, per channel
@@ -211,9 +224,8 @@ def record_shard(
             lost = text_encoder.words_lost(captions[row])
             if lost:
                 captions_cut[clip.id] = lost
-            moments = moments + write_record(
-                shard, clip, sample, captions[row], latents[row], text[row][mask[row]]
-            )
+            rows = (text[row], mask[row]) if padding else (text[row][mask[row]], None)
+            moments = moments + write_record(shard, clip, sample, captions[row], latents[row], *rows)
 
     for clip, sample in clips:
         if isinstance(sample, str):
@@ -228,9 +240,18 @@ def record_shard(
 
 
 def write_record(
-    shard: "Shard", clip: "Clip", sample: "Sample", caption: str, latents: np.ndarray, text: np.ndarray
+    shard: "Shard",
+    clip: "Clip",
+    sample: "Sample",
+    caption: str,
+    latents: np.ndarray,
+    text: np.ndarray,
+    text_mask: np.ndarray | None,
 ) -> np.ndarray:
-    """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16)."""
+    """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16).
+
+    text (n, D); text_mask (n,) where its rows are not all words.
+    """
     from prophy_jax.data import records
 
     stored = latents.astype(np.float16), text.astype(np.float16)
@@ -241,7 +262,7 @@ def write_record(
     category = clip.category if sample.category is None else sample.category
     shard.write(
         f"records/{sample.bucket}",
-        records.record_features(latents.shape, text.shape[-1]),
+        records.record_features(latents.shape, text.shape[-1], text_mask is not None),
         {
             "id": clip.id,
             "caption": caption,
@@ -250,7 +271,8 @@ def write_record(
             "latents": stored[0],
             "text": stored[1],
             "category": category,
-        },
+        }
+        | ({} if text_mask is None else {"text_mask": text_mask.astype(np.uint8)}),
     )
     if sample.masks is not None:
         grid = records.token_grid(latents.shape)
@@ -340,6 +362,7 @@ def describe(
         raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}")
 
     text, mask = text_encoder([""])
+    padding = encodes_padding(text, mask)
     np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
     if paths:
         stats = statistics.summarise(source)
@@ -352,7 +375,7 @@ def describe(
         shape = codec.latent_shape(*Bucket.parse(bucket))
         grid = records.token_grid(shape)
         buckets[bucket] |= {"latent_shape": list(shape), "token_grid": list(grid)}
-        features[f"records/{bucket}"] = records.record_features(shape, text.shape[-1])
+        features[f"records/{bucket}"] = records.record_features(shape, text.shape[-1], padding)
         if aligned:
             features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(grid)))
     listing = source.report

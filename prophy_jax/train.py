@@ -213,7 +213,7 @@ def train(config, workdir: str) -> None:
                 config.backbone_params, experiment.abstract_params(run)["backbone"], config.backbone_remedy
             )
             references["backbone_sha256"] = manifest["sha256"]
-        experiment.check_data(config)
+        experiment.check_data(run)
         data = loader.make_loader(
             config.data.dir,
             "train",

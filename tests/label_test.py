@@ -358,6 +358,8 @@ def test_frame_pairs():
 def test_views():
     view = asking.View.of((21, 30, 52), 16, every=1, cell=2)  # Wan at 480p
     assert view.shown == (21, 15, 26) and view.seconds == 0.25 and max(view.frames) == 79
+    odd = asking.View.of((13, 30, 45), 8, every=1, cell=2)  # CogVideoX at 480p
+    assert odd.shown == (13, 15, 23) and odd.seconds == 0.5 and odd.frames[-2:] == [46, 47]
     assert asking.View.of((13, 30, 45), 8, every=2, cell=2).shown == (7, 15, 23)
     assert asking.View.of((2, 1, 1), 8, every=1, cell=4).shown == (2, 1, 1)
 

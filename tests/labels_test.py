@@ -81,6 +81,15 @@ def test_resample_doubles_cells():
     np.testing.assert_allclose(targets.resample(cells, (2, 4, 6)), expected, rtol=1e-14)
 
 
+def test_cells_that_do_not_divide_the_tokens():
+    """45 columns in 23 cells: a token across a border has of each cell the share that it covers."""
+    out = targets.resample(np.arange(23.0).reshape(1, 1, 23), (1, 1, 45))[0, 0]
+    # Token j covers j/45 to (j + 1)/45. The first border, 1/23, is 22/23 of a token into token 1.
+    # The middle token lies in the middle cell, whose borders are at 21.5 and 23.5 tokens.
+    np.testing.assert_allclose(out[[0, 1, 2, 22, 43, 44]], [0, 1 / 23, 1, 11, 21 + 22 / 23, 22], atol=1e-13)
+    np.testing.assert_allclose(out + out[::-1], 22, atol=1e-13)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize(
     "grid, cells", [((21, 30, 52), (15, 26)), ((13, 30, 45), (15, 23)), ((5, 3, 3), (4, 5))]
@@ -110,6 +119,19 @@ def test_target_by_hand():
     out = targets.target(make([4, 2, 2, 0]), make([3, 3, 3, 3]), GRID, "difference", "max")
     assert out.dtype == np.float16
     assert out.tolist() == [1, 0, 1, 0, 0, -1, 0, -1]
+
+
+def test_target_of_odd_sides_by_hand():
+    """Three rows and columns of tokens in two of cells each; of three latents the first and last are seen."""
+    maps = np.zeros((1, 2, 2, 2), np.float32)
+    maps[0, 0, 0, 0] = 16  # of all cells 1 on average: normalised 8, less the background's 1
+    grid = (3, 3, 3)
+    out = targets.target(maps, np.ones_like(maps), grid, "difference", "max", every=2).reshape(grid)
+    # The share of each token in that cell; all other cells are -1, so a share of s is 8 s - 1, over 7.
+    side = np.array([1, 0.5, 0])
+    share = np.array([1, 0.5, 0])[:, None, None] * side[:, None] * side
+    np.testing.assert_allclose(out, (8 * share - 1) / 7, atol=5e-4)  # 11 bits of float16
+    assert out[0, 0, 0] == 1 and out[2, 2, 2] == np.float16(-1 / 7)
 
 
 def test_layers_are_averaged_before_they_are_normalised():

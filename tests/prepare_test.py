@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from prophy_jax import encoders
 from prophy_jax.data import loader, records, taxonomy, video
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.errors import UserError
+from prophy_jax.models import hash_text
 from prophy_jax.prepare import prepare
 from tests.conftest import ROOT, SAMPLE, get_config
 
@@ -124,6 +126,36 @@ def test_sandbox_records_and_alignment(sandbox_dir):
             # Frame-major tokens: (T, G, G, 17) -> (N, 17), then the rows of the categories present.
             np.testing.assert_array_equal(label["maps"], clip.masks.reshape(-1, 17).T[clip.category > 0])
             assert label["maps"].any()
+
+
+def test_encoded_padding_reaches_the_batch(tmp_path, monkeypatch):
+    """All rows of text and the mask of its words, of captions with padding and of those without."""
+    hashed = hash_text.build(dim=16, length=30)
+
+    def encode(texts):
+        text, mask = hashed(texts)
+        return np.where(mask[..., None], text, 0.5 + 0.01 * np.arange(30)[:, None]), mask
+
+    encode.words_lost = hashed.words_lost
+    monkeypatch.setattr(encoders, "load_text_encoder", lambda config: encode)
+    prepare(_config(tmp_path))
+    stored = {record["id"].decode(): record for record in _read(tmp_path, "train")}
+    assert all(record["text"].shape == (30, 16) for record in stored.values())
+    batch = next(loader.make_loader(tmp_path, "train", 6, seed=0))
+    text, mask = encode([stored[name]["caption"].decode() for name in batch["id"]])
+    words = mask.sum(1)
+    assert words.min() < 30 == words.max()  # the longest are cut
+    np.testing.assert_array_equal(batch["text_mask"], mask)
+    np.testing.assert_array_equal(batch["text"], text.astype(np.float16))
+    [text], [mask] = encode([""])
+    for kept, expected in zip(loader.load_empty_text(tmp_path), (text, mask), strict=True):
+        np.testing.assert_array_equal(kept, expected)
+    assert mask.sum() == 1 and text[1:].all()
+
+
+def test_zero_padding_is_not_stored(sandbox_dir):
+    for record in _read(sandbox_dir, "train"):
+        assert record["text"].any(axis=1).all() and "text_mask" not in record
 
 
 def test_sandbox_batch_and_empty_text(sandbox_dir):

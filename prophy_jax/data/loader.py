@@ -75,7 +75,9 @@ class _Bucket:
             batch["latents"][row] = np.frombuffer(record["latents"], np.float16).reshape(self._latent_shape)
             text = np.frombuffer(record["text"], np.float16).reshape(-1, self._text_shape[1])  # (n, D)
             batch["text"][row, : len(text)] = text
-            batch["text_mask"][row, : len(text)] = True
+            # Without a mask, every stored row is a word or the end.
+            mask = np.frombuffer(record["text_mask"], np.uint8) if "text_mask" in record else True
+            batch["text_mask"][row, : len(text)] = mask
             batch["category"][row] = np.frombuffer(record["category"], np.float32)
             batch["alignment"][row] = 0  # here, as memory that comes zeroed is slower to write to
             if self._labels is not None:
@@ -106,10 +108,10 @@ def make_loader(
 ) -> grain.DatasetIterator:
     """An iterator over one split, with this process's rows of each batch.
 
-    Each batch is a dict of numpy arrays with a leading b: latents (T, h, w, 16), text (L, D) with
-    zero rows after the last valid one, alignment (N, 17), all float16; category (17,) and alignment_present
-    (17,) float32; text_mask (L,) bool; id () str; index () int64, the position within the bucket and split.
-    Without alignment labels the two alignment arrays are zero.
+    Each batch is a dict of numpy arrays with a leading b: latents (T, h, w, 16), text (L, D) padded as its
+    encoder pads it, alignment (N, 17), all float16; category (17,) and alignment_present (17,) float32;
+    text_mask (L,) bool, True on the words and their end; id () str; index () int64, the position within the
+    bucket and split. Without alignment labels the two alignment arrays are zero.
 
     `get_state` (JSON types) and `set_state` of the iterator resume it exactly, with and without
     `place` and on any number of processes. Batches are read, and placed, ahead of their use in threads;

@@ -11,7 +11,7 @@
 All data sets are TFDS in array_record format with one record per group (random access), written and read
 without TensorFlow. Latents and texts are float16: 3 digits, for a third of the disk and of the traffic.
 
-T h w latent grid, N tokens, P phenomena with a map, n valid rows of one text, D text width.
+T h w latent grid, N tokens, P phenomena with a map, n stored rows of one text, D text width.
 """
 
 import contextlib
@@ -46,11 +46,16 @@ _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a pr
 _OPTIONS = "group_size:1,uncompressed"  # float16 noise hardly shrinks, and would take thrice as long to read
 
 
-def record_features(latent_shape: Sequence[int], text_dim: int) -> tfds.features.FeaturesDict:
+def record_features(
+    latent_shape: Sequence[int], text_dim: int, padding: bool = False
+) -> tfds.features.FeaturesDict:
     """Features of "records": latents (T, h, w, 16) and text (n, D) float16, category (17,) float32.
 
+    The rows of text are words and the end of them; with `padding`, which says that the encoder encodes it,
+    all rows, and text_mask (n,) uint8 is 1 on the words and their end.
     `video` says where the clip is in source number `source` of the manifest.
     """
+    mask = {"text_mask": tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding="bytes")}
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
@@ -61,6 +66,7 @@ def record_features(latent_shape: Sequence[int], text_dim: int) -> tfds.features
             "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16, encoding="bytes"),
             "category": tfds.features.Tensor(shape=(taxonomy.NUM_PHENOMENA,), dtype=np.float32),
         }
+        | (mask if padding else {})
     )
 
 
