@@ -100,7 +100,11 @@ def demo_backbone() -> ConfigDict:
 
 
 def demo() -> ConfigDict:
-    """The branch on the frozen demo backbone, with the paper's losses and coefficients."""
+    """The branch on the frozen demo backbone, with the paper's losses and coefficients.
+
+    Expected: on test clips a mean AUC of P'_r of 0.87 (0.48 before training), on validation clips a diffusion
+    loss of 0.9992 of that of the backbone alone; docs/cogvideox.md.
+    """
     config = beside_the_sandbox(wan.demo())
     config.backbone_params = "runs/demo_cogvideox_backbone/backbone"
     return config
