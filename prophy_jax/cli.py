@@ -78,6 +78,9 @@ def _keep_compiled() -> None:
 
 
 def _parse() -> Any:
+    for file in re.findall(r"^--?config=([^:]+)", "\n".join(sys.argv[1:]), re.MULTILINE):
+        # Configurations import each other as configs.NAME, from wherever the command is run.
+        sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(file))))
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
         config = flags.FLAGS.config

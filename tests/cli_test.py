@@ -58,3 +58,15 @@ def test_compiled_programs_are_kept_in_the_cache_folder_unless_the_user_names_an
     assert compile_cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "prophy_jax" / "xla")
     mine = str(tmp_path / "mine")
     assert compile_cache(JAX_COMPILATION_CACHE_DIR=mine) == mine
+
+
+def test_a_configuration_finds_its_neighbours_from_any_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "prophy_jax.plan", f"--config={ROOT}/configs/cogvideox.py:none"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "configs/cogvideox.py has no variant 'none'" in done.stderr
+    assert done.stderr.count("\n") == 1
