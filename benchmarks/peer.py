@@ -107,7 +107,7 @@ def write_weights(shape: Shape, folder: pathlib.Path) -> None:
         dtype = ml_dtypes.bfloat16
     tables = {
         "transformer": convert_wan.dit_leaves(model.config, "diffusers"),
-        "branch": export.branch_leaves(model, branch, "diffusers"),
+        "branch": export.branch_leaves(model, branch, export.FORMS["wan"], "diffusers"),
     }
     for part, table in tables.items():
         names = leaves.tensor_shapes(table)
@@ -145,7 +145,7 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
         ),
         "branch": leaves.read(
             load_file(folder / "branch.safetensors"),
-            export.branch_leaves(backbone, config, "diffusers"),
+            export.branch_leaves(backbone, config, export.FORMS["wan"], "diffusers"),
         ),
     }
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))

@@ -85,11 +85,6 @@ _QK_EPS = 1e-6  # of the norms of queries and keys, whatever `config.eps` is
 _SINCOS_STRETCH = 1.875  # rows and columns of tokens to one position of the sine table
 
 
-def _fp32_dense(features: int, init: Callable, name: str) -> nn.Dense:
-    # The time path and the head: cheap in fp32, and modulation is sensitive to it.
-    return nn.Dense(features, dtype=jnp.float32, precision="highest", kernel_init=init, name=name)
-
-
 class CogVideoXTextEmbed(nn.Module):
     """Text features (B, L, D) -> text tokens (B, L, C)."""
 
@@ -120,8 +115,8 @@ class CogVideoXEmbed(nn.Module):
         video = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="patch")(patches)
 
         time = layers.time_sinusoid(t, config.dim)
-        time = nn.silu(_fp32_dense(config.time_dim, _lecun, "time_in")(time))
-        return video, nn.silu(_fp32_dense(config.time_dim, _lecun, "time_out")(time))
+        time = nn.silu(layers.fp32_dense(config.time_dim, _lecun, "time_in")(time))
+        return video, nn.silu(layers.fp32_dense(config.time_dim, _lecun, "time_out")(time))
 
 
 class CogVideoXNorm(nn.Module):
@@ -134,7 +129,7 @@ class CogVideoXNorm(nn.Module):
     def __call__(self, stream: Stream, time: jax.Array) -> tuple[jax.Array, Stream]:
         """Stream, time (B, E) -> tokens (B, S, C) of both, text first, and the gates (B, 1, C) of each."""
         width = self.config.dim
-        modulation = checkpoint_name(_fp32_dense(6 * width, _xavier, "modulation")(time), "products")
+        modulation = checkpoint_name(layers.fp32_dense(6 * width, _xavier, "modulation")(time), "products")
         # Six pieces (B, 1, C).
         shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(modulation[:, None], 6, axis=-1)
         norm = layers.LayerNorm(epsilon=self.config.eps, name="norm")
@@ -170,22 +165,6 @@ class CogVideoXAttention(nn.Module):
         return y.reshape(*y.shape[:2], self.config.num_heads, self.config.head_dim)
 
 
-class CogVideoXMLP(nn.Module):
-    """Two layers with the tanh form of GELU."""
-
-    config: CogVideoXConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (B, S, C) -> (B, S, C)."""
-        config = self.config
-        x = nn.Dense(config.ffn_dim, dtype=self.dtype, kernel_init=_xavier, name="up")(x)
-        x = nn.gelu(checkpoint_name(x, "products"), approximate=True)
-        x = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="down")(x)
-        return checkpoint_name(x, "products")
-
-
 class CogVideoXBlock(nn.Module):
     """Joint attention and MLP over the tokens of both streams."""
 
@@ -201,7 +180,7 @@ class CogVideoXBlock(nn.Module):
         x = CogVideoXAttention(config, self.dtype, self.attention, name="attn")(x, rope)
         stream = self._add(stream, x, gates)
         x, gates = CogVideoXNorm(config, self.dtype, name="norm2")(stream, time)
-        x = CogVideoXMLP(config, self.dtype, name="ffn")(x)
+        x = layers.MLP(config.ffn_dim, self.dtype, name="ffn")(x)
         return self._add(stream, x, gates)
 
     def _add(self, stream: Stream, x: jax.Array, gates: Stream) -> Stream:
@@ -222,12 +201,12 @@ class CogVideoXHead(nn.Module):
     def __call__(self, video: jax.Array, time: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
         """video (B, N, C), time (B, E) -> (B, T, h, w, c) fp32."""
         config = self.config
-        modulation = _fp32_dense(2 * config.dim, _xavier, "modulation")(time)
+        modulation = layers.fp32_dense(2 * config.dim, _xavier, "modulation")(time)
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)  # (B, 1, C)
         x = layers.LayerNorm(epsilon=config.eps, name="norm1")(video)
         x = layers.modulate(layers.LayerNorm(epsilon=config.eps, name="norm2")(x), shift, scale)
         c = config.out_channels
-        x = _fp32_dense(c * config.patch_volume, _xavier, "out")(x)
+        x = layers.fp32_dense(c * config.patch_volume, _xavier, "out")(x)
         pt, ph, pw = config.patch_size
         frames, rows, columns = grid
         # (B, N, c pt ph pw) -> (B, T', H', W', c, pt, ph, pw) -> (B, T, h, w, c)
@@ -376,14 +355,7 @@ class CogVideoX:
         Raises:
             ValueError: when a side is not a multiple of the patch.
         """
-        sides = tuple(latent_shape[-4:-1])
-        patch = self.config.patch_size
-        if len(sides) != 3 or any(side % p for side, p in zip(sides, patch, strict=True)):
-            raise ValueError(
-                f"latents of shape {tuple(latent_shape)}: (T, h, w) must be multiples of {patch}"
-            )
-        frames, rows, columns = (side // p for side, p in zip(sides, patch, strict=True))
-        return frames, rows, columns
+        return layers.token_grid(latent_shape, self.config.patch_size)
 
     def block_flops(self, tokens: int, batch: int = 1) -> int:
         """Floating-point operations of one block's forward pass on `tokens` of video: 2 per multiply-add.

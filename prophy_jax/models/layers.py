@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from prophy_jax.models import attention
 
@@ -82,6 +83,39 @@ def scan_layers(
 
 def _is_no_slice(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze")
+
+
+def fp32_dense(features: int, init: Callable, name: str) -> nn.Dense:
+    """For time paths and heads, which the reference codes keep in fp32 and which cost little."""
+    return nn.Dense(features, dtype=jnp.float32, precision="highest", kernel_init=init, name=name)
+
+
+class MLP(nn.Module):
+    """Two layers with the tanh form of GELU, of width `features` between them."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (B, N, C) -> (B, N, C)."""
+        xavier = nn.initializers.xavier_uniform()
+        up = nn.Dense(self.features, dtype=self.dtype, kernel_init=xavier, name="up")(x)
+        down = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="down")
+        return checkpoint_name(down(nn.gelu(checkpoint_name(up, "products"), approximate=True)), "products")
+
+
+def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The token grid (T', H', W') of latents (..., T, h, w, c) cut into patches.
+
+    Raises:
+        ValueError: when a side is not a multiple of the patch.
+    """
+    sides = tuple(latent_shape[-4:-1])
+    if len(sides) != 3 or any(side % p for side, p in zip(sides, patch, strict=True)):
+        raise ValueError(f"latents of shape {tuple(latent_shape)}: (T, h, w) must be multiples of {patch}")
+    frames, rows, columns = (side // p for side, p in zip(sides, patch, strict=True))
+    return frames, rows, columns
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -75,11 +75,6 @@ def _table_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
-def _fp32_dense(features: int, init: Callable, name: str) -> nn.Dense:
-    # The time path and the head stay in fp32, as in the reference code; both are cheap.
-    return nn.Dense(features, dtype=jnp.float32, precision="highest", kernel_init=init, name=name)
-
-
 class WanTextEmbed(nn.Module):
     """Text features (B, L, D) -> text tokens (B, L, C)."""
 
@@ -113,9 +108,9 @@ class WanEmbed(nn.Module):
         video = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="patch")(patches)
 
         temb = layers.time_sinusoid(t, config.freq_dim)
-        temb = nn.silu(_fp32_dense(config.dim, _lecun, "time_in")(temb))
-        temb = _fp32_dense(config.dim, _lecun, "time_out")(temb)
-        modulation = _fp32_dense(6 * config.dim, _xavier, "time_modulation")(nn.silu(temb))
+        temb = nn.silu(layers.fp32_dense(config.dim, _lecun, "time_in")(temb))
+        temb = layers.fp32_dense(config.dim, _lecun, "time_out")(temb)
+        modulation = layers.fp32_dense(6 * config.dim, _xavier, "time_modulation")(nn.silu(temb))
         return video, modulation.reshape(b, 6, config.dim), temb
 
 
@@ -158,22 +153,6 @@ class WanAttention(nn.Module):
         return y.reshape(*y.shape[:2], self.config.num_heads, self.config.head_dim)
 
 
-class WanMLP(nn.Module):
-    """Two layers with the tanh form of GELU."""
-
-    config: WanConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (B, N, C) -> (B, N, C)."""
-        config = self.config
-        x = nn.Dense(config.ffn_dim, dtype=self.dtype, kernel_init=_xavier, name="up")(x)
-        x = nn.gelu(checkpoint_name(x, "products"), approximate=True)
-        x = nn.Dense(config.dim, dtype=self.dtype, kernel_init=_xavier, name="down")(x)
-        return checkpoint_name(x, "products")
-
-
 class WanBlock(nn.Module):
     """Self-attention, cross-attention to the text, MLP.
 
@@ -207,7 +186,7 @@ class WanBlock(nn.Module):
         video = video + x
 
         x = layers.modulate(norm(video), shift_ffn, scale_ffn)
-        x = WanMLP(config, self.dtype, name="ffn")(x)
+        x = layers.MLP(config.ffn_dim, self.dtype, name="ffn")(x)
         return (video + gate_ffn * x).astype(self.dtype)
 
 
@@ -225,7 +204,7 @@ class WanHead(nn.Module):
         x = layers.LayerNorm(epsilon=config.eps, use_bias=False, use_scale=False)(video)
         x = layers.modulate(x, shift, scale)
         c = config.out_channels
-        x = _fp32_dense(config.patch_volume * c, nn.initializers.zeros, "out")(x)
+        x = layers.fp32_dense(config.patch_volume * c, nn.initializers.zeros, "out")(x)
         pt, ph, pw = config.patch_size
         frames, rows, columns = grid
         # (B, N, pt ph pw c) -> (B, T', H', W', pt, ph, pw, c) -> (B, T, h, w, c)
@@ -387,14 +366,7 @@ class Wan:
         Raises:
             ValueError: when a side is not a multiple of the patch.
         """
-        sides = tuple(latent_shape[-4:-1])
-        patch = self.config.patch_size
-        if len(sides) != 3 or any(side % p for side, p in zip(sides, patch, strict=True)):
-            raise ValueError(
-                f"latents of shape {tuple(latent_shape)}: (T, h, w) must be multiples of {patch}"
-            )
-        frames, rows, columns = (side // p for side, p in zip(sides, patch, strict=True))
-        return frames, rows, columns
+        return layers.token_grid(latent_shape, self.config.patch_size)
 
     def block_flops(self, tokens: int, batch: int = 1) -> int:
         """Floating-point operations of one block's forward pass: 2 per multiply-add.
