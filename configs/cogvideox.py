@@ -112,11 +112,13 @@ def demo() -> ConfigDict:
 
 def beside_the_sandbox(config: ConfigDict) -> ConfigDict:
     """A small run of configs/wan.py with blocks, objective and sampler of CogVideoX."""
-    sizes = {key: config.backbone[key] for key in ("dim", "num_heads", "num_layers", "ffn_dim", "text_len")}
+    wan_sizes = config.backbone
     config.backbone = dict(
-        module="cogvideox", dtype="float32", remat="none", text_dim=64, time_dim=64, **sizes
+        **dict(module="cogvideox", dtype="float32", remat="none", text_dim=64, time_dim=64),
+        **{key: wan_sizes[key] for key in ("dim", "num_heads", "num_layers", "text_len")},
+        ffn_dim=4 * wan_sizes.dim,
+        base_grid=(config.data.height // 8, config.data.width // 8),
     )
-    config.backbone.positions = "rope_slice"
     config.backbone_remedy = (
         "make it: python -m prophy_jax.train --config=configs/cogvideox.py:demo_backbone "
         "--workdir=runs/demo_cogvideox_backbone"
