@@ -175,16 +175,19 @@ def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
         assert settings[f"{part}_sha256"] == manifest["sha256"]
 
     # The encoded prompts are kept: without the encoder's weights the same prompts give the same clips. Two
-    # devices that share threads may round apart, and the routing is stretched until that shows.
+    # devices that share threads may round apart, which the video codec spreads over blocks of a few pixels.
+    # The routing is stretched until that shows.
     text_encoder.rename(text_encoder.with_name("away"))
     try:
         succeed("prophy_jax.sample", *sampled, f"--out={place / 'again'}", cwd=place)
         assert set(os.listdir(place / "again")) == files | {"manifest.json"}
+        other = video.read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80)
         for name in (f"000{i}{kind}.mp4" for i in range(2) for kind in ("", "_baseline")):
             first, again = (
                 video.read_clip(place / out / name, 9, 16, 48, 80) for out in ("samples", "again")
             )
-            assert np.abs(first.astype(int) - again).max() <= 8
+            assert np.abs(first.astype(int) - again).mean() < 0.25
+        assert np.abs(first.astype(int) - other).mean() > 1  # another prompt's
         done = run("prophy_jax.sample", *arguments, "--prompt=New.", f"--out={place / 'new'}", cwd=place)
         assert done.returncode == 1 and "text_encoder" in done.stderr.splitlines()[-1]
     finally:
