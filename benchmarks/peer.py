@@ -151,7 +151,8 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
     prophy = ProPhy(backbone, config)
     clip = {name: jnp.asarray(value) for name, value in inputs(shape).items()}
-    settings = dict(solver="euler", steps=STEPS, shift=SHIFT, guidance=GUIDANCE, skip=())
+    settings = dict(solver="euler", steps=STEPS, shift=SHIFT, guidance=GUIDANCE)
+    settings |= dict(guidance_schedule="constant", skip=())
     generate = sample.make_generator(ProPhy(backbone), SimpleNamespace(samples=SimpleNamespace(**settings)))
     forward = jax.jit(backbone)
 

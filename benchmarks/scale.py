@@ -10,23 +10,13 @@ minutes.
 """
 
 import argparse
-import importlib.util
 import json
-import pathlib
 
 import jax
 
+from configs import wan
 from prophy_jax import hardware, plan
 from prophy_jax.errors import one_line_errors
-
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "wan.py"
-
-
-def read_config(variant: str):
-    spec = importlib.util.spec_from_file_location("wan_config", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
 
 
 def main() -> None:
@@ -40,7 +30,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     plans, reduced = [], []
     for topology in options.topologies.split(","):
-        config = read_config(options.variant)
+        config = wan.get_config(options.variant)
         chip, shape = hardware.parse(topology)
         config.mesh = dict(data=-1, fsdp=1, context=1)
         config.batch_size = len(plan.get_devices(chip, topology, shape))

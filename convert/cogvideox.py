@@ -379,11 +379,6 @@ PARTS = {
         of_shapes={},
     ),
 }
-DIFFUSERS = {
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
 # For SAT the files of the text encoder and of the tokenizer are those of diffusers, in one folder.
 _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
 _SAT_TEXT = "t5-v1_1-xxl"
@@ -391,14 +386,14 @@ _SAT_TEXT = "t5-v1_1-xxl"
 
 def _find(src: Path, part: str) -> command.Source | None:
     folder = src / part
-    weights, tokenizer = files.find(folder, DIFFUSERS[part]), src / "tokenizer"
+    weights, tokenizer = files.find(folder, command.STEMS[part]), src / "tokenizer"
     if not weights and part == "transformer":
         weights = _find_sat_transformer(src)
     elif not weights and part == "vae":
         weights = [file for file in (src / "vae" / "3d-vae.pt", src / "3d-vae.pt") if file.is_file()][:1]
     elif not weights:
         folder = tokenizer = src / _SAT_TEXT
-        weights = files.find(folder, DIFFUSERS[part])
+        weights = files.find(folder, command.STEMS[part])
     return command.Source(weights, folder / "config.json", tokenizer) if weights else None
 
 
@@ -426,9 +421,9 @@ def _wanted(part: str) -> str:
     sat = {
         "transformer": f"transformer/*/{_SAT_WEIGHTS}",
         "vae": "vae/3d-vae.pt",
-        "text_encoder": f"{_SAT_TEXT}/{DIFFUSERS[part]}*.safetensors",
+        "text_encoder": f"{_SAT_TEXT}/{command.STEMS[part]}*.safetensors",
     }
-    return f"neither {part}/{DIFFUSERS[part]}*.safetensors nor {sat[part]}"
+    return f"neither {part}/{command.STEMS[part]}*.safetensors nor {sat[part]}"
 
 
 def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:

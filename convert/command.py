@@ -32,6 +32,8 @@ from prophy_jax import cli, models
 from prophy_jax.data.text import load_tokenizer
 from prophy_jax.errors import UserError, one_line_errors
 
+# Of the weight files in diffusers' folder of a part.
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 

@@ -358,12 +358,7 @@ PARTS = {
         of_shapes={"official": lambda shapes, _: t5.sizes_of_shapes(shapes)},
     ),
 }
-# Stems of the weight files in the folder of a part's name, and in the folder of all official files.
-DIFFUSERS = {
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+# Stems of the weight files in the folder of all official files.
 OFFICIAL = {
     "transformer": "diffusion_pytorch_model",
     "vae": "Wan2.1_VAE",
@@ -374,7 +369,7 @@ OFFICIAL = {
 def _find(src: Path, part: str) -> command.Source | None:
     folder = src / part
     if folder.is_dir():
-        weights, config = files.find(folder, DIFFUSERS[part]), folder / "config.json"
+        weights, config = files.find(folder, command.STEMS[part]), folder / "config.json"
     else:
         weights = files.find(src, OFFICIAL[part])
         config = src / "config.json" if part == "transformer" else folder / "config.json"
@@ -384,7 +379,7 @@ def _find(src: Path, part: str) -> command.Source | None:
 
 def _wanted(part: str) -> str:
     suffix = "*.safetensors" if part == "transformer" else ".pth"
-    return f"neither {OFFICIAL[part]}{suffix} nor {part}/{DIFFUSERS[part]}*.safetensors"
+    return f"neither {OFFICIAL[part]}{suffix} nor {part}/{command.STEMS[part]}*.safetensors"
 
 
 # Names of tensors, and what has them.

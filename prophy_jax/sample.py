@@ -49,8 +49,7 @@ def make_sampler(model: ProPhy, config) -> tuple[Callable, Callable]:
     settings = config.samples
     solver = solvers.solver(settings.solver, settings.steps, settings.shift)
     solver = solvers.skipping(solver, settings.skip)
-    schedule = getattr(settings, "guidance_schedule", "constant")
-    guidance = solvers.guidance_schedule(schedule, settings.guidance, settings.steps)
+    guidance = solvers.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
 
     @functools.partial(jax.jit, static_argnames="rows")
     def begin(params, noise, text, text_mask, negative, rows):

@@ -4,10 +4,14 @@ A configuration names a model file of this package and the arguments of its `bui
 `dict(module="wan", variant="1.3b")` is `prophy_jax.models.wan.build(variant="1.3b")`.
 """
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+import jax.numpy as jnp
 
 from prophy_jax.errors import UserError
 
@@ -27,3 +31,40 @@ def build(spec: Mapping[str, Any], package: str = __name__) -> Any:
     except TypeError as error:
         raise UserError(f"{name}.build: {error}; mend the configuration") from error
     return module.build(**arguments)
+
+
+def configure(
+    model: str,
+    fields: type,
+    overrides: Mapping[str, Any],
+    variant: str | None = None,
+    variants: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """A model's sizes: of a public variant with some changed, or all of them from `overrides`.
+
+    Args:
+        model: As messages call it.
+        fields: The dataclass of its sizes.
+        overrides: Fields of it. Lists, of a configuration file, become tuples, so that a model can be hashed.
+        variant: A name of `variants`, or None.
+        variants: Name -> the sizes of public models.
+
+    Raises:
+        UserError: on an unknown variant or field, or a missing one.
+    """
+    if variant is not None and variant not in variants:
+        raise UserError(f"unknown {model} variant {variant!r}: choose one of {', '.join(variants)}")
+    overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    try:
+        if variant is None:
+            return fields(**overrides)
+        return dataclasses.replace(variants[variant], **overrides)
+    except TypeError as error:
+        raise UserError(f"{model} sizes {sorted(overrides)} do not fit {fields.__name__}: {error}") from error
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of a model's products. Raises UserError on another name than float32 and bfloat16."""
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"unknown compute dtype {name!r}: choose float32 or bfloat16")
+    return jnp.dtype(name)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prophy_jax.errors import UserError
+
 Params = Mapping[str, Any]
 Layers = Callable[[jax.Array, "History"], jax.Array]
 Network = Callable[[Params, jax.Array, "History"], jax.Array]
@@ -82,6 +84,24 @@ class History:
         self.present.append(present)
         y = jnp.moveaxis(y, 0, 1)
         return y.reshape(b, -1, *y.shape[3:])  # (B, 2, T', ...) -> (B, 2 T', ...)
+
+
+def check_sides(model: str, height: int, width: int, space: int) -> None:
+    """Raises UserError unless both sides of a clip are positive multiples of `space` pixels."""
+    if min(height, width) < 1 or height % space or width % space:
+        raise UserError(
+            f"{model}: {height} x {width} pixels (H x W) are not multiples of {space}: "
+            "crop or resize the clip"
+        )
+
+
+def check_video(model: str, video: jax.Array) -> None:
+    """Raises UserError unless a video is (B, F, H, W, 3) floating point."""
+    if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
+        raise UserError(
+            f"{model}: a video must be (B, F, H, W, 3) floating point in [-1, 1], "
+            f"got {video.shape} {video.dtype}; convert it"
+        )
 
 
 def conv(p: Params, *taps: jax.Array, stride: int = 1) -> jax.Array:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from prophy_jax import models
 from prophy_jax.errors import UserError
 from prophy_jax.models import attention, layers
 from prophy_jax.models.layers import Stream
@@ -272,13 +273,7 @@ class CogVideoX:
         """
         config = self.config
         grid = self.grid(latents.shape)
-        batch = latents.shape[0]
-        if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
-            raise ValueError(f"latents must be (B, T, h, w, {config.in_channels}), got {latents.shape}")
-        if t.shape != (batch,):
-            raise ValueError(f"t must be ({batch},), one time per sample, got {t.shape}")
-        if text.shape[0] != batch:
-            raise ValueError(f"text must be of {batch} samples, got {text.shape[0]}")
+        layers.check_inputs(latents, t, text, config.in_channels)
         video, time = self._embed.apply({"params": params["embed"]}, latents, t)
         rope = None
         if config.positions == "sincos":
@@ -296,8 +291,7 @@ class CogVideoX:
         Raises:
             ValueError: on another width D.
         """
-        if text.ndim != 3 or text.shape[-1] != self.config.text_dim:
-            raise ValueError(f"text must be (B, L, {self.config.text_dim}), got {text.shape}")
+        layers.check_text(text, self.config.text_dim)
         return self._text_embed.apply({"params": params["embed"]}, text)
 
     def text_ahead(
@@ -470,21 +464,8 @@ def build(
             that the encoding does not divide.
     """
     variants = {"2b": COGVIDEOX_2B, "5b": COGVIDEOX_5B, "1.5-5b": COGVIDEOX_1_5_5B}
-    if variant is not None and variant not in variants:
-        raise UserError(f"unknown CogVideoX variant {variant!r}: choose one of {', '.join(variants)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
     attention.remat(build, remat)  # Rejects an unknown name now rather than at the first step.
-    for name in ("patch_size", "base_grid"):
-        if name in overrides:
-            overrides[name] = tuple(overrides[name])
-    try:
-        if variant is None:
-            config = CogVideoXConfig(**overrides)
-        else:
-            config = dataclasses.replace(variants[variant], **overrides)
-    except TypeError as error:
-        raise UserError(f"CogVideoX sizes {sorted(overrides)} do not fit CogVideoXConfig: {error}") from error
+    config = models.configure("CogVideoX", CogVideoXConfig, overrides, variant, variants)
     if config.positions not in POSITIONS:
         raise UserError(f"positions={config.positions!r}: choose one of {', '.join(POSITIONS)}")
     # Three eighths of these channels are pairs.
@@ -494,4 +475,4 @@ def build(
             f"CogVideoX width {config.dim} does not split into {config.num_heads} heads, or the width of a "
             "head (with sincos positions that of the model) is no multiple of 16"
         )
-    return CogVideoX(config, jnp.dtype(dtype), remat)
+    return CogVideoX(config, models.compute_dtype(dtype), remat)

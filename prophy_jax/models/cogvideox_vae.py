@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prophy_jax import models
 from prophy_jax.errors import UserError
 from prophy_jax.models.causal_vae import (
     History,
@@ -31,6 +32,8 @@ from prophy_jax.models.causal_vae import (
     Side,
     Tile,
     by_axis,
+    check_sides,
+    check_video,
     conv,
     conv_shape,
     draw,
@@ -298,11 +301,7 @@ class CogVideoXVAE:
                 f"CogVideoX VAE: {frames} frames are neither {piece}n nor {piece}n + 1: cut the clip to "
                 f"{short + 1} frames or extend it to {short + piece}"
             )
-        if min(height, width) < 1 or height % space or width % space:
-            raise UserError(
-                f"CogVideoX VAE: {height} x {width} pixels (H x W) are not multiples of {space}: "
-                "crop or resize the clip"
-            )
+        check_sides("CogVideoX VAE", height, width, space)
         times = self.lead + frames // piece * PIECE + frames % piece
         return times, height // space, width // space, self.config.latent_channels
 
@@ -319,11 +318,7 @@ class CogVideoXVAE:
         Raises:
             UserError: on another shape, see `latent_shape`, or integers.
         """
-        if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
-            raise UserError(
-                f"CogVideoX VAE: a video must be (B, F, H, W, 3) floating point in [-1, 1], "
-                f"got {video.shape} {video.dtype}; convert it"
-            )
+        check_video("CogVideoX VAE", video)
         self.latent_shape(*video.shape[1:4])
         moments = self._run(encoder, params, video, self._pixels, self._latents)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -398,17 +393,9 @@ def build(dtype: str = "float32", tile: Tile | None = None, lead: int = 0, **ove
     Raises:
         UserError: on an unknown dtype, lead or field, or sizes that do not fit together.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
     if lead not in (0, 1):
         raise UserError(f"CogVideoX VAE: lead must be 1 for CogVideoX1.5 and 0 for the others, got {lead!r}")
-    # Lists of a configuration file become tuples, so that a CogVideoXVAE can be hashed.
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in overrides.items()}
-    try:
-        config = CogVideoXVAEConfig(**fields)
-    except TypeError as error:
-        names = sorted(overrides)
-        raise UserError(f"CogVideoX VAE sizes {names} do not fit CogVideoXVAEConfig: {error}") from error
+    config = models.configure("CogVideoX VAE", CogVideoXVAEConfig, overrides)
     if any(width % config.norm_num_groups for width in config.block_out_channels):
         raise UserError(
             f"CogVideoX VAE: block_out_channels {config.block_out_channels} must be multiples of "
@@ -428,7 +415,7 @@ def build(dtype: str = "float32", tile: Tile | None = None, lead: int = 0, **ove
                 f"columns, multiples of {config.space}, the stride not above the size"
             )
         tile = tuple(map(tuple, by_axis(tile)))
-    return CogVideoXVAE(config, jnp.dtype(dtype), tile, int(lead))
+    return CogVideoXVAE(config, models.compute_dtype(dtype), tile, int(lead))
 
 
 def _is_tile(tile: Any, space: int) -> bool:

@@ -118,6 +118,23 @@ def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tupl
     return frames, rows, columns
 
 
+def check_inputs(latents: jax.Array, t: jax.Array, text: jax.Array, channels: int) -> None:
+    """Raises ValueError unless latents are (B, T, h, w, channels), t (B,), and text of B samples."""
+    batch = latents.shape[0]
+    if latents.ndim != 5 or latents.shape[-1] != channels:
+        raise ValueError(f"latents must be (B, T, h, w, {channels}), got {latents.shape}")
+    if t.shape != (batch,):
+        raise ValueError(f"t must be ({batch},), one time per sample, got {t.shape}")
+    if text.shape[0] != batch:
+        raise ValueError(f"text must be of {batch} samples, got {text.shape[0]}")
+
+
+def check_text(text: jax.Array, width: int) -> None:
+    """Raises ValueError unless text features are (B, L, width)."""
+    if text.ndim != 3 or text.shape[-1] != width:
+        raise ValueError(f"text must be (B, L, {width}), got {text.shape}")
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """Adaptive layer norm's affine part: x (B, N, C); shift and scale (B, 1, C)."""
     return x * (1 + scale) + shift

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from prophy_jax import models
 from prophy_jax.errors import UserError
 from prophy_jax.models import layers
 
@@ -263,22 +264,12 @@ def build(
             define.
     """
     variants = {"umt5-xxl": UMT5_XXL, "t5-v1.1-xxl": T5_V1_1_XXL}
-    if variant is not None and variant not in variants:
-        raise UserError(f"unknown T5 variant {variant!r}: choose one of {', '.join(variants)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
     if padding not in PADDINGS:
         raise UserError(f"unknown padding {padding!r} of texts: choose one of {', '.join(PADDINGS)}")
-    try:
-        if variant is None:
-            config = T5Config(**overrides)
-        else:
-            config = dataclasses.replace(variants[variant], **overrides)
-    except TypeError as error:
-        raise UserError(f"T5 sizes {sorted(overrides)} do not fit T5Config: {error}") from error
+    config = models.configure("T5", T5Config, overrides, variant, variants)
     if config.num_buckets < 4 or config.num_buckets % 4 or config.max_distance <= config.num_buckets // 4:
         raise UserError(
             f"{config.num_buckets} position buckets up to distance {config.max_distance}: the number must be "
             f"a multiple of 4, and the distance greater than a quarter of it"
         )
-    return T5(config, jnp.dtype(dtype), length, padding)
+    return T5(config, models.compute_dtype(dtype), length, padding)

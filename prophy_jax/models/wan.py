@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from prophy_jax import models
 from prophy_jax.errors import UserError
 from prophy_jax.models import attention, layers
 from prophy_jax.models.layers import KeyValue, Stream
@@ -267,13 +268,7 @@ class Wan:
         """
         config = self.config
         grid = self.grid(latents.shape)
-        batch = latents.shape[0]
-        if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
-            raise ValueError(f"latents must be (B, T, h, w, {config.in_channels}), got {latents.shape}")
-        if t.shape != (batch,):
-            raise ValueError(f"t must be ({batch},), one time per sample, got {t.shape}")
-        if text.shape[0] != batch:
-            raise ValueError(f"text must be of {batch} samples, got {text.shape[0]}")
+        layers.check_inputs(latents, t, text, config.in_channels)
         video, modulation, temb = self._embed.apply({"params": params["embed"]}, latents, t)
         rope = layers.rope_tables(grid, config.head_dim)
         return Stream(video, text), Conditioning(modulation, temb, rope, grid)
@@ -287,8 +282,7 @@ class Wan:
         Raises:
             ValueError: on another width D.
         """
-        if text.ndim != 3 or text.shape[-1] != self.config.text_dim:
-            raise ValueError(f"text must be (B, L, {self.config.text_dim}), got {text.shape}")
+        layers.check_text(text, self.config.text_dim)
         return self._text_embed.apply({"params": params["embed"]}, text)
 
     def text_ahead(
@@ -426,20 +420,8 @@ def build(variant: str | None = None, dtype: str = "float32", remat: str = "none
         UserError: on an unknown variant, dtype, remat policy or field.
     """
     variants = {"1.3b": WAN_1_3B, "14b": WAN_14B}
-    if variant is not None and variant not in variants:
-        raise UserError(f"unknown Wan variant {variant!r}: choose one of {', '.join(variants)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
     attention.remat(build, remat)  # Rejects an unknown name now rather than at the first step.
-    if "patch_size" in overrides:
-        overrides["patch_size"] = tuple(overrides["patch_size"])
-    try:
-        if variant is None:
-            config = WanConfig(**overrides)
-        else:
-            config = dataclasses.replace(variants[variant], **overrides)
-    except TypeError as error:
-        raise UserError(f"Wan sizes {sorted(overrides)} do not fit WanConfig: {error}") from error
+    config = models.configure("Wan", WanConfig, overrides, variant, variants)
     if config.dim % config.num_heads or config.head_dim % 2:
         raise UserError(f"Wan width {config.dim} does not split into {config.num_heads} heads of even width")
-    return Wan(config, jnp.dtype(dtype), remat)
+    return Wan(config, models.compute_dtype(dtype), remat)

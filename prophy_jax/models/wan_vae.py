@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prophy_jax import models
 from prophy_jax.errors import UserError
 from prophy_jax.models.causal_vae import (
     History,
@@ -28,6 +29,8 @@ from prophy_jax.models.causal_vae import (
     Network,
     Params,
     Side,
+    check_sides,
+    check_video,
     conv,
     conv_shape,
     draw,
@@ -294,11 +297,7 @@ class WanVAE:
                 f"Wan VAE: {frames} frames are not {time}n + 1: cut the clip to {short} frames"
                 f" or extend it to {short + time}"
             )
-        if min(height, width) < 1 or height % space or width % space:
-            raise UserError(
-                f"Wan VAE: {height} x {width} pixels (H x W) are not multiples of {space}: "
-                "crop or resize the clip"
-            )
+        check_sides("Wan VAE", height, width, space)
         return (frames - 1) // time + 1, height // space, width // space, self.config.z_dim
 
     def moments(self, params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -314,11 +313,7 @@ class WanVAE:
         Raises:
             UserError: on another shape, see `latent_shape`, or integers.
         """
-        if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
-            raise UserError(
-                f"Wan VAE: a video must be (B, F, H, W, 3) floating point in [-1, 1], "
-                f"got {video.shape} {video.dtype}; convert it"
-            )
+        check_video("Wan VAE", video)
         self.latent_shape(*video.shape[1:4])
         moments = self._run(encoder, params, video, self._pixels, self._latents)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -396,14 +391,7 @@ def build(
     Raises:
         UserError: on an unknown dtype or field, or sizes that do not fit together.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
-    # Lists of a configuration file become tuples, so that a WanVAE can be hashed.
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in overrides.items()}
-    try:
-        config = WanVAEConfig(**fields)
-    except TypeError as error:
-        raise UserError(f"Wan VAE sizes {sorted(overrides)} do not fit WanVAEConfig: {error}") from error
+    config = models.configure("Wan VAE", WanVAEConfig, overrides)
     if len(config.temporal_downsample) != len(config.dim_mult) - 1:
         raise UserError(
             f"Wan VAE: temporal_downsample has {len(config.temporal_downsample)} entries, "
@@ -419,4 +407,4 @@ def build(
                 f"Wan VAE: tile {tile} must be (size, stride) in pixels, multiples of {config.space}, "
                 "the stride not above the size"
             )
-    return WanVAE(config, jnp.dtype(dtype), tile, whole)
+    return WanVAE(config, models.compute_dtype(dtype), tile, whole)
