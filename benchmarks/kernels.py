@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
-from prophy_jax.errors import one_line_errors
+from prophy_jax.run.errors import one_line_errors
 
 PASSES = (
     22  # reads or writes of (N, C) that a block's norms, modulations, gates and activations take: assumed
@@ -369,7 +369,7 @@ def expert_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from prophy_jax.models import physics
+    from prophy_jax.models.beside import prophy as physics
 
     settings, width, n = model.branch.refinement, model.backbone.config.dim, shape.tokens
     dtype, sizes = jnp.dtype(shape.dtype), [(1, n, width), (1, n, settings.experts)]

@@ -115,7 +115,7 @@ def peak_flops() -> float | None:
     """Published peak of all devices together in bfloat16, or None where it is not known."""
     import jax
 
-    from prophy_jax import hardware
+    from prophy_jax.plan import hardware
 
     kind = jax.devices()[0].device_kind.lower()
     chip = next((chip for name, chip in hardware.CHIPS.items() if name in kind), None)
@@ -124,7 +124,7 @@ def peak_flops() -> float | None:
 
 def head(title: str) -> dict[str, Any]:
     """Prints what was measured on what; returns it for `write`."""
-    from prophy_jax.models.physics import FLOP_RULE
+    from prophy_jax.models.beside.prophy import FLOP_RULE
 
     about = describe()
     print(
@@ -264,7 +264,7 @@ def all_devices() -> Any:
     """The mesh of a benchmark: one clip or pair of rows a device."""
     import jax
 
-    from prophy_jax import parallel
+    from prophy_jax.run import parallel
 
     return parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, jax.devices())
 
@@ -275,10 +275,11 @@ def build(shape: Shape, remat: str = "none", branch: bool = True):
 
     import jax
 
-    from prophy_jax import parallel
     from prophy_jax.diffusion import flow
-    from prophy_jax.models import attention, physics
+    from prophy_jax.models import attention
     from prophy_jax.models import wan as wan_model
+    from prophy_jax.models.beside import prophy as physics
+    from prophy_jax.run import parallel
 
     backbone = wan_model.build(**shape.sizes(), dtype=shape.dtype, remat=remat)
     backend = attention.choose("auto", jax.default_backend(), backbone.dtype)
@@ -300,7 +301,7 @@ def random_params(model: Any, shape: Shape) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from prophy_jax import parallel
+    from prophy_jax.run import parallel
 
     def init(key):
         params = {"backbone": model.backbone.init(key, jnp.dtype(shape.dtype))}
@@ -345,7 +346,7 @@ def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from prophy_jax import parallel
+    from prophy_jax.run import parallel
 
     mesh = all_devices()
     keys, size = jax.random.split(jax.random.key(1), 3), mesh.size

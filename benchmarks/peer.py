@@ -83,7 +83,7 @@ def write_weights(shape: Shape, folder: pathlib.Path) -> None:
     from convert import export, leaves
     from convert import wan as convert_wan
     from prophy_jax.models import wan as wan_model
-    from prophy_jax.models.physics import BranchConfig
+    from prophy_jax.models.beside.prophy import BranchConfig
 
     model = wan_model.build(**shape.sizes())
     spec = {
@@ -132,7 +132,7 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
     from convert import export, leaves
     from convert import wan as convert_wan
     from prophy_jax import sample
-    from prophy_jax.models.physics import BranchConfig, ProPhy
+    from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
 
     mesh = measure.all_devices()
     backbone = measure.build(shape, remat, branch=False)[0].backbone

@@ -14,8 +14,8 @@ import time
 from types import SimpleNamespace
 
 from prophy_jax import prepare
-from prophy_jax.data import sources
-from prophy_jax.data.video import Bucket
+from prophy_jax.data.sources import source as sources
+from prophy_jax.data.sources.video import Bucket
 
 DATA = SimpleNamespace(fps=16, max_upscale=1.25)
 

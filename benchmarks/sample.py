@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import measure
-from prophy_jax.errors import one_line_errors
+from prophy_jax.run.errors import one_line_errors
 
 GUIDANCE, SHIFT = 6.0, 8.0
 # Seconds of a clip on one H100, computed from published or assumed rates, and the goals; by shape and branch.
@@ -87,7 +87,7 @@ def make_text_encoder(shape: measure.Shape):
     import jax
     import jax.numpy as jnp
 
-    from prophy_jax.models import t5
+    from prophy_jax.models.text import t5
 
     model = t5.build(**stand_ins(shape)[0])
     params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(model.dtype), model.init(key)))(
@@ -103,7 +103,7 @@ def make_decoder(shape: measure.Shape):
     """decode(latents (1, T, h, w, 16)) -> frames (1, F, H, W, 3)."""
     import jax
 
-    from prophy_jax.models import wan_vae
+    from prophy_jax.models.codecs import wan_vae
 
     model = wan_vae.build(**stand_ins(shape)[1])
     params = jax.jit(model.init)(jax.random.key(6))

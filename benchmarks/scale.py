@@ -15,8 +15,9 @@ import json
 import jax
 
 from configs import wan
-from prophy_jax import hardware, plan
-from prophy_jax.errors import one_line_errors
+from prophy_jax.plan import hardware
+from prophy_jax.plan import planner as plan
+from prophy_jax.run.errors import one_line_errors
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ def main(config) -> None:
     import jax
     from absl import flags
 
-    from prophy_jax import encoders, experiment, models, sample
+    from prophy_jax import experiment, models, sample
+    from prophy_jax.run import encoders
 
     options = flags.FLAGS
     config.batch_size = 0  # divides over any mesh
@@ -115,7 +116,7 @@ def _keys(tree: Any) -> Any:
 if __name__ == "__main__":
     from absl import flags
 
-    from prophy_jax import cli
+    from prophy_jax.run import cli
 
     flags.DEFINE_string("checkpoint", None, "Backbone parameters; random ones without.")
     flags.DEFINE_string("branch", None, "Branch parameters of a run; without it, the backbone alone.")

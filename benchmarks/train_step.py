@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from benchmarks import kernels, measure
-from prophy_jax.errors import one_line_errors
+from prophy_jax.run.errors import one_line_errors
 
 # Of one H100, with ten physical blocks: computed from published or assumed rates, and the goals.
 EXPECTED = {
@@ -44,7 +44,8 @@ class Run:
     def __init__(self, shape: measure.Shape, remat: str, cache: str):
         import jax
 
-        from prophy_jax import optim, train
+        from prophy_jax import train
+        from prophy_jax.run import optim
 
         self.model, objective = measure.build(shape, remat)
         trainable, self._frozen = optim.split(measure.random_params(self.model, shape), measure.GROUPS)

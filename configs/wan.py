@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 PROPHY_LOSSES = dict(relative=0.1, alignment=0.02, balance=0.01)
 # The one of the Wan2.1 reference code.

@@ -25,10 +25,10 @@ from flax import traverse_util
 
 from convert import command, files, t5
 from convert import leaves as lv
-from prophy_jax.errors import UserError
+from prophy_jax.models.codecs.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from prophy_jax.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, CogVideoX, CogVideoXConfig
-from prophy_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
-from prophy_jax.models.t5 import T5_V1_1_XXL
+from prophy_jax.models.text.t5 import T5_V1_1_XXL
+from prophy_jax.run.errors import UserError
 
 NAMINGS = ("diffusers", "sat")
 

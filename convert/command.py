@@ -28,9 +28,10 @@ from tqdm import tqdm
 import prophy_jax
 from convert import files, stream, t5
 from convert import leaves as lv
-from prophy_jax import cli, models
-from prophy_jax.data.text import load_tokenizer
-from prophy_jax.errors import UserError, one_line_errors
+from prophy_jax import models
+from prophy_jax.models.text.tokenizer import load_tokenizer
+from prophy_jax.run import cli
+from prophy_jax.run.errors import UserError, one_line_errors
 
 # Of the weight files in diffusers' folder of a part.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

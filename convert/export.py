@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 from convert import cogvideox, t5, wan
 from convert import leaves as lv
-from prophy_jax import checkpoints, cli, models
-from prophy_jax.errors import UserError, one_line_errors
-from prophy_jax.models.physics import BranchConfig, ProPhy
+from prophy_jax import models
+from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+from prophy_jax.run import checkpoints, cli
+from prophy_jax.run.errors import UserError, one_line_errors
 
 FORMATS = ("diffusers", "official")
 # Folders, as `convert` and `prophy_jax.train` name them.

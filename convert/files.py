@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 _DTYPES = {
     "F32": np.dtype(np.float32),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 Shape = tuple[int, ...]
 

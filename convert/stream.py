@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from convert.files import Tensor
 from convert.leaves import Leaf
-from prophy_jax import checkpoints
-from prophy_jax.errors import UserError
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
 
 _READ = 4 << 20  # Bytes of one read, hashed while they are in the cache.
 _DROP = 8 << 20  # Bytes read after which the system may reuse the memory in which it cached them.

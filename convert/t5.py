@@ -11,8 +11,8 @@ import jax
 from flax import traverse_util
 
 from convert import leaves as lv
-from prophy_jax.errors import UserError
-from prophy_jax.models.t5 import T5, T5Config
+from prophy_jax.models.text.t5 import T5, T5Config
+from prophy_jax.run.errors import UserError
 
 NAMINGS = ("official", "diffusers")
 

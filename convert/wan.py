@@ -25,10 +25,10 @@ from flax import traverse_util
 
 from convert import command, files, t5
 from convert import leaves as lv
-from prophy_jax.errors import UserError
-from prophy_jax.models.t5 import UMT5_XXL
+from prophy_jax.models.codecs.wan_vae import WanVAE, WanVAEConfig
+from prophy_jax.models.text.t5 import UMT5_XXL
 from prophy_jax.models.wan import WAN_1_3B, Params, Wan, WanConfig
-from prophy_jax.models.wan_vae import WanVAE, WanVAEConfig
+from prophy_jax.run.errors import UserError
 
 NAMINGS = ("official", "diffusers")
 

@@ -25,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prophy_jax import losses, optim, parallel, sample, visualize
+from prophy_jax import losses, sample
 from prophy_jax.data.taxonomy import PHENOMENA
-from prophy_jax.errors import UserError
-from prophy_jax.metrics import POSITIVE, roc_auc
+from prophy_jax.evaluation import pictures as visualize
+from prophy_jax.run import optim, parallel
+from prophy_jax.run.errors import UserError
+from prophy_jax.run.metrics import POSITIVE, roc_auc
 
 SIGMAS = (0.2, 0.5, 0.8)  # shares of noise, see `diffusion.flow`; headline numbers are of the first
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
@@ -162,7 +164,8 @@ def choose_clips(category: np.ndarray, sizes: Sequence[int]) -> list[int]:
 
 def check_run(config, workdir: str) -> dict[str, Any]:
     """The manifest of WORKDIR/branch. Raises UserError unless it is a finished run of this model."""
-    from prophy_jax import checkpoints, experiment
+    from prophy_jax import experiment
+    from prophy_jax.run import checkpoints
 
     if not config.branch:
         raise UserError("this configuration has no branch to measure: name one that has")
@@ -195,8 +198,10 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from prophy_jax import encoders, experiment, metrics, report
+    from prophy_jax import experiment
     from prophy_jax.data import loader, records
+    from prophy_jax.evaluation import report
+    from prophy_jax.run import encoders, metrics
 
     # 1. The run and the clips.
     manifest = check_run(config, workdir)
@@ -236,7 +241,7 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
             name: loss_comparison(m["with_branch"], m["without"]) for name, m in measured.items()
         }
 
-        # 3. Held-out prompts, sampled with the branch and without.
+        # 3. LiveBytes-out prompts, sampled with the branch and without.
         bar.set_description("sampling")
         chosen = choose_clips(seen["category"], SAMPLED)
         captions = [stored[i]["caption"].decode() for i in range(len(stored))]
@@ -399,7 +404,7 @@ def main(config) -> None:
 if __name__ == "__main__":
     from absl import flags
 
-    from prophy_jax import cli
+    from prophy_jax.run import cli
 
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")
     flags.DEFINE_string("out", None, "Folder for metrics.json and report.html; default: the run's.")

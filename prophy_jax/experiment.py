@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from prophy_jax import checkpoints, losses, models, optim, parallel
+from prophy_jax import losses, models
 from prophy_jax.data import records
 from prophy_jax.data.records import differences
-from prophy_jax.errors import UserError
 from prophy_jax.models import attention
-from prophy_jax.models.physics import BranchConfig, ProPhy
+from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+from prophy_jax.run import checkpoints, optim, parallel
+from prophy_jax.run.errors import UserError
 
 # These may differ between the run that wrote a workdir and the run that resumes it.
 MAY_CHANGE = ("mesh", "attention", "log", "checkpoint", "samples", "label", "label_check")

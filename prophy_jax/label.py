@@ -35,10 +35,10 @@ import numpy as np
 from absl import flags
 
 import prophy_jax
-from prophy_jax import cli
 from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
-from prophy_jax.errors import UserError
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
+from prophy_jax.run import cli
+from prophy_jax.run.errors import UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -132,7 +132,7 @@ def preview(
     An mp4 shows the clip, and beside it one panel for each phenomenon with its positive labels over the clip.
     Raises UserError as `label` does.
     """
-    from prophy_jax.data import video
+    from prophy_jax.data.sources import video
 
     asking = import_asking(config)
     prepared = Prepared(data, sources)
@@ -287,7 +287,7 @@ class Prepared:
     def _open_source(self, moved: Sequence[str]):
         from ml_collections import ConfigDict
 
-        from prophy_jax.data import sources
+        from prophy_jax.data.sources import source as sources
 
         paths = self.manifest["sources"]
         if moved and len(moved) != len(paths):
@@ -330,7 +330,9 @@ class Prepared:
 
     def read(self, bucket: str, split: str, index: int) -> Clip:
         """The clip of one record, cropped as for the record; without frames if it shows no phenomenon."""
-        from prophy_jax.data import records, sources, video
+        from prophy_jax.data import records
+        from prophy_jax.data.sources import source as sources
+        from prophy_jax.data.sources import video
 
         if (bucket, split) not in self._open:
             self._open[bucket, split] = records.open_dataset(self.data, "records", bucket, split)
@@ -441,7 +443,7 @@ def draw(
     """
     from PIL import Image, ImageDraw
 
-    from prophy_jax import visualize
+    from prophy_jax.evaluation import pictures as visualize
 
     step = 2 if frames.shape[2] > PANEL else 1
     panels = [frames[:, ::step, ::step]]

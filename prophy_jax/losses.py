@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from prophy_jax.models.physics import top_k_mask
+from prophy_jax.models.beside.prophy import top_k_mask
 
 COARSE = ("relative", "bce")  # read the text alone: taken over the whole batch, once per step
 FINE = ("alignment", "absolute_alignment", "balance")  # read the tokens: taken per microbatch

@@ -30,15 +30,15 @@ import numpy as np
 from absl import flags
 
 import prophy_jax
-from prophy_jax import cli
-from prophy_jax.errors import UserError
+from prophy_jax.run import cli
+from prophy_jax.run.errors import UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from prophy_jax.data.records import Shard
-    from prophy_jax.data.sources import Clip, Sample, Source
-    from prophy_jax.data.video import Bucket
+    from prophy_jax.data.sources.source import Clip, Sample, Source
+    from prophy_jax.data.sources.video import Bucket
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
 THREADS = 8  # that decode; each video is decoded by several threads of FFmpeg besides
@@ -66,7 +66,8 @@ def prepare(
     Raises:
         UserError: the folder is of something else, the sources are not usable, or no clip can be read.
     """
-    from prophy_jax.data import records, statistics
+    from prophy_jax.data import records
+    from prophy_jax.data.sources import statistics
 
     # 1. What there is, and what is taken.
     source, splits = list_clips(config.data, sources)
@@ -79,7 +80,7 @@ def prepare(
     # 2. The encoders, and the folder: everything that can be wrong shows before the first clip.
     import jax
 
-    from prophy_jax import encoders, parallel
+    from prophy_jax.run import encoders, parallel
 
     shape = {"data": -1, "fsdp": 1, "context": 1}
     mesh = parallel.make_mesh(shape, 0, jax.local_devices())  # each process encodes its own clips
@@ -118,7 +119,7 @@ def prepare(
 
 def list_clips(data: "ConfigDict", paths: Sequence[str | Path]) -> tuple["Source", dict[str, list["Clip"]]]:
     """The source, and split -> clips: `data.subset` of them (0: all), drawn by `data.seed`."""
-    from prophy_jax.data import sources
+    from prophy_jax.data.sources import source as sources
 
     if not paths:
         source = sources.draw_sandbox(data)
@@ -130,7 +131,7 @@ def list_clips(data: "ConfigDict", paths: Sequence[str | Path]) -> tuple["Source
 
 def list_buckets(data: "ConfigDict") -> list["Bucket"]:
     """The main size of `data`, then its further `buckets`, (frames, height, width) each."""
-    from prophy_jax.data.video import Bucket
+    from prophy_jax.data.sources.video import Bucket
 
     main = Bucket(data.frames, data.height, data.width)
     return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
@@ -257,7 +258,7 @@ def write_record(
     stored = latents.astype(np.float16), text.astype(np.float16)
     if not all(np.isfinite(array).all() for array in stored):
         raise UserError(
-            f"clip {clip.id}: the encoders gave values that are not finite; mend their weights or dtype"
+            f"clip {clip.id}: the encoders gave values that are not finite; fix their weights or dtype"
         )
     category = clip.category if sample.category is None else sample.category
     shard.write(
@@ -343,8 +344,9 @@ def describe(
 
     Writes the encoded empty prompt and the statistics too.
     """
-    from prophy_jax.data import records, statistics
-    from prophy_jax.data.video import Bucket
+    from prophy_jax.data import records
+    from prophy_jax.data.sources import statistics
+    from prophy_jax.data.sources.video import Bucket
 
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
     counts = {split: 0 for split in dict.fromkeys(report["split"] for report in reports)}

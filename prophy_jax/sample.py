@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from prophy_jax import parallel
 from prophy_jax.diffusion import solvers
-from prophy_jax.errors import UserError
-from prophy_jax.models.physics import ProPhy
+from prophy_jax.models.beside.prophy import ProPhy
+from prophy_jax.run import parallel
+from prophy_jax.run.errors import UserError
 
 PIECES = 10  # that a loop which shows its progress is called in
 
@@ -145,8 +145,9 @@ def make_validation_clips(run) -> Callable[[dict, str], None]:
 
     All processes of a job call it and sample together; the first one decodes and writes.
     """
-    from prophy_jax import distributed, encoders
-    from prophy_jax.data import loader, video
+    from prophy_jax.data import loader
+    from prophy_jax.data.sources import video
+    from prophy_jax.run import distributed, encoders
 
     config = run.config
     batch = next(
@@ -231,8 +232,10 @@ def main(config) -> None:
     from absl import flags
     from tqdm import tqdm
 
-    from prophy_jax import distributed, encoders, experiment, visualize
-    from prophy_jax.data import video
+    from prophy_jax import experiment
+    from prophy_jax.data.sources import video
+    from prophy_jax.evaluation import pictures as visualize
+    from prophy_jax.run import distributed, encoders
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
     options = flags.FLAGS
@@ -252,7 +255,7 @@ def main(config) -> None:
     if rows % ways:
         raise UserError(
             f"--batch={batch} is {rows} rows with those of guidance, which do not divide over "
-            f"data x fsdp = {ways}: name another --batch or mend config.mesh"
+            f"data x fsdp = {ways}: name another --batch or fix config.mesh"
         )
     references = experiment.check_params(run, options.branch)
     codec = encoders.load_codec(config, run.mesh)
@@ -276,11 +279,11 @@ def main(config) -> None:
     settings = {key: own[key] for key in ("backbone", "branch", "codec", "text_encoder", "samples")}
     settings["data"] = {key: own["data"][key] for key in ("height", "width", "frames", "fps")}
     process, processes = jax.process_index(), jax.process_count()
-    with distributed.together():
+    with distributed.all_or_none():
         if process == 0:
             claim_folder(options.out, settings | references, clips)
-    with distributed.together():
-        distributed.see(os.path.join(options.out, "manifest.json"))
+    with distributed.all_or_none():
+        distributed.wait_for_file(os.path.join(options.out, "manifest.json"))
 
     # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
     for prompt in prompts:
@@ -336,7 +339,7 @@ def main(config) -> None:
 if __name__ == "__main__":
     from absl import flags
 
-    from prophy_jax import cli
+    from prophy_jax.run import cli
 
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts", None, "A file with one prompt a line.")

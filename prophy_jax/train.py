@@ -26,9 +26,10 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from prophy_jax import losses, optim, parallel
-from prophy_jax.errors import UserError
-from prophy_jax.models.physics import ProPhy
+from prophy_jax import losses
+from prophy_jax.models.beside.prophy import ProPhy
+from prophy_jax.run import optim, parallel
+from prophy_jax.run.errors import UserError
 
 Batch = Mapping[str, jax.Array]  # see `prophy_jax.data.loader`
 MODEL_INPUTS = ("latents", "text", "text_mask", "category", "alignment", "alignment_present")
@@ -194,8 +195,9 @@ def train(config, workdir: str) -> None:
     """Trains from the configuration, or resumes WORKDIR. Raises UserError on bad input."""
     from tqdm import tqdm  # Here and below: the step above needs none of these.
 
-    from prophy_jax import checkpoints, distributed, experiment, metrics, sample
+    from prophy_jax import experiment, sample
     from prophy_jax.data import loader
+    from prophy_jax.run import checkpoints, distributed, metrics
 
     # 1. What to train, on what. Everything that can be wrong, on any host, is found before the workdir is
     # touched.
@@ -207,7 +209,7 @@ def train(config, workdir: str) -> None:
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         return batch["id"], parallel.put_batch(inputs, mesh, config.batch_size)
 
-    with distributed.together():
+    with distributed.all_or_none():
         if config.backbone_params:
             manifest = checkpoints.check_params(
                 config.backbone_params, experiment.abstract_params(run)["backbone"], config.backbone_remedy
@@ -234,11 +236,11 @@ def train(config, workdir: str) -> None:
         state = place_state(trainable, optimizer, mesh)
         del trainable
         first = distributed.is_first()  # the one that prints and writes
-        with distributed.together():
+        with distributed.all_or_none():
             if first:
                 experiment.claim_workdir(workdir, config, references)
-        with distributed.together():
-            distributed.see(os.path.join(workdir, "config.json"))
+        with distributed.all_or_none():
+            distributed.wait_for_file(os.path.join(workdir, "config.json"))
 
         # 3. Where a former run of this workdir stopped.
         saved = checkpoints.TrainCheckpoints(workdir, config.checkpoint.keep)
@@ -425,7 +427,7 @@ def _stop_if_not_finite(bad_step: int, recent_ids, saved) -> None:
     raise UserError(
         f"the loss was not finite at step {bad_step + 1}, clips {ids}; last good checkpoint: "
         f"{os.path.join(saved.folder, str(latest)) if latest else 'none yet'}. "
-        "Lower the learning rates or mend these clips, then run again to resume from it"
+        "Lower the learning rates or fix these clips, then run again to resume from it"
     )
 
 
@@ -438,7 +440,7 @@ def main(config) -> None:
 if __name__ == "__main__":
     from absl import flags
 
-    from prophy_jax import cli
+    from prophy_jax.run import cli
 
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
     cli.run(main, __doc__, distributed=True)

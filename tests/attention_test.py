@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from prophy_jax import hardware, plan
-from prophy_jax.errors import UserError
 from prophy_jax.models import attention
+from prophy_jax.plan import hardware
+from prophy_jax.plan import planner as plan
+from prophy_jax.run.errors import UserError
 from tests.counting import attention_calls
 
 xla = functools.partial(attention.attention, backend="xla")

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu, kernels, measure, skipping, train_step
-from prophy_jax import memory
 from prophy_jax.models.attention import attention
+from prophy_jax.plan import memory
 from tests.conftest import ROOT
 
 

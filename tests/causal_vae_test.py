@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax.models import causal_vae
+from prophy_jax.models.codecs import causal_vae
 
 
 @pytest.mark.parametrize(

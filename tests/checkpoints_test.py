@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import measure
-from prophy_jax import checkpoints, parallel
-from prophy_jax.errors import UserError
+from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run.errors import UserError
 
 TREE = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "b": jnp.zeros((), jnp.int32)}
 

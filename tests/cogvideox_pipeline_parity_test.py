@@ -15,8 +15,9 @@ transformers = pytest.importorskip("transformers", reason="parity tests need the
 from diffusers.schedulers import scheduling_dpm_cogvideox  # noqa: E402
 
 from convert import cogvideox as convert_cogvideox  # noqa: E402
-from prophy_jax import encoders, experiment, sample  # noqa: E402
+from prophy_jax import experiment, sample  # noqa: E402
 from prophy_jax.diffusion import solvers  # noqa: E402
+from prophy_jax.run import encoders  # noqa: E402
 from tests import tiny_pipeline  # noqa: E402
 from tests.cogvideox_vae_parity_test import model_of  # noqa: E402
 from tests.tiny_models import randomise  # noqa: E402

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from configs import cogvideox
-from prophy_jax import checkpoints, evaluate, experiment, metrics, models, report, sample, train
-from prophy_jax.data import loader, records, video
-from prophy_jax.errors import UserError
+from prophy_jax import evaluate, experiment, models, sample, train
+from prophy_jax.data import loader, records
+from prophy_jax.data.sources import video
+from prophy_jax.evaluation import report
 from prophy_jax.prepare import list_buckets, prepare
+from prophy_jax.run import checkpoints, metrics
+from prophy_jax.run.errors import UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 LENGTH, WIDTH = 120, 32  # rows of text: room for some captions, letter by letter

@@ -11,11 +11,17 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 
-from prophy_jax import optim
-from prophy_jax.errors import UserError
 from prophy_jax.models import attention, cogvideox, layers
 from prophy_jax.models import build as build_model
-from prophy_jax.models.physics import BranchConfig, ProPhy, RefinementConfig, SemanticConfig, cast_kernels
+from prophy_jax.models.beside.prophy import (
+    BranchConfig,
+    ProPhy,
+    RefinementConfig,
+    SemanticConfig,
+    cast_kernels,
+)
+from prophy_jax.run import optim
+from prophy_jax.run.errors import UserError
 from tests.counting import attention_calls, equations
 
 

@@ -15,7 +15,8 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed  # noqa: E402
 
 from convert import cogvideox as convert_cogvideox  # noqa: E402
 from convert import export as convert_export  # noqa: E402
-from prophy_jax import checkpoints, models  # noqa: E402
+from prophy_jax import models  # noqa: E402
+from prophy_jax.run import checkpoints  # noqa: E402
 from tests.convert_cogvideox_test import LOSS, SAT_TRANSFORMER, to_sat, vae_to_sat  # noqa: E402
 from tests.convert_files_test import load  # noqa: E402
 from tests.tiny_models import randomise  # noqa: E402

@@ -22,10 +22,13 @@ from convert import command, stream
 from convert import export as convert_export
 from convert import leaves as lv
 from convert import t5 as convert_t5
-from prophy_jax import checkpoints, models
-from prophy_jax.errors import UserError
-from prophy_jax.models import cogvideox, cogvideox_vae, t5
-from prophy_jax.models.physics import BranchConfig, ProPhy
+from prophy_jax import models
+from prophy_jax.models import cogvideox
+from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+from prophy_jax.models.codecs import cogvideox_vae
+from prophy_jax.models.text import t5
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
 from tests.convert_files_test import assert_same, contents, load
 from tests.tiny_tokenizer import save_tiny_tokenizer
 

@@ -23,8 +23,9 @@ from convert import command as convert_command
 from convert import files, stream
 from convert import leaves as lv
 from convert import wan as convert_wan
-from prophy_jax import checkpoints, models
-from prophy_jax.errors import UserError
+from prophy_jax import models
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 SPECS = {

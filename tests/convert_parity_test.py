@@ -14,8 +14,9 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from convert import leaves as lv  # noqa: E402
 from convert import wan as convert_wan  # noqa: E402
-from prophy_jax import checkpoints, models  # noqa: E402
-from prophy_jax.errors import UserError  # noqa: E402
+from prophy_jax import models  # noqa: E402
+from prophy_jax.run import checkpoints  # noqa: E402
+from prophy_jax.run.errors import UserError  # noqa: E402
 from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
 
 STATISTICS = dict(latents_mean=[0.1 * i for i in range(16)], latents_std=[1 + 0.1 * i for i in range(16)])

@@ -10,9 +10,11 @@ import pytest
 from convert import leaves as lv
 from convert import t5 as convert_t5
 from convert import wan as convert_wan
-from prophy_jax import checkpoints
-from prophy_jax.errors import UserError
-from prophy_jax.models import t5, wan, wan_vae
+from prophy_jax.models import wan
+from prophy_jax.models.codecs import wan_vae
+from prophy_jax.models.text import t5
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
 
 NAMINGS = ("official", "diffusers")
 DIT = wan.build(dim=24, num_heads=2, num_layers=3, ffn_dim=32, text_dim=8)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from prophy_jax import checkpoints, metrics
 from prophy_jax.prepare import prepare
+from prophy_jax.run import checkpoints, metrics
 from tests.conftest import ROOT, get_config
 
 # Short deadlines, and parameters that are small are split too. "slow" makes each step take a while.
 BOOT = """
 import runpy, sys, time
-from prophy_jax import distributed, parallel
+from prophy_jax.run import distributed, parallel
 distributed.START_S, distributed.LOST_S, distributed.SHARED_S = {start}, 10, 2
 parallel.MIN_SHARDED_SIZE = 256
 if "slow" in sys.argv:

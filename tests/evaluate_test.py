@@ -11,9 +11,11 @@ import sys
 import numpy as np
 import pytest
 
-from prophy_jax import checkpoints, evaluate, experiment, report
+from prophy_jax import evaluate, experiment
 from prophy_jax.data.taxonomy import PHENOMENA
-from prophy_jax.errors import UserError
+from prophy_jax.evaluation import report
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
 
 

@@ -20,8 +20,9 @@ from convert import export as convert_export  # noqa: E402
 from convert import leaves as lv  # noqa: E402
 from convert import t5 as convert_t5  # noqa: E402
 from convert import wan as convert_wan  # noqa: E402
-from prophy_jax import checkpoints, models  # noqa: E402
-from prophy_jax.models.physics import BranchConfig, ProPhy  # noqa: E402
+from prophy_jax import models  # noqa: E402
+from prophy_jax.models.beside.prophy import BranchConfig, ProPhy  # noqa: E402
+from prophy_jax.run import checkpoints  # noqa: E402
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 DIT = dict(module="wan", dim=36, num_heads=2, num_layers=4, ffn_dim=40, text_dim=24, freq_dim=32)

@@ -22,9 +22,10 @@ from convert import export as convert_export
 from convert import leaves as lv
 from convert import t5 as convert_t5
 from convert import wan as convert_wan
-from prophy_jax import checkpoints, models
-from prophy_jax.errors import UserError
-from prophy_jax.models.physics import BranchConfig, ProPhy
+from prophy_jax import models
+from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prophy_jax.diffusion import flow
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 SHAPE = (3, 2, 4, 4, 16)  # (B,T,h,w,c)
 

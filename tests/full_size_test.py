@@ -91,9 +91,9 @@ def random_files(folder: pathlib.Path, table, stem: str, dtype: np.dtype) -> Non
 def write_public(root: pathlib.Path) -> None:
     """Wan2.1-T2V-1.3B in the diffusers layout: transformer and text encoder bfloat16, VAE fp32."""
     from convert import t5, wan
-    from prophy_jax.models.t5 import UMT5_XXL
+    from prophy_jax.models.codecs.wan_vae import WanVAEConfig
+    from prophy_jax.models.text.t5 import UMT5_XXL
     from prophy_jax.models.wan import WAN_1_3B
-    from prophy_jax.models.wan_vae import WanVAEConfig
 
     half = np.dtype(ml_dtypes.bfloat16)
     weights = "diffusion_pytorch_model"
@@ -239,7 +239,8 @@ def ours(what: str, folder: pathlib.Path, out: pathlib.Path) -> None:
     """The same by the converted checkpoint, in bfloat16."""
     import jax
 
-    from prophy_jax import checkpoints, models
+    from prophy_jax import models
+    from prophy_jax.run import checkpoints
 
     spec = {
         "transformer": dict(module="wan", variant="1.3b", dtype="bfloat16"),

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from prophy_jax import models
-from prophy_jax.models import hash_text
+from prophy_jax.models.text import hash_text
 
 ENCODER = models.build(dict(module="hash_text", dim=256, length=16))
 

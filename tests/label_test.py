@@ -15,11 +15,13 @@ torch = pytest.importorskip("torch", reason="labels need the extra label")
 transformers = pytest.importorskip("transformers", reason="labels need the extra label")
 
 from prophy_jax import label  # noqa: E402
-from prophy_jax.data import records, sources, taxonomy, video  # noqa: E402
+from prophy_jax.data import records, taxonomy  # noqa: E402
 from prophy_jax.data.sandbox.clip import make_clip  # noqa: E402
-from prophy_jax.errors import UserError  # noqa: E402
+from prophy_jax.data.sources import source as sources  # noqa: E402
+from prophy_jax.data.sources import video  # noqa: E402
 from prophy_jax.labels import asking, check, vlm  # noqa: E402
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS  # noqa: E402
+from prophy_jax.run.errors import UserError  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
 

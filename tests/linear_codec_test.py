@@ -5,8 +5,8 @@ import pytest
 
 from prophy_jax import models
 from prophy_jax.data.sandbox.clip import make_clip
-from prophy_jax.errors import UserError
-from prophy_jax.models import linear_codec
+from prophy_jax.models.codecs import linear_codec
+from prophy_jax.run.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prophy_jax.data import loader, records
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 LENGTH, WIDTH = 6, 5
 WIDE, TALL = "5x16x32", "9x32x16"

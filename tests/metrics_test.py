@@ -2,7 +2,7 @@
 
 import os
 
-from prophy_jax.metrics import MetricsWriter, read_metrics
+from prophy_jax.run.metrics import MetricsWriter, read_metrics
 
 
 def write(workdir, first_step, steps):

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from prophy_jax import optim
-from prophy_jax.errors import UserError
+from prophy_jax.run import optim
+from prophy_jax.run.errors import UserError
 
 PARAMS = {
     "branch": {"blocks": {"kernel": jnp.ones((2, 3))}, "exits": {"kernel": jnp.ones(4)}},

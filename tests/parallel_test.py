@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import parallel
-from prophy_jax.errors import UserError
 from prophy_jax.models import attention
+from prophy_jax.run import parallel
+from prophy_jax.run.errors import UserError
 from tests.counting import attention_calls, equations
 
 

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import optim
-from prophy_jax.errors import UserError
 from prophy_jax.models import build
 from prophy_jax.models.attention import attention
-from prophy_jax.models.physics import (
+from prophy_jax.models.beside.prophy import (
     BranchConfig,
     ProPhy,
     RefinementConfig,
@@ -21,6 +19,8 @@ from prophy_jax.models.physics import (
     SemanticConfig,
     top_k_mask,
 )
+from prophy_jax.run import optim
+from prophy_jax.run.errors import UserError
 from tests.counting import attention_calls
 
 LATENT, TEXT = (3, 4, 6, 16), (12, 16)  # 18 tokens

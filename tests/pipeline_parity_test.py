@@ -21,7 +21,8 @@ diffusers = pytest.importorskip("diffusers", reason="parity tests need the test 
 from safetensors.torch import save_file  # noqa: E402
 
 from convert import t5, wan  # noqa: E402
-from prophy_jax import checkpoints, encoders, experiment, models, sample  # noqa: E402
+from prophy_jax import experiment, models, sample  # noqa: E402
+from prophy_jax.run import checkpoints, encoders  # noqa: E402
 from tests import tiny_models, tiny_pipeline  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import t5, wan
-from prophy_jax import checkpoints, encoders, models
-from prophy_jax.data import video
+from prophy_jax import models
+from prophy_jax.data.sources import video
+from prophy_jax.run import checkpoints, encoders
 from tests import tiny_pipeline
 from tests.conftest import ROOT
 from tests.tiny_tokenizer import save_tiny_tokenizer

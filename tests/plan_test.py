@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from prophy_jax import collectives, experiment, hardware, memory, parallel, plan
-from prophy_jax.errors import UserError
+from prophy_jax import experiment
+from prophy_jax.plan import collectives, hardware, memory
+from prophy_jax.plan import planner as plan
+from prophy_jax.run import parallel
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
 
 MESH = {"data": 2, "fsdp": 2, "context": 2}

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from prophy_jax import encoders
-from prophy_jax.data import loader, records, taxonomy, video
+from prophy_jax.data import loader, records, taxonomy
 from prophy_jax.data.sandbox.clip import make_clip
-from prophy_jax.errors import UserError
-from prophy_jax.models import hash_text
+from prophy_jax.data.sources import video
+from prophy_jax.models.text import hash_text
 from prophy_jax.prepare import prepare
+from prophy_jax.run import encoders
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, SAMPLE, get_config
 
 BUCKET = "5x32x32"

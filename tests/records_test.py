@@ -19,7 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from prophy_jax.data import records
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SHAPE, WIDTH, TOKENS = (2, 4, 4, 16), 8, 8  # (T, h, w, 16), D, N

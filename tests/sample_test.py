@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from benchmarks import measure
-from prophy_jax import checkpoints, experiment, models, parallel, sample
-from prophy_jax.data import video
+from prophy_jax import experiment, models, sample
+from prophy_jax.data.sources import video
 from prophy_jax.diffusion import v_prediction
-from prophy_jax.errors import UserError
+from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
 
 PROMPTS = ["a red ball bounces on the left", "orange flames burn on logs", "blue ink spreads in water"]

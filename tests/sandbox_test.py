@@ -22,7 +22,7 @@ from prophy_jax.data.sandbox.clip import (
     simulate_scene,
 )
 from prophy_jax.data.sandbox.render import backdrop
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 NAMES = [scene.name for scene in SCENES]
 # The state keeps 8 digits, which second differences (tumble) enlarge; Chipmunk integrates the

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prophy_jax.diffusion import solvers, v_prediction
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 NAMES = ("unipc", "unipc-diffusers", "dpm++", "euler", "euler-diffusers")
 V_NAMES = ("ddim", "cogvideox-dpm")  # of v-prediction

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from prophy_jax.data import captioned_videos, sources, taxonomy, video, video_files
+from prophy_jax.data import taxonomy
 from prophy_jax.data.sandbox.clip import make_clip
-from prophy_jax.data.video import Bucket
-from prophy_jax.errors import UserError
+from prophy_jax.data.sources import captioned_videos, video, video_files
+from prophy_jax.data.sources import source as sources
+from prophy_jax.data.sources.video import Bucket
+from prophy_jax.run.errors import UserError
 from tests.conftest import SAMPLE
 
 EXAMPLES = SAMPLE.parent / "videophy2_examples"
@@ -581,7 +583,7 @@ def test_real_videophy2_table():
 
 LIST_MANY = """
 import sys, time
-from prophy_jax.data import sources
+from prophy_jax.data.sources import source as sources
 def memory(kind):  # not getrusage, whose peak counts the process that started this one
     lines = dict(line.split(":") for line in open("/proc/self/status"))
     return 1024 * int(lines[kind].split()[0])

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prophy_jax.data import sources, statistics, taxonomy
+from prophy_jax.data import taxonomy
+from prophy_jax.data.sources import source as sources
+from prophy_jax.data.sources import statistics
 
 
 def wisa(root):

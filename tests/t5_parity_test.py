@@ -14,8 +14,8 @@ import transformers  # noqa: E402
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # noqa: E402
 from transformers.models.umt5.modeling_umt5 import UMT5Attention  # noqa: E402
 
-from prophy_jax.data import text  # noqa: E402
-from prophy_jax.models import t5  # noqa: E402
+from prophy_jax.models.text import t5  # noqa: E402
+from prophy_jax.models.text import tokenizer as text  # noqa: E402
 from tests.t5_test import from_transformers, tokens  # noqa: E402
 from tests.text_test import CLEANED  # noqa: E402
 from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from prophy_jax import checkpoints, encoders, parallel
-from prophy_jax.errors import UserError
 from prophy_jax.models import build as build_model
-from prophy_jax.models import t5
+from prophy_jax.models.text import t5
+from prophy_jax.run import checkpoints, encoders, parallel
+from prophy_jax.run.errors import UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 # Values recorded from the public PyTorch models have six decimals and their own fp32 rounding.

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from prophy_jax.data import text
-from prophy_jax.errors import UserError
+from prophy_jax.models.text import tokenizer as text
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
@@ -139,7 +139,7 @@ def test_terminal_stays_clean_and_nothing_is_asked_of_the_network(folder):
 import os, socket
 def refuse(*args): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
-from prophy_jax.data import text
+from prophy_jax.models.text import tokenizer as text
 tokenizer = text.load_tokenizer({str(folder)!r}, {ROWS})
 tokenizer(["a ball"] * 100, 8)
 tokenizer.lost("a ball " * 2000, 512)
@@ -164,7 +164,7 @@ def test_sentencepiece_model_alone(tmp_path, installed, message):
 import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: {installed} if name == "sentencepiece" else real(name, *rest)
-from prophy_jax.data import text
+from prophy_jax.models.text import tokenizer as text
 try:
     text.load_tokenizer({str(tmp_path)!r}, {ROWS})
 except text.UserError as error:

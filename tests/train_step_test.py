@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import experiment, losses, optim, parallel, train
-from prophy_jax.errors import UserError
+from prophy_jax import experiment, losses, train
+from prophy_jax.run import optim, parallel
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
 
 BATCH, TOKENS = 8, 3 * 4 * 4
@@ -303,7 +304,7 @@ class Block:
         if name.startswith({blocked!r}) and 'prophy_jax' in frame.f_code.co_filename:
             raise ImportError('blocked ' + name)
 sys.meta_path.insert(0, Block())
-import prophy_jax.train, prophy_jax.losses, prophy_jax.models.physics, prophy_jax.models.wan
+import prophy_jax.train, prophy_jax.losses, prophy_jax.models.beside.prophy, prophy_jax.models.wan
 import prophy_jax.diffusion.flow, prophy_jax.diffusion.solvers
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from prophy_jax import checkpoints, experiment, metrics, train
-from prophy_jax.errors import UserError
+from prophy_jax import experiment, train
 from prophy_jax.prepare import prepare
+from prophy_jax.run import checkpoints, metrics
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, SAMPLE, get_config
 
 

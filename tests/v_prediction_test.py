@@ -7,7 +7,7 @@ import pytest
 
 from prophy_jax import train
 from prophy_jax.diffusion import flow, v_prediction
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 SHAPE = (3, 2, 4, 4, 16)  # (B,T,h,w,c)
 TIMESTEPS = (0, 1, 19, 39, 99, 199, 499, 799, 979, 999)

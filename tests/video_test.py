@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from prophy_jax.data import video
-from prophy_jax.errors import UserError
+from prophy_jax.data.sources import video
+from prophy_jax.run.errors import UserError
 
 av = pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageSequence
 
-from prophy_jax import visualize
+from prophy_jax.evaluation import pictures as visualize
 
 GRID = (3, 2, 4)  # T' H' W' of a clip of 9 frames
 

@@ -11,8 +11,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from convert import wan as convert_wan
-from prophy_jax.errors import UserError
 from prophy_jax.models import layers, wan
+from prophy_jax.run.errors import UserError
 
 # Values recorded from the public PyTorch model have six decimals and its own fp32 rounding.
 GOLDEN = 3e-5

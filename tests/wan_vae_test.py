@@ -11,8 +11,8 @@ from flax import traverse_util
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prophy_jax import models
-from prophy_jax.errors import UserError
-from prophy_jax.models import causal_vae, wan_vae
+from prophy_jax.models.codecs import causal_vae, wan_vae
+from prophy_jax.run.errors import UserError
 
 # Values recorded from the public PyTorch model have six decimals and its own fp32 rounding.
 GOLDEN = 1e-5

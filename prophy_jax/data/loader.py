@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from prophy_jax.data import records, taxonomy
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 # Threads suffice: reading a record is checking and copying it, in code that runs beside Python. Each reads a
 # whole batch, so the buffer counts batches.
@@ -125,8 +125,8 @@ def make_loader(
         shuffle: False keeps the order on disk.
         repeat: True never ends: every batch holds B records, and one batch may span two epochs of its bucket.
             False gives every record once, bucket after bucket; the last batch of a bucket may be smaller.
-        rows: which rows of each global batch to read, see `prophy_jax.parallel.local_rows`; None: all. Only
-            with `repeat`.
+        rows: which rows of each global batch to read, see `prophy_jax.run.parallel.local_rows`; None: all.
+            Only with `repeat`.
         labels: a folder written by `prophy_jax.label`; "" takes the labels of `data_dir` itself, if any.
         place: turns a batch into what the iterator gives, such as arrays on devices. It runs in one thread,
             two batches ahead.

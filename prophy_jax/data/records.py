@@ -35,7 +35,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 import prophy_jax
 from prophy_jax.data import taxonomy
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
@@ -368,7 +368,7 @@ def _writing(out: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).split(";")[0]
         raise UserError(
-            f"cannot write {out}: {reason}; nothing that was finished is lost: mend this and run the same "
+            f"cannot write {out}: {reason}; nothing that was finished is lost: fix this and run the same "
             "command again"
         ) from error
 

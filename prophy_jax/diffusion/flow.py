@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 NUM_TRAIN_TIMESTEPS = 1000  # the network reads time in 0..1000
 

@@ -36,7 +36,7 @@ import numpy as np
 
 from prophy_jax.diffusion import v_prediction
 from prophy_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, shift_sigma
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B,...), t scalar) -> v (B,...)
 Guidance = float | np.ndarray  # one number, or (1001,) float32, one for each whole time 0..1000

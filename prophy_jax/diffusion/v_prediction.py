@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prophy_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 _BETAS = 0.00085, 0.012  # of the first and the last timestep, evenly spaced in their square roots
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from prophy_jax.data.taxonomy import PHENOMENA
-from prophy_jax.errors import UserError
 from prophy_jax.labels import targets, vlm
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
+from prophy_jax.run.errors import UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

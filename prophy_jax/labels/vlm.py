@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 PATCH, MERGE, PAIR = 14, 2, 2  # pixels a side of a patch, patches a side of a cell, frames of a cell
 CELL = PATCH * MERGE

@@ -5,7 +5,7 @@ A configuration names a model file of this package and the arguments of its `bui
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,23 +13,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
+
+ROOMS = ("", ".codecs", ".text", ".beside")  # of this package, in which model files lie
 
 
 def build(spec: Mapping[str, Any], package: str = __name__) -> Any:
     """Builds what `spec` names in `package`. Raises UserError on an unknown module or argument."""
     arguments = {key: value for key, value in spec.items() if key != "module"}
-    name = f"{package}.{spec['module']}"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise UserError(f"no file {name.replace('.', '/')}.py, named by the configuration") from error
+    places = [f"{package}{room}.{spec['module']}" for room in (ROOMS if package == __name__ else ("",))]
+    name = next((name for name in places if importlib.util.find_spec(name)), None)
+    if name is None:
+        raise UserError(f"no file {spec['module']}.py in {package}, named by the configuration")
+    module = importlib.import_module(name)
     try:
         inspect.signature(module.build).bind(**arguments)
     except TypeError as error:
-        raise UserError(f"{name}.build: {error}; mend the configuration") from error
+        raise UserError(f"{name}.build: {error}; fix the configuration") from error
     return module.build(**arguments)
 
 

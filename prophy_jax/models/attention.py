@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 BACKENDS = ("xla", "blockwise", "cudnn", "splash")
 

@@ -19,9 +19,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from prophy_jax import models
-from prophy_jax.errors import UserError
 from prophy_jax.models import attention, layers
 from prophy_jax.models.layers import KeyValue, Stream
+from prophy_jax.run.errors import UserError
 
 Params = Mapping[str, Any]
 Rope = tuple[jax.Array, jax.Array]

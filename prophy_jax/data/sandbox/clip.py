@@ -16,7 +16,7 @@ import numpy as np
 from prophy_jax.data.sandbox import captions, continua, mechanics
 from prophy_jax.data.sandbox.render import BACKDROPS, Canvas, backdrop
 from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA, multi_hot
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 SPLITS = ("train", "val", "test")
 TOKEN = 8  # pixels a side: spatial stride 4 of the codec times patch 2 of the transformer

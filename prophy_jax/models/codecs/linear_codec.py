@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 STRIDE = 4  # pixels a side, and frames per latent after the first
 CHANNELS = 16

@@ -1,6 +1,6 @@
 """Sources of clips: folders of captioned videos, in WISA-80K's layout or a plain one, and the sandbox.
 
-    FOLDER/wisa-80k.json or clips.csv or clips.jsonl      see `prophy_jax.data.annotations`
+    FOLDER/wisa-80k.json or clips.csv or clips.jsonl      see `prophy_jax.data.sources.annotations`
     FOLDER/videos/...                                     at any depth, also inside .zip files
 
 Listing a source reads captions and the directories of zip files, and decodes nothing. Whatever is
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from prophy_jax.data import annotations, taxonomy, video
-from prophy_jax.data.annotations import Entry
-from prophy_jax.data.video import Bucket
-from prophy_jax.data.video_files import VideoFile, VideoFolder, content_keys
-from prophy_jax.errors import UserError
+from prophy_jax.data import taxonomy
+from prophy_jax.data.sources import annotations, video
+from prophy_jax.data.sources.annotations import Entry
+from prophy_jax.data.sources.video import Bucket
+from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
+from prophy_jax.run.errors import UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ adapter of 200 or 400 Gb/s a GPU.
 import dataclasses
 import re
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 GIB = 2**30
 

@@ -20,8 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax import distributed
-from prophy_jax.errors import UserError
+from prophy_jax.run import distributed
+from prophy_jax.run.errors import UserError
 
 SLICE_BYTES = 2**24
 
@@ -158,7 +158,7 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     """
     folder = os.path.abspath(folder)
     temporary, first = folder + ".writing", distributed.is_first()
-    with distributed.together():
+    with distributed.all_or_none():
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
     _cut_large_arrays_only()
@@ -171,7 +171,7 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
             path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flatten_dict(params, sep="/").items()
         },
     }
-    with distributed.together():
+    with distributed.all_or_none():
         if first:
             with open(os.path.join(temporary, "manifest.json"), "w") as file:
                 json.dump(manifest, file, indent=1)

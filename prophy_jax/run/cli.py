@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from prophy_jax.errors import UserError, one_line_errors
+from prophy_jax.run.errors import UserError, one_line_errors
 
 HELP = ("--help", "-h", "-help", "--helpfull")
 DISTRIBUTED = (
@@ -39,7 +39,7 @@ def run(
 
     A command defines its own further absl flags before it calls this. `default` is the configuration of a
     command line without --config. `distributed` gives the command the flag --distributed, see
-    `prophy_jax.distributed`.
+    `prophy_jax.run.distributed`.
     """
     from ml_collections import config_flags  # convert has no configuration, and need not have the package
 
@@ -59,7 +59,7 @@ def run(
             _keep_compiled()
             main(config)
             return
-        from prophy_jax.distributed import job
+        from prophy_jax.run.distributed import job
 
         with job(where):
             main(config)

@@ -1,19 +1,4 @@
-"""Says what a job needs before anyone pays for it: compiles it for a topology that is not there.
-
-    python -m prophy_jax.plan --config=configs/wan.py --config.batch_size=64 --topology=v5p:4x4x4
-    ... --topology=v6e:16x16 | tpu7x:4x4x4 | h100:8    chips and how they are linked; GPUs have a number
-    ... --mesh=16,1,4         data, fsdp, context; one may be -1 (default: config.mesh)
-    ... --mode=sample         the sampler of a whole clip instead of the train step
-    ... --search              tries meshes, clips a device and remat, and names the fastest that fits
-    ... --json=FILE           the same figures for a program to read
-
-TPU programs are compiled by the TPU's own compiler, which runs anywhere: memory and collectives are those of
-the job. For GPUs the program is compiled for as many simulated devices, which gives the collectives, and
-memory is counted from the traced program (see prophy_jax.memory).
-
-Prints bytes a device by kind against the chip's memory; model FLOPs; what is sent over each axis of the mesh;
-the floors of time from published rates, the share of peak that they allow, and what limits it. A job that
-does not fit is answered in one line with the remedy, and exit status 1.
+"""Plans one job: traces and compiles its program, counts its memory, and bounds its time; see `plan`.
 
 B global batch, N video tokens, L text length, D text width.
 """
@@ -23,8 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import json
-import logging
 import math
 import os
 import pathlib
@@ -37,10 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from prophy_jax import collectives, experiment, hardware, memory, models, optim, parallel, train
-from prophy_jax.errors import UserError
+from prophy_jax import experiment, models, train
 from prophy_jax.models import attention
-from prophy_jax.models.physics import FLOP_RULE
+from prophy_jax.models.beside.prophy import FLOP_RULE
+from prophy_jax.plan import collectives, hardware, memory
+from prophy_jax.run import optim, parallel
+from prophy_jax.run.errors import UserError
 
 # What the allocator and the runtime keep for themselves.
 USABLE = 0.95
@@ -220,8 +205,8 @@ class Traced:
     split: frozenset  # shapes of what fsdp splits
     flops: float  # with what is recomputed
 
-    def held(self, mesh: Mapping[str, int]) -> memory.Held:
-        """What one device of `mesh` holds beside its arguments: see `prophy_jax.memory`.
+    def held(self, mesh: Mapping[str, int]) -> memory.LiveBytes:
+        """What one device of `mesh` holds beside its arguments: see `prophy_jax.plan.memory`.
 
         Arrays of all tokens are split over context; gradients and updates lie as their parameters do.
         """
@@ -580,50 +565,3 @@ def read_mesh(text: str) -> dict[str, int]:
     except ValueError as error:
         axes = ",".join(parallel.AXES)
         raise UserError(f"--mesh={text}: three numbers, {axes}, such as 16,1,4; one may be -1") from error
-
-
-def main(config: Any) -> None:
-    options = flags.FLAGS
-    if not options.topology:
-        raise UserError("name the chips: --topology=v5p:4x4x4, v6e:16x16, tpu7x:4x4x4 or h100:8")
-    if options.mode not in PROGRAMS:
-        raise UserError(f"--mode={options.mode}: choose one of {', '.join(PROGRAMS)}")
-    if options.mesh:
-        config.mesh = read_mesh(options.mesh)
-    chip, shape = hardware.parse(options.topology)
-    jax.config.update("jax_platforms", "cpu")
-    if chip.per_server:
-        jax.config.update("jax_num_cpu_devices", math.prod(shape))
-    logging.getLogger("prophy_jax.parallel").setLevel(
-        logging.ERROR
-    )  # what a mesh leaves whole is in the table
-    if options.search:
-        tried, plan = search(config, options.topology, options.mode)
-        print(f"{len(tried)} tried by count, {sum(one.fits for one in tried)} fit; the fastest for a clip:")
-        for one in tried[:8]:
-            print(
-                f"  {one.seconds['unhidden'] * one.devices / one.clips:8.3f} device seconds a clip  "
-                f"{gigabytes(one.bytes):>9}  {describe(one)}"
-            )
-        print(f"\nthe best that fits, compiled: {describe(plan)}\n")
-    else:
-        plan = make_plan(config, options.topology, options.mode)
-    print(table(plan))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(as_json(plan), file, indent=1)
-    if not plan.fits:
-        raise UserError(does_not_fit(plan))
-
-
-if __name__ == "__main__":
-    from absl import flags
-
-    from prophy_jax import cli
-
-    flags.DEFINE_string("topology", None, "Chips: v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, h100:8.")
-    flags.DEFINE_string("mesh", None, "Sizes of data, fsdp and context, such as 16,1,4.")
-    flags.DEFINE_string("mode", "train", "train or sample.")
-    flags.DEFINE_bool("search", False, "Try meshes, clips a device and remat.")
-    flags.DEFINE_string("json", None, "A file for the figures.")
-    cli.run(main, __doc__)

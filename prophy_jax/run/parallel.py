@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 AXES = ("data", "fsdp", "context")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -37,11 +37,11 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
     if sizes.count(-1) == 1 and count % -math.prod(sizes) == 0:
         sizes[sizes.index(-1)] = count // -math.prod(sizes)
     if min(sizes) < 1 or math.prod(sizes) != count:
-        raise UserError(f"mesh={dict(shape)} does not fit {count} devices: mend config.mesh")
+        raise UserError(f"mesh={dict(shape)} does not fit {count} devices: fix config.mesh")
     if batch_size % (sizes[0] * sizes[1]):
         raise UserError(
             f"batch of {batch_size} does not divide over data x fsdp = {sizes[0] * sizes[1]}: "
-            "mend config.batch_size, config.accumulation or config.mesh"
+            "fix config.batch_size, config.accumulation or config.mesh"
         )
     # `jax.make_mesh` refuses an axis of 8 on a torus of 4x4x4 or 16x16.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

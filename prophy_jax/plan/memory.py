@@ -39,7 +39,7 @@ SMALL = 2**16  # bytes; smaller arrays are not followed
 
 
 @dataclasses.dataclass
-class Held:
+class LiveBytes:
     """What is live at the fullest moment, in bytes."""
 
     activations: float = 0  # made in the forward pass, read in the backward pass
@@ -51,7 +51,7 @@ class Held:
         return self.activations + self.gradients + self.temporaries
 
 
-def peak(jaxpr: Any, size_of: Callable[[Any], float]) -> Held:
+def peak(jaxpr: Any, size_of: Callable[[Any], float]) -> LiveBytes:
     """The fullest moment of a closed jaxpr, its arguments and outputs not counted.
 
     Args:
@@ -194,7 +194,7 @@ def _inside(op: _Op, size_of: Callable) -> float:
     return most
 
 
-def _simulate(ops, sliced, leaving, size_of, count_outputs: bool) -> Held:
+def _simulate(ops, sliced, leaving, size_of, count_outputs: bool) -> LiveBytes:
     """Runs the operations in order. `sliced` inputs must be copied before a kernel can read them."""
     outputs = {value for value in leaving if value is not None}
     readers: dict[Any, int] = {}
@@ -260,7 +260,7 @@ def _simulate(ops, sliced, leaving, size_of, count_outputs: bool) -> Held:
             best, best_live, best_inside = total + inside, dict(live), inside
         for value in free[index]:
             total -= live.pop(value, 0.0)
-    held = Held(temporaries=best_inside)
+    held = LiveBytes(temporaries=best_inside)
     for value, size in best_live.items():
         maker = ops[made[value]]
         if not maker.backward and value in backward_reads:

@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 
 from prophy_jax import models
-from prophy_jax.errors import UserError
 from prophy_jax.models import layers
+from prophy_jax.run.errors import UserError
 
 Params = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 
 class Member(NamedTuple):
@@ -44,7 +44,7 @@ class VideoFile(NamedTuple):
     member: Member | None = None
 
     def open(self) -> str | io.BytesIO:
-        """What `prophy_jax.data.video` reads. Safe in several threads and processes at once.
+        """What `prophy_jax.data.sources.video` reads. Safe in several threads and processes at once.
 
         Raises:
             UserError: a damaged member.

@@ -1,7 +1,7 @@
 """Captioned videos as a TFDS data set: captions, categories and where the videos are.
 
 The pixels stay in the video files, as a hundredth of the bytes that they would have as arrays:
-`prophy_jax.data.sources.Source.read` decodes them.
+`prophy_jax.data.sources.source.Source.read` decodes them.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from prophy_jax.data import taxonomy
-from prophy_jax.data.sources import CaptionedVideos, read_sources
+from prophy_jax.data.sources.source import CaptionedVideos, read_sources
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -71,7 +71,7 @@ def build(
     Read it with `builder.as_data_source("train")`.
 
     Args:
-        sources: as `prophy_jax.data.sources.read_sources`.
+        sources: as `prophy_jax.data.sources.source.read_sources`.
         data_dir: where data sets lie.
         categories: as `read_sources`.
 

@@ -13,7 +13,7 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 Tree = dict[str, Any]
 Groups = Sequence[tuple[str, float | None]]

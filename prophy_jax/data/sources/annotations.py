@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 SUFFIXES = (".json", ".csv", ".jsonl")
 # Names that tables use for a column; the first one present counts.

@@ -24,7 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 Params = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ import numpy as np
 from prophy_jax.data import taxonomy
 
 if TYPE_CHECKING:
-    from prophy_jax.data.sources import Source
+    from prophy_jax.data.sources.source import Source
 
 GROUP_COLOURS = {"dynamics": "#2563a8", "thermodynamics": "#c8502d", "optics": "#2f8f6b"}
 _INK, _GREY, _BARS = "#1d242c", "#586473", "#8a97a6"

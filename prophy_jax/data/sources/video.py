@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 Video = str | os.PathLike | BinaryIO
 

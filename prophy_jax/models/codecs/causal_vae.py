@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 Params = Mapping[str, Any]
 Layers = Callable[[jax.Array, "History"], jax.Array]

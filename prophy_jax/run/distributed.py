@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 START_S = 300  # within which all processes must be there: hosts of a pod start minutes apart
 LOST_S = 60  # after which a silent process counts as lost
@@ -53,7 +53,7 @@ def job(where: str) -> Iterator[None]:
         with _last_words(lost):
             yield
     except BaseException as error:
-        print(_explain(error, lost), file=sys.stderr, flush=True)
+        print(_error_text(error, lost), file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Not by sys.exit: at a proper end, JAX waits for the others, who wait for this one.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -114,7 +114,7 @@ def _last_words(message: str) -> Iterator[None]:
             child.communicate(b"all is well\n")
 
 
-def _explain(error: BaseException, lost: str) -> str:
+def _error_text(error: BaseException, lost: str) -> str:
     if isinstance(error, UserError):
         return f"error: {' '.join(str(error).split())}"
     if isinstance(error, KeyboardInterrupt):
@@ -131,7 +131,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """All processes leave the body well, or all raise: for what may go wrong on one of them alone.
 
     The body itself must not wait for the others. Raises UserError where another process raised.
@@ -152,7 +152,7 @@ def _all(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
-def see(path: str) -> None:
+def wait_for_file(path: str) -> None:
     """Waits until a file that the first process wrote is there. Raises UserError if it does not come."""
     until = time.monotonic() + SHARED_S
     while not os.path.exists(path):

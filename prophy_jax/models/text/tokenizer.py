@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prophy_jax.errors import UserError
+from prophy_jax.run.errors import UserError
 
 PAD_ID, END_ID = 0, 1  # of every T5 tokenizer
 # The rows of an embedding are the tokenizer's tokens and a few more. T5 has 32 thousand, UMT5 256 thousand.
@@ -26,7 +26,7 @@ def clean(text: str) -> str:
     """The prompt as Wan2.1 encodes it (Wan2.1 reference code, diffusers).
 
     Mends wrongly decoded text, resolves HTML entities, also doubly escaped ones, and turns every run of
-    white space into one space, none at the ends. Case and punctuation stay, but for what `ftfy` mends:
+    white space into one space, none at the ends. Case and punctuation stay, but for what `ftfy` fixes:
     full-width letters and punctuation become plain, curly quotes straight. The CogVideoX reference code
     cleans nothing: plain prompts are the same to both.
     """

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prophy_jax import checkpoints, models, parallel
-from prophy_jax.data import text as prompts
+from prophy_jax import models
+from prophy_jax.models.text import tokenizer as prompts
+from prophy_jax.run import checkpoints, parallel
 
 TEXTS_AT_ONCE = 4  # the scores of a longer batch would rival the encoder's weights in memory
 

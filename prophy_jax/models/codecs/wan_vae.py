@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prophy_jax import models
-from prophy_jax.errors import UserError
-from prophy_jax.models.causal_vae import (
+from prophy_jax.models.codecs.causal_vae import (
     History,
     Layers,
     Network,
@@ -39,6 +38,7 @@ from prophy_jax.models.causal_vae import (
     numbered,
     tiled,
 )
+from prophy_jax.run.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
