@@ -241,7 +241,7 @@ def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
             name: loss_comparison(m["with_branch"], m["without"]) for name, m in measured.items()
         }
 
-        # 3. LiveBytes-out prompts, sampled with the branch and without.
+        # 3. Held-out prompts, sampled with the branch and without.
         bar.set_description("sampling")
         chosen = choose_clips(seen["category"], SAMPLED)
         captions = [stored[i]["caption"].decode() for i in range(len(stored))]
