@@ -42,13 +42,15 @@ def paper() -> ConfigDict:
     config.text_encoder = dict(
         module="t5", variant="t5-v1.1-xxl", dtype="bfloat16", length=226, padding="encoded"
     )
-    config.branch.layers = tuple(range(0, 42, 7))
-    config.branch.semantic.basis_grid = (13, 60, 90)
+    config.parts.branch.layers = tuple(range(0, 42, 7))
+    config.parts.branch.semantic.basis_grid = (13, 60, 90)
     config.objective = dict(module="v_prediction", snr_shift=1.0)
-    config.data.update(dir="data/wisa-80k-480x720", labels="data/wisa-80k-480x720-labels")
+    config.data.update(dir="data/wisa-80k-480x720")
+    config.data.side.alignment = "data/wisa-80k-480x720-labels"
     config.data.update(frames=49, height=480, width=720, fps=8)
     config.data.buckets = ((41, 480, 720),)  # 5 s: a clip of the length that Wan takes is not 6 s long
-    config.samples.update(solver="cogvideox-dpm", shift=1.0, guidance=6.0, guidance_schedule="dynamic")
+    config.samples.update(solver="cogvideox-dpm", guidance=6.0, guidance_schedule="dynamic")
+    config.samples.shift = placeholder(float)  # that of the objective
     config.samples.negative_prompt = ""
     return config
 
@@ -58,8 +60,8 @@ def small_variant() -> ConfigDict:
     config = paper()
     public(config, "cogvideox-2b", "CogVideoX-2b")
     config.backbone.variant, config.codec.scaling_factor = "2b", 1.15258426
-    config.branch.layers = tuple(range(0, 30, 5))
-    config.objective.snr_shift = config.samples.shift = 3.0
+    config.parts.branch.layers = tuple(range(0, 30, 5))
+    config.objective.snr_shift = 3.0
     config.samples.update(solver="ddim", guidance_schedule="constant")
     return config
 
@@ -70,8 +72,9 @@ def later_variant() -> ConfigDict:
     public(config, "cogvideox1.5-5b", "CogVideoX1.5-5B")
     config.backbone.variant = "1.5-5b"
     config.codec.lead = 1  # which makes 21 latents 22
-    config.branch.semantic.basis_grid = (22, 96, 170)
-    config.data.update(dir="data/wisa-80k-768x1360", labels="data/wisa-80k-768x1360-labels")
+    config.parts.branch.semantic.basis_grid = (22, 96, 170)
+    config.data.update(dir="data/wisa-80k-768x1360")
+    config.data.side.alignment = "data/wisa-80k-768x1360-labels"
     config.data.update(frames=81, height=768, width=1360, fps=16, buckets=())
     return config
 
@@ -124,5 +127,6 @@ def beside_the_sandbox(config: ConfigDict) -> ConfigDict:
         "--workdir=runs/demo_cogvideox_backbone"
     )
     config.objective = dict(module="v_prediction", snr_shift=1.0)
-    config.samples.update(solver="ddim", shift=1.0)
+    config.samples.solver = "ddim"
+    config.samples.shift = placeholder(float)  # that of the objective
     return config

@@ -84,10 +84,14 @@ def paper() -> ConfigDict:
         "--dst=checkpoints/wan2.1-t2v-1.3b"
     )
     config.frozen_dtype = "bfloat16"
-    config.branch = dict(
-        layers=tuple(range(0, 30, 3)),
-        semantic=dict(basis_grid=(21, 60, 104), basis_space="latent", experts=17, hidden=512),
-        refinement=dict(experts=8, top_k=2, categories=17, align_hidden=64),
+    # What is trained next to the backbone: name -> a file of prophy_jax/models/beside and its arguments.
+    config.parts = dict(
+        branch=dict(
+            module="prophy",
+            layers=tuple(range(0, 30, 3)),
+            semantic=dict(basis_grid=(21, 60, 104), basis_space="latent", experts=17, hidden=512),
+            refinement=dict(experts=8, top_k=2, categories=17, align_hidden=64),
+        )
     )
 
     config.objective = dict(module="flow", distribution="logit_normal", shift=3.0)
@@ -108,7 +112,8 @@ def paper() -> ConfigDict:
 
     config.data = dict(
         dir="data/wisa-80k-480p",
-        labels="data/wisa-80k-480p-labels",
+        # Further data sets of the same clips, by name. "alignment": token labels; "" takes those of `dir`.
+        side=dict(alignment="data/wisa-80k-480p-labels"),
         # Further (frames, height, width), such as (49, 480, 832) and (81, 832, 480): each clip takes the one
         # of its shape, and the longest that it fills. Batches are of one of them.
         buckets=(),
@@ -153,7 +158,7 @@ def paper() -> ConfigDict:
         steps=50,
         shift=8.0,
         guidance=6.0,
-        guidance_schedule="constant",  # or "dynamic", CogVideoX's: see prophy_jax.diffusion.solvers
+        guidance_schedule="constant",  # or "dynamic", CogVideoX's: see prophy_jax.diffusion.guided
         skip=(),  # steps, from 1, that do not call the network: see docs/benchmarks.md for what it costs
         negative_prompt=NEGATIVE_PROMPT,
     )
@@ -171,7 +176,7 @@ def large() -> ConfigDict:
     config.backbone_remedy = (
         f"convert the public weights: python -m convert.wan --src=Wan2.1-T2V-14B --dst={folder}"
     )
-    config.branch.layers = tuple(range(0, 40, 4))
+    config.parts.branch.layers = tuple(range(0, 40, 4))
     config.samples.update(shift=5.0, guidance=5.0)
     return config
 
@@ -180,7 +185,8 @@ def tiny() -> ConfigDict:
     """Two blocks, 32x32 pixels, 9 frames."""
     config = small("data/tiny", size=32, frames=9)
     config.backbone.update(dim=48, num_heads=2, num_layers=2, ffn_dim=96)
-    config.branch = dict(
+    config.parts.branch = dict(
+        module="prophy",
         layers=(0, 1),
         semantic=dict(basis_grid=(3, 8, 8), hidden=32),
         refinement=dict(experts=8, top_k=2),
@@ -224,7 +230,8 @@ def demo() -> ConfigDict:
     """
     config = demo_backbone()
     config.backbone_params = "runs/demo_backbone/backbone"
-    config.branch = dict(
+    config.parts.branch = dict(
+        module="prophy",
         layers=(0, 2, 4),
         semantic=dict(basis_grid=(4, 12, 12), hidden=128),
         refinement=dict(experts=8, top_k=2),
@@ -268,13 +275,14 @@ def demo_data() -> ConfigDict:
         **dict(module="t5", dtype="float32", length=160, vocab_size=256, d_model=32),
         **dict(d_kv=8, d_ff=48, num_layers=2, num_heads=4, shared_bias=False),
     )
-    config.branch.layers = (0, 2)
-    config.branch.semantic.update(basis_grid=(13, 12, 20), hidden=16)
+    config.parts.branch.layers = (0, 2)
+    config.parts.branch.semantic.update(basis_grid=(13, 12, 20), hidden=16)
     # Clips of 5 s of 16:9, of 4 s of 16:10, and of 6 s of 3:2.
     config.data.update(
-        **dict(dir="data/demo-data", labels="data/demo-data-labels", subset=0, shard=4, val_share=0.1),
+        **dict(dir="data/demo-data", subset=0, shard=4, val_share=0.1),
         **dict(frames=49, height=96, width=160, buckets=((81, 96, 160), (49, 96, 144))),
     )
+    config.data.side.alignment = "data/demo-data-labels"
     config.label.update(dtype="float32", max_new_tokens=16)
     config.steps, config.batch_size = 50, 4
     config.optimizer.warmup = 5
@@ -292,12 +300,13 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     config.backbone_params = config.codec_params = config.text_encoder_params = ""
     config.backbone_remedy = "make it: python -m prophy_jax.train --config=configs/wan.py:demo_backbone --workdir=runs/demo_backbone"  # noqa: E501
     config.frozen_dtype = "float32"
-    config.branch = None
+    config.parts = dict()
     config.losses = dict()
     config.objective = dict(module="flow", distribution="logit_normal", shift=2.0)
     config.data.update(
-        dir=folder, labels="", height=size, width=size, frames=frames, fps=8, subset=0, max_upscale=2.0
+        dir=folder, height=size, width=size, frames=frames, fps=8, subset=0, max_upscale=2.0
     )
+    config.data.side.alignment = ""
     config.codec = dict(module="linear_codec")
     config.text_encoder = dict(module="hash_text", dim=64, length=64)
     config.samples.negative_prompt = ""
@@ -308,12 +317,12 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
 
 
 def without_semantic(config: ConfigDict) -> None:
-    config.branch.semantic = None
+    config.parts.branch.semantic = None
     del config.losses["relative"]
 
 
 def without_refinement(config: ConfigDict) -> None:
-    config.branch.refinement = None
+    config.parts.branch.refinement = None
     del config.losses["alignment"], config.losses["balance"]
 
 
@@ -324,4 +333,5 @@ def bce(config: ConfigDict) -> None:
 
 def absolute_alignment(config: ConfigDict) -> None:
     config.losses = {**config.losses, "absolute_alignment": config.losses.alignment}
+    config.reduction = {**config.reduction, "absolute_alignment": config.reduction.alignment}
     del config.losses["alignment"], config.losses["balance"]

@@ -103,7 +103,7 @@ def make_loader(
     shuffle: bool = True,
     repeat: bool = True,
     rows: Sequence[int] | None = None,
-    labels: str | Path = "",
+    side: Mapping[str, str] | None = None,
     place: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> grain.DatasetIterator:
     """An iterator over one split, with this process's rows of each batch.
@@ -135,7 +135,7 @@ def make_loader(
         UserError: no data there, no such split, labels of another data set (also while reading), damaged
             files (while reading), or B is larger than a split that repeats.
     """
-    buckets = _open_buckets(data_dir, split, labels)
+    buckets = _open_buckets(data_dir, split, (side or {}).get("alignment", ""))
     count = sum(len(bucket) for bucket in buckets)
     if repeat and count < batch_size:
         raise UserError(
@@ -184,8 +184,8 @@ def _open_buckets(data_dir: str | Path, split: str, labels: str | Path) -> list[
     return [_Bucket(data_dir, split, name, manifest, folder) for name in names]
 
 
-def load_empty_text(data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The encoded empty prompt of the data: text (L, D) float32 and mask (L,) bool.
+def load_empty_text(data_dir: str | Path) -> dict[str, np.ndarray]:
+    """The encoded empty prompt of the data: text (L, D) float32 and text_mask (L,) bool.
 
     Raises UserError when `data_dir` holds no prepared data, or it is damaged.
     """
@@ -195,6 +195,6 @@ def load_empty_text(data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path} is missing; prepare the data again")
     try:
         with np.load(path) as stored:
-            return stored["text"], stored["mask"]
+            return {"text": stored["text"], "text_mask": stored["mask"]}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged; prepare the data again") from error

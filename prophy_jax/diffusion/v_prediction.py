@@ -6,9 +6,11 @@ with alpha_t^2 + sigma_t^2 = 1, so that x0 = alpha_t x_t - sigma_t v. The method
 `prophy_jax.diffusion.flow`, and so is their time: the share of noise sigma_t / (alpha_t + sigma_t), here
 of the nearest of the 1000 levels.
 
-Legend: B batch. Data, noise and predictions are (B,...), usually latents (B,T,h,w,16); times (B,).
+Legend: N solver steps, B batch. Data, noise and predictions are (B,...), usually latents (B,T,h,w,16);
+times (B,).
 Sources: the schedule is that of CogVideoX (arXiv 2408.06072) as diffusers builds it, scaled to no signal at
-the last timestep (arXiv 2305.08891) over all 1000 timesteps, not over those that a sampler visits.
+the last timestep (arXiv 2305.08891) over all 1000 timesteps, not over those that a sampler visits. DDIM
+(arXiv 2010.02502) and DPM-Solver++ (arXiv 2211.01095) on the grids of diffusers.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prophy_jax.diffusion import solvers
 from prophy_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
+from prophy_jax.diffusion.solvers import Solver, Step
 from prophy_jax.run.errors import UserError
 
 _BETAS = 0.00085, 0.012  # of the first and the last timestep, evenly spaced in their square roots
@@ -72,6 +76,11 @@ class VPrediction:
     def __post_init__(self):
         signal(self.snr_shift)
 
+    @property
+    def shift(self) -> float:
+        """The shift of its solvers."""
+        return self.snr_shift
+
     def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
         """Draws the shares of noise (B,) float32 of `batch` timesteps, uniform over 0..999."""
         timestep = jax.random.randint(key, (batch,), 0, NUM_TRAIN_TIMESTEPS)
@@ -107,6 +116,24 @@ class VPrediction:
         error = prediction.astype(jnp.float32) - self.target(x0, noise, time)
         return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
 
+    def solver(self, name: str, steps: int, shift: float | None = None) -> Solver:
+        """A solver of this family: a row of SOLVERS, on the noise levels that the network is trained on.
+
+        Args:
+            name: Of SOLVERS.
+            steps: N, one network call each.
+            shift: None, or `snr_shift` again: samplers have no shift of their own.
+
+        Raises:
+            UserError: another shift, or see `solvers.choose`.
+        """
+        if shift is not None and shift != self.snr_shift:
+            raise UserError(
+                f"samples.shift={shift} is not objective.snr_shift={self.snr_shift}: these samplers visit "
+                "the noise levels of training; leave samples.shift out, or make both equal"
+            )
+        return solvers.choose(SOLVERS, name, steps, self.snr_shift)
+
     def _timestep(self, time: jax.Array) -> jax.Array:
         """(B,) int32 in 0..999, of the level nearest to each time."""
         level = noise_share(signal(self.snr_shift))
@@ -123,6 +150,80 @@ class VPrediction:
         alpha, sigma = (jnp.float32(scale)[timestep] for scale in scales)
         shape = time.shape + (1,) * (ndim - 1)
         return alpha.reshape(shape), sigma.reshape(shape)
+
+
+# --- Solvers ---------------------------------------------------------------------------------------
+
+
+def ddim(num_steps: int, snr_shift: float) -> Solver:
+    """DDIM without noise, for v-prediction: what CogVideoX-2B recommends, with snr_shift 3.
+
+    Raises:
+        UserError: see `solvers.choose`.
+    """
+    timesteps, here, following = _v_prediction_levels(num_steps, snr_shift)
+    keep = np.sqrt((1.0 - following) / (1.0 - here))
+    predictor = np.stack([keep, np.sqrt(following) - keep * np.sqrt(here), 0.0 * keep], axis=1)  # (N,3)
+    return _v_prediction_solver(timesteps, here, following, predictor)
+
+
+def cogvideox_dpm(num_steps: int, snr_shift: float) -> Solver:
+    """Stochastic DPM-Solver++ (2M) as CogVideoX runs it: what its 5B models recommend, with snr_shift 1.
+
+    Raises:
+        UserError: see `solvers.choose`.
+    """
+    timesteps, here, following = _v_prediction_levels(num_steps, snr_shift)
+    alpha, alpha_next = np.sqrt(here), np.sqrt(following)
+    # exp(-2h) for a step of h in lambda, the log of alpha / sigma. In this form no term is infinite where
+    # alpha or sigma is 0; nor are the weights.
+    decay = (here * (1.0 - following)) / ((1.0 - here) * following)
+    keep = alpha * (1.0 - following) / (alpha_next * (1.0 - here))
+    new, noise = alpha_next * (1.0 - decay), np.sqrt((1.0 - following) * (1.0 - decay))
+
+    # The weight of the difference m - m': half the step ahead over the step behind. The step behind is from
+    # the timestep visited before; it is infinite from the first, where lambda is. The last step ends at m.
+    with np.errstate(divide="ignore"):
+        lam, lam_next = (np.log(level / (1.0 - level)) / 2.0 for level in (here, following))
+    slope = np.zeros(num_steps)
+    i = 1 + np.flatnonzero(following[1:] < 1.0)
+    slope[i] = (lam_next[i] - lam[i]) / (2.0 * (lam[i] - lam[i - 1]))
+    predictor = np.stack([keep, new * (1.0 + slope), -new * slope], axis=1)  # (N,3)
+    return _v_prediction_solver(timesteps, here, following, predictor, noise)
+
+
+def _v_prediction_levels(num_steps: int, snr_shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Timesteps (N,) evenly spaced from 999 down, and alpha^2 (N,) float64 there and where each step ends."""
+    if num_steps > NUM_TRAIN_TIMESTEPS:
+        raise UserError(
+            f"{num_steps} solver steps are more than the {NUM_TRAIN_TIMESTEPS} timesteps: lower the steps"
+        )
+    # Halves are rounded to even as NumPy's range adds up, which for some N has one value too many.
+    spaced = np.arange(NUM_TRAIN_TIMESTEPS, 0, -NUM_TRAIN_TIMESTEPS / num_steps)[:num_steps]
+    timesteps = np.round(spaced).astype(np.int64) - 1
+    # Where N does not divide 1000 this is not the next timestep, and the last step may stop short of 0 noise:
+    # so the networks' public samplers have it.
+    ends = timesteps - NUM_TRAIN_TIMESTEPS // num_steps
+    squared = signal(snr_shift)
+    return timesteps, squared[timesteps], np.where(ends < 0, 1.0, squared[ends])
+
+
+def _v_prediction_solver(
+    timesteps: np.ndarray,
+    here: np.ndarray,
+    following: np.ndarray,
+    predictor: np.ndarray,
+    noise: np.ndarray | None = None,
+) -> Solver:
+    """Tables without a corrector for `_v_prediction_levels` and weights of (x, m, m') and of noise."""
+    data = np.stack([np.sqrt(here), -np.sqrt(1.0 - here)], axis=1)  # (N,2) m = alpha x - sigma v
+    corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (len(timesteps), 1))  # (N,5) none
+    tables = (np.asarray(table, np.float32) for table in (timesteps, data, corrector, predictor))
+    sigmas = noise_share(np.append(here, following[-1])).astype(np.float32)
+    return Solver(sigmas, Step(*tables, noise=None if noise is None else noise.astype(np.float32)))
+
+
+SOLVERS = {"ddim": ddim, "cogvideox-dpm": cogvideox_dpm}
 
 
 def build(**settings: Any) -> VPrediction:

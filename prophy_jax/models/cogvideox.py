@@ -1,7 +1,5 @@
 """The CogVideoX text-to-video transformers (2B, 5B, 1.5-5B) as three pure functions: embed, blocks, head.
 
-A parameter tree is a plain dict {"embed", "blocks", "head"}; the leaves of "blocks" carry a leading
-layer axis. `CogVideoX.blocks` runs any such stack, the backbone's own or copies of some of its blocks.
 Text and video tokens go through the same attention and MLP, text first, and both change in every block.
 
 Legend: B batch, T h w latent grid, c latent channels, T' H' W' token grid, N = T' H' W' tokens
@@ -10,7 +8,7 @@ Legend: B batch, T h w latent grid, c latent channels, T' H' W' token grid, N = 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -22,48 +20,31 @@ from jax.ad_checkpoint import checkpoint_name
 
 from prophy_jax import models
 from prophy_jax.models import attention, layers
-from prophy_jax.models.layers import Stream
+from prophy_jax.models.backbone import Backbone, BackboneConfig, Params, Stream
 from prophy_jax.run.errors import UserError
 
-Params = Mapping[str, Any]
 Rope = tuple[jax.Array, jax.Array]
 
 POSITIONS = ("sincos", "rope_crop", "rope_slice")
 
 
 @dataclasses.dataclass(frozen=True)
-class CogVideoXConfig:
+class CogVideoXConfig(BackboneConfig):
     """Sizes of a CogVideoX transformer (CogVideoX model cards, arXiv:2408.06072).
 
     Attributes:
+        time_dim: E.
         positions: How a token learns where it is. "sincos": a fixed table is added to the patches;
             "rope_crop": rotary, rows and columns scaled to those of `base_grid`; "rope_slice": rotary,
             rows and columns counted from 0.
         base_grid: Rows and columns of tokens that "rope_crop" counts 0, 1, 2...
     """
 
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
-    text_dim: int = 4096
     text_len: int = 226
     time_dim: int = 512
-    in_channels: int = 16
-    out_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
     positions: str = "rope_crop"
     base_grid: tuple[int, int] = (30, 45)
     eps: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def patch_volume(self) -> int:
-        frames, rows, columns = self.patch_size
-        return frames * rows * columns
 
 
 COGVIDEOX_2B = CogVideoXConfig(dim=1920, num_heads=30, num_layers=30, ffn_dim=7680, positions="sincos")
@@ -216,92 +197,18 @@ class CogVideoXHead(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class CogVideoX:
-    """Pure functions of a parameter tree.
+class CogVideoX(Backbone):
+    """A CogVideoX transformer. Its time is the timestep, its prediction v.
 
-    Attributes:
-        config: Sizes.
-        dtype: Of both token streams and the large matrix products. Norms, modulation, softmax, the
-            time embedding and the output are fp32 whatever it is.
-        remat: What the backward pass recomputes, see `attention.remat`; joint attention is its
-            self-attention.
-        attention: (q, k, v, bias) -> out, see `attention.attention`.
+    To remat policies, joint attention is self-attention. Gates of an untrained block are small, not closed.
     """
 
     config: CogVideoXConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention.attention
 
-    def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-        """Draws parameters: Xavier for matrices, as the official code has for patches and output.
+    modules = (CogVideoXEmbed, CogVideoXTextEmbed, CogVideoXBlock, CogVideoXHead)
 
-        Nothing but biases is zero: the gates of an untrained block are small, and not closed.
-        """
-        config = self.config
-        embed_key, blocks_key, head_key = jax.random.split(key, 3)
-        latents = jnp.zeros((1, *config.patch_size, config.in_channels))
-        one_text = jnp.zeros((1, 1, config.text_dim))
-        token, time = jnp.zeros((1, 1, config.dim)), jnp.zeros((1, config.time_dim))
-
-        def init_block(block_key: jax.Array) -> Params:
-            return self._block.init(block_key, Stream(token, token), time, None)["params"]
-
-        params = {
-            "embed": {
-                **self._embed.init(embed_key, latents, jnp.zeros((1,)))["params"],
-                **self._text_embed.init(embed_key, one_text)["params"],
-            },
-            "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers)),
-            "head": self._head.init(head_key, token, time, (1, 1, 1))["params"],
-        }
-        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
-
-    def embed(
-        self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array
-    ) -> tuple[Stream, Conditioning]:
-        """Turns latents and times into tokens, beside the text tokens that `embed_text` made.
-
-        Args:
-            params: The whole tree.
-            latents: (B, T, h, w, c), scaled as the VAE's checkpoint says.
-            t: (B,), the timestep, in 0..999.
-            text: Text tokens (B, L, C).
-
-        Raises:
-            ValueError: on shapes that do not fit the model.
-        """
-        config = self.config
-        grid = self.grid(latents.shape)
-        layers.check_inputs(latents, t, text, config.in_channels)
-        video, time = self._embed.apply({"params": params["embed"]}, latents, t)
-        rope = None
-        if config.positions == "sincos":
-            video = (video + sincos_table(grid, config.dim)).astype(self.dtype)
-        else:
-            rope = rope_tables(config, grid, text.shape[1])
-        return Stream(video, text), Conditioning(time, rope, grid)
-
-    def embed_text(self, params: Params, text: jax.Array) -> jax.Array:
-        """Turns text features (B, L, D) into text tokens (B, L, C).
-
-        The model attends to every row it is given, those of padding included. CogVideoX was trained on
-        L = `config.text_len` rows: fewer are a different input.
-
-        Raises:
-            ValueError: on another width D.
-        """
-        layers.check_text(text, self.config.text_dim)
-        return self._text_embed.apply({"params": params["embed"]}, text)
-
-    def text_ahead(
-        self, stacked_params: Params, text: jax.Array, mask: jax.Array, rows: int | None = None
-    ) -> None:
-        """Nothing: what joint blocks make of the text depends on the video and on the time.
-
-        Padding is therefore never shortened either: its rows differ from the first block on.
-        """
-        return None
+    # `text_ahead` is None as in the base class: what joint blocks make of the text depends on the video and
+    # on the time. Padding is never shortened either: its rows differ from the first block on.
 
     def blocks(
         self,
@@ -312,19 +219,7 @@ class CogVideoX:
         count: int | None = None,
         ahead: None = None,
     ) -> Stream:
-        """Runs blocks of a stack, whose leaves have a leading layer axis.
-
-        Args:
-            stacked_params: The stack.
-            stream: Tokens; returned with video and text changed.
-            cond: Of `embed`.
-            start: The first block, possibly traced.
-            count: How many; None for all of the stack.
-            ahead: Of `text_ahead`: nothing.
-
-        Raises:
-            ValueError: when the stack has no such range.
-        """
+        """See `Backbone`. Video and text change."""
 
         def body(stream: Stream, params: Params) -> Stream:
             return self._block.apply({"params": params}, stream, cond.time, cond.rope)
@@ -333,67 +228,24 @@ class CogVideoX:
         stream = jax.tree.map(lambda tokens: tokens.astype(self.dtype), stream)
         return layers.scan_layers(body, stream, stacked_params, start, count, self.remat)
 
-    def head(self, params: Params, stream: Stream, cond: Conditioning) -> jax.Array:
-        """Tokens -> the predicted v (B, T, h, w, c) fp32. params is the whole tree."""
-        return self._head.apply({"params": params["head"]}, stream.video, cond.time, cond.grid)
+    def _condition(
+        self, params: Params, latents: jax.Array, t: jax.Array, text_len: int, grid: tuple[int, int, int]
+    ) -> tuple[jax.Array, Conditioning]:
+        video, time = self._embed.apply({"params": params}, latents, t)
+        rope = None
+        if self.config.positions == "sincos":
+            video = (video + sincos_table(grid, self.config.dim)).astype(self.dtype)
+        else:
+            rope = rope_tables(self.config, grid, text_len)
+        return video, Conditioning(time, rope, grid)
 
-    def __call__(self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
-        """embed, all blocks, head: v, (B, T, h, w, c) fp32."""
-        stream, cond = self.embed(params, latents, t, self.embed_text(params, text))
-        stream = self.blocks(params["blocks"], stream, cond)
-        return self.head(params, stream, cond)
+    def _init_block(self, key: jax.Array) -> Params:
+        token, time = jnp.zeros((1, 1, self.config.dim)), jnp.zeros((1, self.config.time_dim))
+        return self._block.init(key, Stream(token, token), time, None)["params"]
 
-    def grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The token grid (T', H', W') of latents (..., T, h, w, c).
-
-        Raises:
-            ValueError: when a side is not a multiple of the patch.
-        """
-        return layers.token_grid(latent_shape, self.config.patch_size)
-
-    def block_flops(self, tokens: int, batch: int = 1) -> int:
-        """Floating-point operations of one block's forward pass on `tokens` of video: 2 per multiply-add.
-
-        Counts matrix products and attention, with `config.text_len` rows of text.
-        """
-        s, d, f = self.config.text_len + tokens, self.config.dim, self.config.ffn_dim
-        linear = 8 * s * d * d + 4 * s * d * f  # q k v o, MLP
-        modulation = 24 * self.config.time_dim * d  # six vectors for each of two norms
-        return batch * (linear + 4 * s * s * d + modulation)
-
-    def frozen_backward_flops(self, tokens: int, batch: int = 1) -> int:
-        """Of one block's backward pass when only its input has a gradient.
-
-        Linear layers count once, attention twice, the time's modulation not at all.
-        """
-        s, d, f = self.config.text_len + tokens, self.config.dim, self.config.ffn_dim
-        return batch * (8 * s * d * d + 4 * s * d * f + 8 * s * s * d)
-
-    def forward_flops(self, tokens: int, batch: int = 1) -> int:
-        """Floating-point operations of a whole forward pass, counted as in `block_flops`."""
-        config = self.config
-        n, d, e = tokens, config.dim, config.time_dim
-        patches = 2 * n * d * config.patch_volume * (config.in_channels + config.out_channels)
-        text = 2 * config.text_len * config.text_dim * d
-        time = 2 * d * e + 2 * e * e + 4 * e * d  # the embedding, and the head's modulation
-        blocks = config.num_layers * self.block_flops(tokens)
-        return batch * (blocks + patches + text + time)
-
-    @property
-    def _embed(self) -> CogVideoXEmbed:
-        return CogVideoXEmbed(self.config, self.dtype)
-
-    @property
-    def _text_embed(self) -> CogVideoXTextEmbed:
-        return CogVideoXTextEmbed(self.config, self.dtype)
-
-    @property
-    def _block(self) -> CogVideoXBlock:
-        return CogVideoXBlock(self.config, self.dtype, self.attention)
-
-    @property
-    def _head(self) -> CogVideoXHead:
-        return CogVideoXHead(self.config)
+    def _init_head(self, key: jax.Array) -> Params:
+        token, time = jnp.zeros((1, 1, self.config.dim)), jnp.zeros((1, self.config.time_dim))
+        return self._head.init(key, token, time, (1, 1, 1))["params"]
 
 
 def rope_tables(config: CogVideoXConfig, grid: tuple[int, int, int], text_len: int) -> Rope:

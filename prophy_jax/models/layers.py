@@ -24,14 +24,6 @@ RMSNorm = functools.partial(nn.RMSNorm, use_fast_variance=False, dtype=jnp.float
 
 
 @flax.struct.dataclass
-class Stream:
-    """The tokens that blocks transform. Wan leaves text as it is; joint models change both."""
-
-    video: jax.Array  # (B, N, C)
-    text: jax.Array  # (B, L, C)
-
-
-@flax.struct.dataclass
 class KeyValue:
     """Keys and values of one attention, or of a stack of blocks with a leading layer axis."""
 

@@ -1,15 +1,12 @@
 """The Wan2.1 text-to-video transformer as three pure functions: embed, blocks, head.
 
-A parameter tree is a plain dict {"embed", "blocks", "head"}; the leaves of "blocks" carry a leading
-layer axis. `Wan.blocks` runs any such stack, the backbone's own or copies of some of its blocks.
-
 Legend: B batch, T h w latent grid, c latent channels, T' H' W' token grid, N = T' H' W' tokens
 (frame-major), C width, L text length, D text feature width.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -20,37 +17,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from prophy_jax import models
 from prophy_jax.models import attention, layers
-from prophy_jax.models.layers import KeyValue, Stream
+from prophy_jax.models.backbone import Backbone, BackboneConfig, Params, Stream
+from prophy_jax.models.layers import KeyValue
 from prophy_jax.run.errors import UserError
 
-Params = Mapping[str, Any]
 Rope = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class WanConfig:
-    """Sizes of a Wan2.1 transformer (Wan2.1 model cards)."""
+class WanConfig(BackboneConfig):
+    """Sizes of a Wan2.1 transformer (Wan2.1 model cards); `freq_dim` is the width of the time's sines."""
 
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
-    text_dim: int = 4096
-    text_len: int = 512
     freq_dim: int = 256
-    in_channels: int = 16
-    out_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def patch_volume(self) -> int:
-        frames, rows, columns = self.patch_size
-        return frames * rows * columns
 
 
 WAN_1_3B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
@@ -62,7 +40,7 @@ class Conditioning:
     """What every block and the head need besides the stream."""
 
     modulation: jax.Array  # (B, 6, C) fp32: shift, scale, gate of self-attention, then of the MLP
-    temb: jax.Array  # (B, C) fp32: the time embedding, read by the head
+    time: jax.Array  # (B, C) fp32: the time embedding, read by the head
     rope: Rope  # cos, sin: (N, head_dim / 2) fp32
     grid: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # (T', H', W')
 
@@ -214,83 +192,17 @@ class WanHead(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wan:
-    """Pure functions of a parameter tree.
-
-    Attributes:
-        config: Sizes.
-        dtype: Of the token stream and the large matrix products. Norms, modulation, softmax, the
-            time embedding and the output are fp32 whatever it is.
-        remat: What the backward pass recomputes, see `attention.remat`.
-        attention: (q, k, v) -> out, see `attention.attention`.
-    """
+class Wan(Backbone):
+    """The Wan2.1 transformer. Its time is 1000 sigma, its prediction the velocity noise - x0."""
 
     config: WanConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention.attention
 
-    def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-        """Draws parameters much as the Wan2.1 reference code does; the head's projection is zero."""
-        config = self.config
-        embed_key, blocks_key, head_key = jax.random.split(key, 3)
-        latents = jnp.zeros((1, *config.patch_size, config.in_channels))
-        one_text = jnp.zeros((1, 1, config.text_dim))
-        token, modulation = jnp.zeros((1, 1, config.dim)), jnp.zeros((1, 6, config.dim))
-        rope = layers.rope_tables((1, 1, 1), config.head_dim)
-
-        def init_block(block_key: jax.Array) -> Params:
-            return self._block.init(block_key, token, token, modulation, rope)["params"]
-
-        params = {
-            "embed": {
-                **self._embed.init(embed_key, latents, jnp.zeros((1,)))["params"],
-                **self._text_embed.init(embed_key, one_text)["params"],
-            },
-            "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers)),
-            "head": self._head.init(head_key, token, token[:, 0], (1, 1, 1))["params"],
-        }
-        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
-
-    def embed(
-        self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array
-    ) -> tuple[Stream, Conditioning]:
-        """Turns latents and times into tokens, beside the text tokens that `embed_text` made.
-
-        Args:
-            params: The whole tree.
-            latents: (B, T, h, w, c), normalised.
-            t: (B,), 1000 sigma, in 0..1000.
-            text: Text tokens (B, L, C).
-
-        Raises:
-            ValueError: on shapes that do not fit the model.
-        """
-        config = self.config
-        grid = self.grid(latents.shape)
-        layers.check_inputs(latents, t, text, config.in_channels)
-        video, modulation, temb = self._embed.apply({"params": params["embed"]}, latents, t)
-        rope = layers.rope_tables(grid, config.head_dim)
-        return Stream(video, text), Conditioning(modulation, temb, rope, grid)
-
-    def embed_text(self, params: Params, text: jax.Array) -> jax.Array:
-        """Turns text features (B, L, D) into text tokens (B, L, C).
-
-        The model attends to every row it is given, zero rows included. Wan was trained on
-        L = `config.text_len` rows, zero after the last valid one: fewer rows are a different input.
-
-        Raises:
-            ValueError: on another width D.
-        """
-        layers.check_text(text, self.config.text_dim)
-        return self._text_embed.apply({"params": params["embed"]}, text)
+    modules = (WanEmbed, WanTextEmbed, WanBlock, WanHead)
 
     def text_ahead(
         self, stacked_params: Params, text: jax.Array, mask: jax.Array, rows: int | None = None
     ) -> KeyValue:
         """Keys and values that a stack of blocks reads of text tokens (B, L, C): they know no time.
-
-        A sampler computes them once per prompt and hands them to `blocks`.
 
         Args:
             stacked_params: The stack, with a leading layer axis.
@@ -321,19 +233,7 @@ class Wan:
         count: int | None = None,
         ahead: KeyValue | None = None,
     ) -> Stream:
-        """Runs blocks of a stack, whose leaves have a leading layer axis.
-
-        Args:
-            stacked_params: The stack.
-            stream: Tokens; returned with the video changed.
-            cond: Of `embed`.
-            start: The first block, possibly traced.
-            count: How many; None for all of the stack.
-            ahead: What `text_ahead` made of the text for the same stack, read in place of `stream.text`.
-
-        Raises:
-            ValueError: when the stack has no such range.
-        """
+        """See `Backbone`. The text stays as it is."""
 
         def body(video: jax.Array, layer: tuple[Params, KeyValue | None]) -> jax.Array:
             params, ahead = layer
@@ -344,67 +244,22 @@ class Wan:
         video = layers.scan_layers(body, video, (stacked_params, ahead), start, count, self.remat)
         return stream.replace(video=video)
 
-    def head(self, params: Params, stream: Stream, cond: Conditioning) -> jax.Array:
-        """Tokens -> the predicted velocity (B, T, h, w, c) fp32. params is the whole tree."""
-        return self._head.apply({"params": params["head"]}, stream.video, cond.temb, cond.grid)
+    def _condition(
+        self, params: Params, latents: jax.Array, t: jax.Array, text_len: int, grid: tuple[int, int, int]
+    ) -> tuple[jax.Array, Conditioning]:
+        video, modulation, time = self._embed.apply({"params": params}, latents, t)
+        rope = layers.rope_tables(grid, self.config.head_dim)
+        return video, Conditioning(modulation, time, rope, grid)
 
-    def __call__(self, params: Params, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
-        """embed, all blocks, head: the velocity noise - x0, (B, T, h, w, c) fp32."""
-        stream, cond = self.embed(params, latents, t, self.embed_text(params, text))
-        stream = self.blocks(params["blocks"], stream, cond)
-        return self.head(params, stream, cond)
+    def _init_block(self, key: jax.Array) -> Params:
+        token, modulation = jnp.zeros((1, 1, self.config.dim)), jnp.zeros((1, 6, self.config.dim))
+        rope = layers.rope_tables((1, 1, 1), self.config.head_dim)
+        return self._block.init(key, token, token, modulation, rope)["params"]
 
-    def grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The token grid (T', H', W') of latents (..., T, h, w, c).
-
-        Raises:
-            ValueError: when a side is not a multiple of the patch.
-        """
-        return layers.token_grid(latent_shape, self.config.patch_size)
-
-    def block_flops(self, tokens: int, batch: int = 1) -> int:
-        """Floating-point operations of one block's forward pass: 2 per multiply-add.
-
-        Counts matrix products and attention, with `config.text_len` rows of text.
-        """
-        n, s, d, f = tokens, self.config.text_len, self.config.dim, self.config.ffn_dim
-        projections = 12 * n * d * d + 4 * s * d * d  # self q k v o, cross q o; cross k v
-        scores = 4 * n * n * d + 4 * n * s * d
-        return batch * (projections + scores + 4 * n * d * f)
-
-    def frozen_backward_flops(self, tokens: int, batch: int = 1) -> int:
-        """Of one block's backward pass when only its input has a gradient.
-
-        Linear layers count once, self-attention twice, cross-attention once (queries alone).
-        """
-        n, s, d, f = tokens, self.config.text_len, self.config.dim, self.config.ffn_dim
-        return batch * (12 * n * d * d + 4 * n * d * f + 8 * n * n * d + 4 * n * s * d)
-
-    def forward_flops(self, tokens: int, batch: int = 1) -> int:
-        """Floating-point operations of a whole forward pass, counted as in `block_flops`."""
-        config = self.config
-        n, s, d = tokens, config.text_len, config.dim
-        patches = 2 * n * d * config.patch_volume * (config.in_channels + config.out_channels)
-        text = 2 * s * d * (config.text_dim + d)
-        time = 2 * d * (config.freq_dim + 7 * d)
-        blocks = config.num_layers * self.block_flops(tokens)
-        return batch * (blocks + patches + text + time)
-
-    @property
-    def _embed(self) -> WanEmbed:
-        return WanEmbed(self.config, self.dtype)
-
-    @property
-    def _text_embed(self) -> WanTextEmbed:
-        return WanTextEmbed(self.config, self.dtype)
-
-    @property
-    def _block(self) -> WanBlock:
-        return WanBlock(self.config, self.dtype, self.attention)
-
-    @property
-    def _head(self) -> WanHead:
-        return WanHead(self.config)
+    def _init_head(self, key: jax.Array) -> Params:
+        """The projection of the head is zero."""
+        token = jnp.zeros((1, 1, self.config.dim))
+        return self._head.init(key, token, token[:, 0], (1, 1, 1))["params"]
 
 
 def build(variant: str | None = None, dtype: str = "float32", remat: str = "none", **overrides: Any) -> Wan:

@@ -62,23 +62,21 @@ def labels(trainable: Mapping[str, Any], groups: Groups) -> Tree:
     return unflatten_dict(pattern_of, sep="/")
 
 
-def make_optimizer(
-    trainable: Mapping[str, Any],
-    groups: Groups,
-    steps: int,
-    warmup: int,
-    clip: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    decay: str = "constant",
-) -> optax.GradientTransformation:
+def make_optimizer(trainable: Mapping[str, Any], steps: int, settings: Any) -> optax.GradientTransformation:
     """AdamW with one learning rate per group, after clipping by the global norm over all groups.
 
     The rate warms up linearly over `warmup` steps, then stays ("constant") or falls to 0 at `steps`
     ("cosine").
+
+    Args:
+        trainable: The parameters.
+        steps: Of the run.
+        settings: `config.optimizer`: groups, warmup, decay, clip, b1, b2, eps, weight_decay.
+
+    Raises:
+        UserError: on another `decay`.
     """
+    groups, warmup, decay = settings.groups, settings.warmup, settings.decay
 
     def schedule(peak: float) -> optax.Schedule:
         after = {
@@ -93,11 +91,17 @@ def make_optimizer(
     pattern_of = labels(trainable, groups)
     used = set(jax.tree.leaves(pattern_of))
     adam = {
-        pattern: optax.adamw(schedule(peak), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        pattern: optax.adamw(
+            schedule(peak),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
         for pattern, peak in groups
         if pattern in used
     }
-    return optax.chain(optax.clip_by_global_norm(clip), optax.partition(adam, pattern_of))
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(adam, pattern_of))
 
 
 def group_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -1,12 +1,11 @@
-"""ProPhy's physical branch beside a video DiT (ProPhy, CVPR 2026).
+"""ProPhy's physical branch next to a video DiT (ProPhy, CVPR 2026).
 
     X~ = X + sum_e rho_s[e] B_e                 Semantic Expert Block: which physics the prompt implies
     c_0 = embed(X~),  c_i = PB_i(c_{i-1})       Physical Blocks: copies of the backbone's own blocks
     c_K = sum_{e in topk rho_r} rho_r[e] W_e c_K    Refinement Expert Block: which physics each token shows
     x <- x + scale * exit_i(c_i)                added to the video stream after backbone block layers[i]
 
-The branch is written against the backbone's seam (embed -> blocks -> head on a `Stream`) and never reads
-the backbone's running state, so it sits beside any backbone that offers that seam. Every exit starts at
+The branch never reads the backbone's running state, so that it fits any backbone. Every exit starts at
 zero: at step 0 the model is the backbone, bit for bit.
 
 B batch, T h w latent grid, N video tokens, L text length, D text width, C model width,
@@ -14,9 +13,8 @@ E_s semantic experts, E_r refinement experts, E_a aligned categories, K physical
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,16 +22,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prophy_jax.models.backbone import Backbone, Params, Stream, Visit
+from prophy_jax.models.beside.part import Batch, Flow, Part
 from prophy_jax.run.errors import UserError
-
-Params = Mapping[str, Any]
-
-# Of `ProPhy.train_flops`, as commands print it.
-FLOP_RULE = (
-    "2 per multiply-add of matrix products and attention; the backward pass of attention counts twice the "
-    "forward pass, that of frozen layers the gradient of their input alone, up to the first hint nothing; "
-    "nothing recomputed"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +38,7 @@ class SemanticConfig:
 
     def __post_init__(self):
         if self.basis_space not in ("latent", "token"):
-            raise UserError(f'branch.semantic.basis_space={self.basis_space!r}: choose "latent" or "token"')
+            raise UserError(f'semantic.basis_space={self.basis_space!r}: choose "latent" or "token"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,34 +51,6 @@ class RefinementConfig:
     align_hidden: int = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class BranchConfig:
-    """Which parts the branch has; a part that is None does not exist.
-
-    layers: backbone blocks that are copied, and after which the copies' hints are added; ascending.
-    """
-
-    layers: tuple[int, ...]
-    semantic: SemanticConfig | None = None
-    refinement: RefinementConfig | None = None
-
-    def __post_init__(self):
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise UserError(f"branch.layers={self.layers}: list at least one block, ascending")
-
-    @classmethod
-    def from_dict(cls, spec: Mapping[str, Any]) -> "BranchConfig":
-        """From nested dicts of a configuration or its JSON; an absent part is None or missing."""
-        semantic, refinement = spec.get("semantic"), spec.get("refinement")
-        if semantic:
-            semantic = SemanticConfig(**{**semantic, "basis_grid": tuple(semantic["basis_grid"])})
-        return cls(
-            layers=tuple(spec["layers"]),
-            semantic=semantic or None,
-            refinement=RefinementConfig(**refinement) if refinement else None,
-        )
-
-
 @flax.struct.dataclass
 class Routing:
     """What the routers decided; None where the branch lacks that part. All fp32."""
@@ -95,23 +58,6 @@ class Routing:
     semantic_logits: jax.Array | None = None  # (B, E_s); rho_s is their softmax
     refinement: jax.Array | None = None  # (B, N, E_r) rho_r, all experts, sums to 1
     alignment: jax.Array | None = None  # (B, N, E_a) P'_r = MLP(rho_r)
-
-
-@flax.struct.dataclass
-class Prompt:
-    """What the model reads of its prompts: the same at every step of a sampler."""
-
-    text: jax.Array  # (B, L, C) text tokens
-    semantic_logits: jax.Array | None = None  # (B, E_s)
-    # What the blocks of the backbone and of the branch compute of the text alone: see `read_ahead`.
-    backbone: Any = None
-    branch: Any = None
-
-
-@flax.struct.dataclass
-class Output:
-    velocity: jax.Array  # (B, T, h, w, 16), the backbone's prediction
-    routing: Routing
 
 
 class SemanticRouter(nn.Module):
@@ -195,211 +141,169 @@ def cast_kernels(tree: Any, dtype: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProPhy:
-    """A backbone and, unless `branch` is None, its physical branch.
+class ProPhy(Part):
+    """The physical branch. Parameters: {"semantic", "blocks", "exits", "refinement"}.
 
-    Parameters are one plain dict: {"backbone": ..., "branch": {"semantic", "blocks", "exits", "refinement"}}.
+    Attributes:
+        layers: Backbone blocks that are copied, and after which the copies' hints are added; ascending.
+        semantic: Semantic Expert Block; None: the branch has none.
+        refinement: Refinement Expert Block; None: the branch has none.
     """
 
-    backbone: Any
-    branch: BranchConfig | None = None
+    layers: tuple[int, ...]
+    semantic: SemanticConfig | None = None
+    refinement: RefinementConfig | None = None
 
-    def init_branch(self, key: jax.Array, backbone_params: Params) -> Params:
-        """Branch parameters in fp32: blocks copied from their own layers, exits and bases zero."""
-        config = self.branch
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"layers={self.layers} of the branch: list at least one block, ascending")
+
+    def init(self, key: jax.Array, backbone: Backbone, backbone_params: Params) -> dict[str, Any]:
+        """Parameters in fp32: blocks copied from their own layers, exits and bases zero."""
         stacked = backbone_params["blocks"]
-        depth, layers = jax.tree.leaves(stacked)[0].shape[0], jnp.array(config.layers)
-        if config.layers[-1] >= depth:
-            raise UserError(f"branch.layers={config.layers}: the backbone has {depth} blocks")
-        width = self.backbone.config.dim
-        blocks = len(config.layers)
-        params = {
+        depth, layers = jax.tree.leaves(stacked)[0].shape[0], jnp.array(self.layers)
+        if self.layers[-1] >= depth:
+            raise UserError(f"layers={self.layers} of the branch: the backbone has {depth} blocks")
+        width, blocks = backbone.config.dim, len(self.layers)
+        params: dict[str, Any] = {
             "blocks": jax.tree.map(lambda leaf: leaf[layers].astype(jnp.float32), stacked),
-            "exits": {
-                "kernel": jnp.zeros((blocks, width, width)),
-                "bias": jnp.zeros((blocks, width)),
-            },
+            "exits": {"kernel": jnp.zeros((blocks, width, width)), "bias": jnp.zeros((blocks, width))},
         }
         semantic_key, refinement_key = jax.random.split(key)
-        if config.semantic:
-            router = SemanticRouter(config.semantic)
-            text = jnp.zeros((1, 1, self.backbone.config.text_dim))
-            params["semantic"] = {
-                "router": router.init(semantic_key, text, jnp.ones((1, 1), bool))["params"],
-                "basis": jnp.zeros((config.semantic.experts, *self._basis_shape())),
-            }
-        if config.refinement:
-            experts = RefinementExperts(config.refinement)
-            tokens = jnp.zeros((1, 1, width))
-            params["refinement"] = experts.init(refinement_key, tokens)["params"]
+        if self.semantic:
+            text = jnp.zeros((1, 1, backbone.config.text_dim))
+            router = SemanticRouter(self.semantic).init(semantic_key, text, jnp.ones((1, 1), bool))
+            grid, token = self.semantic.basis_grid, self.semantic.basis_space == "token"
+            basis = (math.prod(grid), width) if token else (*grid, backbone.config.in_channels)
+            basis = jnp.zeros((self.semantic.experts, *basis))
+            params["semantic"] = {"router": router["params"], "basis": basis}
+        if self.refinement:
+            experts = RefinementExperts(self.refinement).init(refinement_key, jnp.zeros((1, 1, width)))
+            params["refinement"] = experts["params"]
         return params
 
-    def _basis_shape(self) -> tuple[int, ...]:
-        semantic = self.branch.semantic
-        if semantic.basis_space == "token":
-            return (math.prod(semantic.basis_grid), self.backbone.config.dim)
-        return (*semantic.basis_grid, self.backbone.config.in_channels)
-
-    def semantic_logits(self, params: Params, text: jax.Array, text_mask: jax.Array) -> jax.Array:
-        """(B, L, D) text -> (B, E_s) logits. Needs neither latents nor noise."""
-        router = SemanticRouter(self.branch.semantic)
-        return router.apply({"params": params["branch"]["semantic"]["router"]}, text, text_mask)
-
-    def read(self, params: Params, text: jax.Array, text_mask: jax.Array) -> Prompt:
-        """What the model reads of text embeddings (B, L, D), padded as the backbone was trained on them.
-
-        The mask (B, L) is read by the semantic router alone.
-        """
-        tokens = self.backbone.embed_text(params["backbone"], text)
-        logits = None
-        if self.branch is not None and self.branch.semantic:
-            logits = self.semantic_logits(params, text, text_mask)
-        return Prompt(tokens, logits)
+    def read(self, params: Params, prompt: Batch) -> jax.Array | None:
+        """(B, E_s) logits of the semantic router; None without one. Reads the valid rows of text alone."""
+        if not self.semantic:
+            return None
+        router = SemanticRouter(self.semantic)
+        return router.apply({"params": params["semantic"]["router"]}, prompt["text"], prompt["text_mask"])
 
     def read_ahead(
-        self, params: Params, text: jax.Array, text_mask: jax.Array, rows: int | None = None
-    ) -> Prompt:
-        """As `read`, with all that the blocks compute of the text alone: for many steps on one prompt.
+        self, backbone: Backbone, params: Params, text: jax.Array, mask: jax.Array, rows: int | None
+    ) -> Any:
+        return backbone.text_ahead(params["blocks"], text, mask, rows)
 
-        `rows` shortens the padding, see the backbone's `text_ahead`.
-        """
-        prompt = self.read(params, text, text_mask)
-
-        def ahead(part: str) -> Any:
-            return self.backbone.text_ahead(params[part]["blocks"], prompt.text, text_mask, rows)
-
-        return prompt.replace(backbone=ahead("backbone"), branch=ahead("branch") if self.branch else None)
-
-    def __call__(
-        self,
-        params: Params,
-        latents: jax.Array,
-        t: jax.Array,
-        text: jax.Array,
-        text_mask: jax.Array,
-        scale: float | jax.Array = 1.0,
-    ) -> Output:
-        """Predicts the velocity of noisy latents from text: `read`, then `predict`."""
-        return self.predict(params, latents, t, self.read(params, text, text_mask), scale)
-
-    def predict(
-        self,
-        params: Params,
-        latents: jax.Array,
-        t: jax.Array,
-        prompt: Prompt,
-        scale: float | jax.Array = 1.0,
-    ) -> Output:
-        """Predicts the velocity of noisy latents.
-
-        Args:
-          params: see the class.
-          latents: (B, T, h, w, 16) noisy latents, normalised.
-          t: (B,) model time in the backbone's units (Wan: 0..1000, CogVideoX: 0..999).
-          prompt: of `read` or `read_ahead`, B rows.
-          scale: multiplies every hint; 0 is the backbone alone.
-        """
-        stream, cond = self.backbone.embed(params["backbone"], latents, t, prompt.text)
-        routing = Routing(semantic_logits=prompt.semantic_logits)
-        if self.branch is None:
-            frozen = params["backbone"]["blocks"]
-            stream = self.backbone.blocks(frozen, stream, cond, ahead=prompt.backbone)
-        else:
-            hidden = self._enter(params, stream, latents, t, prompt)
-            stream, routing = self._run_beside(params, stream, hidden, cond, prompt, scale, routing)
-        return Output(self.backbone.head(params["backbone"], stream, cond), routing)
-
-    def _run_beside(self, params, stream, hidden, cond, prompt, scale, routing):
-        """All blocks of the backbone on `stream`, with the hints of the branch's blocks on `hidden`.
-
-        Hint i follows segment i of the backbone, which ends with block layers[i]. Segments of one length
-        share a compiled body. The first is apart: nothing before its hint is trained, so it has no
-        backward pass.
-        """
-        backbone, layers, dtype = self.backbone, self.branch.layers, stream.video.dtype
-        frozen, branch = params["backbone"]["blocks"], params["branch"]
+    def visits(self, params: Params, flow: Flow) -> tuple[Stream, tuple[Visit, ...]]:
+        """Hint i follows backbone block layers[i]; the carry is the branch's own stream."""
+        backbone, cond, dtype = flow.backbone, flow.cond, flow.stream.video.dtype
         # Cast once, rather than in each block and again where it is recomputed.
-        exits, copies = cast_kernels(branch["exits"], dtype), cast_kernels(branch["blocks"], dtype)
-        starts = (0, *(layer + 1 for layer in layers))  # of the segments
-        per_hint = (jnp.array(starts[:-1]), exits, (copies, prompt.branch))
+        exits, copies = (
+            cast_kernels(params["exits"], dtype),
+            (cast_kernels(params["blocks"], dtype), flow.ahead),
+        )
 
-        def copy(hidden, layer):
+        def copy(hidden: Stream, layer: Any) -> Stream:
             params, ahead = jax.tree.map(lambda leaf: leaf[None], layer)  # a stack of one
             return backbone.blocks(params, hidden, cond, ahead=ahead)
 
-        def segment(stream, start, count, tokens, exit):
-            stream = backbone.blocks(frozen, stream, cond, start, count, prompt.backbone)
-            hint = scale * (tokens @ exit["kernel"] + exit["bias"].astype(dtype))
+        def add(stream: Stream, tokens: jax.Array, exit: Params) -> Stream:
+            hint = flow.scale * (tokens @ exit["kernel"] + exit["bias"].astype(dtype))
             return stream.replace(video=stream.video + hint.astype(dtype))
 
-        def take(tree, index):
+        def visit(hidden: Stream, stream: Stream, x: Any) -> tuple[Stream, Stream, Any]:
+            exit, following = x
+            return copy(hidden, following), add(stream, hidden.video, exit), ()
+
+        def last_visit(hidden: Stream, stream: Stream, exit: Params) -> tuple[Stream, Stream, Any]:
+            tokens, seen = hidden.video, ()
+            if self.refinement:
+                experts = RefinementExperts(self.refinement, dtype=dtype)
+                tokens, *seen = experts.apply({"params": params["refinement"]}, tokens)
+            return hidden, add(stream, tokens, exit), tuple(seen)
+
+        def take(tree: Any, index: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[index], tree)
 
-        hidden = copy(hidden, take(per_hint[2], 0))
-        last = len(layers) - 1
-        for (_, count), group in itertools.groupby(
-            range(last), lambda i: (i == 0, starts[i + 1] - starts[i])
-        ):
-            first, *others = group
+        first = copy(self._enhanced(params, flow), take(copies, 0))
+        return first, (
+            Visit(self.layers[:-1], visit, (take(exits, slice(None, -1)), take(copies, slice(1, None)))),
+            Visit(self.layers[-1:], last_visit, take(exits, slice(-1, None))),
+        )
 
-            def step(carry, layer, count=count):
-                (stream, hidden), (start, exit, following) = carry, layer
-                return (segment(stream, start, count, hidden.video, exit), copy(hidden, following)), None
-
-            own, following = slice(first, first + 1 + len(others)), slice(first + 1, first + 2 + len(others))
-            per_step = (*take(per_hint[:2], own), take(per_hint[2], following))
-            if others:
-                (stream, hidden), _ = jax.lax.scan(step, (stream, hidden), per_step)
-            else:
-                (stream, hidden), _ = step((stream, hidden), take(per_step, 0))
-
-        tokens = hidden.video
-        if self.branch.refinement:
-            experts = RefinementExperts(self.branch.refinement, dtype=dtype)
-            tokens, rho, aligned = experts.apply({"params": branch["refinement"]}, tokens)
+    def leave(self, params: Params, flow: Flow, outs: Sequence[Any]) -> tuple[Stream, Routing]:
+        routing = Routing(semantic_logits=flow.read)
+        if self.refinement:
+            rho, aligned = (out[0] for out in outs[-1])
             routing = routing.replace(refinement=rho, alignment=aligned)
-        stream = segment(stream, starts[last], starts[last + 1] - starts[last], tokens, take(exits, last))
-        depth = jax.tree.leaves(frozen)[0].shape[0]
-        stream = backbone.blocks(frozen, stream, cond, starts[-1], depth - starts[-1], prompt.backbone)
-        return stream, routing
+        return flow.stream, routing
 
-    def _enter(self, params, stream, latents, t, prompt):
+    def token_maps(self, seen: Routing) -> jax.Array | None:
+        """P'_r: where the branch sees which category."""
+        return seen.alignment
+
+    def statistics(self, seen: Routing) -> dict[str, jax.Array]:
+        found = {}
+        if seen.semantic_logits is not None:
+            found |= router_statistics("semantic", jax.nn.softmax(seen.semantic_logits))
+        if seen.refinement is not None and self.refinement:
+            found |= router_statistics("refinement", seen.refinement, self.refinement.top_k)
+        return {f"router/{name}": value for name, value in found.items()}
+
+    def _enhanced(self, params: Params, flow: Flow) -> Stream:
         """The branch's own stream, embed(X~)."""
-        semantic = self.branch.semantic
-        if semantic is None:
-            return stream
-        rho = jax.nn.softmax(prompt.semantic_logits)  # (B, E_s)
-        basis = params["branch"]["semantic"]["basis"]
-        prior = jnp.einsum("be,e...->b...", rho, basis)  # (B, T, h, w, 16) or (B, N, C)
-        if semantic.basis_space == "token":
-            if prior.shape[1] != stream.video.shape[1]:
+        if self.semantic is None:
+            return flow.stream
+        rho = jax.nn.softmax(flow.read)  # (B, E_s)
+        prior = jnp.einsum("be,e...->b...", rho, params["semantic"]["basis"])  # (B, T, h, w, 16) or (B, N, C)
+        video, latents = flow.stream.video, flow.latents
+        if self.semantic.basis_space == "token":
+            if prior.shape[1] != video.shape[1]:
                 raise UserError(
-                    f"branch.semantic.basis_grid={semantic.basis_grid} has {prior.shape[1]} tokens, "
-                    f'the clip {stream.video.shape[1]}: a "token" basis fits one clip size only'
+                    f"semantic.basis_grid={self.semantic.basis_grid} has {prior.shape[1]} tokens, "
+                    f'the clip {video.shape[1]}: a "token" basis fits one clip size only'
                 )
-            return stream.replace(video=stream.video + prior.astype(stream.video.dtype))
+            return flow.stream.replace(video=video + prior.astype(video.dtype))
         if prior.shape != latents.shape:
             prior = jax.image.resize(prior, latents.shape, "linear")
-        return self.backbone.embed(params["backbone"], latents + prior, t, prompt.text)[0]
+        return flow.backbone.embed(flow.params, latents + prior, flow.t, flow.text)[0]
 
-    def train_flops(self, tokens: int) -> int:
-        """Floating-point operations of one training step on one clip: 2 per multiply-add.
 
-        Matrix products and attention, nothing recomputed. Trained parts count their forward pass three
-        times. The frozen blocks after the first hint add the gradient with respect to their input; those
-        up to it have no backward pass at all.
-        """
-        backbone, forward = self.backbone, self.backbone.forward_flops(tokens)
-        if self.branch is None:
-            return 3 * forward
-        layers, width = self.branch.layers, backbone.config.dim
-        frozen_backward = backbone.config.num_layers - layers[0] - 1
-        linear = len(layers)  # the exits
-        if self.branch.refinement:
-            linear += self.branch.refinement.experts
-        return (
-            forward
-            + frozen_backward * backbone.frozen_backward_flops(tokens)
-            + 3 * len(layers) * backbone.block_flops(tokens)
-            + 3 * linear * 2 * tokens * width**2
-        )
+def router_statistics(name: str, rho: jax.Array, top_k: int = 0) -> dict[str, jax.Array]:
+    """What to watch in a router's probabilities rho (..., E), all in [0, 1].
+
+    entropy: of one decision, on average; mean_entropy: of the average decision, whose fall is collapse;
+    load_e: the share of expert e in the top-k choices, or in rho when `top_k` is 0.
+    """
+    experts, axes = rho.shape[-1], tuple(range(rho.ndim - 1))
+
+    def entropy(p: jax.Array) -> jax.Array:
+        return -(p * jnp.log(jnp.maximum(p, 1e-9))).sum(-1) / math.log(experts)
+
+    load = (top_k_mask(rho, top_k) / top_k if top_k else rho).mean(axes)  # (E,)
+    return {
+        f"{name}/entropy": entropy(rho).mean(),
+        f"{name}/mean_entropy": entropy(rho.mean(axes)),
+        **{f"{name}/load_{expert}": load[expert] for expert in range(experts)},
+    }
+
+
+def build(
+    layers: Sequence[int],
+    semantic: Mapping[str, Any] | None = None,
+    refinement: Mapping[str, Any] | None = None,
+) -> ProPhy:
+    """Builds the branch from nested dicts of a configuration or its JSON.
+
+    Args:
+        layers: See `ProPhy`.
+        semantic: Fields of `SemanticConfig`, or None.
+        refinement: Fields of `RefinementConfig`, or None.
+    """
+    if semantic:
+        semantic = {**semantic, "basis_grid": tuple(semantic["basis_grid"])}
+    return ProPhy(
+        layers=tuple(layers),
+        semantic=SemanticConfig(**semantic) if semantic else None,
+        refinement=RefinementConfig(**refinement) if refinement else None,
+    )

@@ -1,0 +1,219 @@
+"""A configuration, built: the model, its objective and losses, the mesh, and parameters placed on it.
+
+Every function takes what it uses; none needs a whole run.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from prophy_jax import losses, models
+from prophy_jax.data import records
+from prophy_jax.models import attention
+from prophy_jax.models.beside.part import Model
+from prophy_jax.run import checkpoints, optim, parallel, workdir
+from prophy_jax.run.errors import UserError
+
+# --- What is computed --------------------------------------------------------------------------------
+
+
+def build_mesh(
+    shape: Mapping[str, int], rows: int = 0, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """The mesh of `config.mesh` over all devices or those given; `rows` clips must divide over it.
+
+    Raises UserError when the shape fits neither.
+    """
+    return parallel.make_mesh(shape, rows, devices or jax.devices())
+
+
+def build_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
+    """The backbone and the parts that `config` names, with the attention of the mesh's devices.
+
+    Raises UserError on names and sizes that do not exist or do not fit together.
+    """
+    backbone = models.build(config.backbone)
+    backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
+    on_device = functools.partial(attention.attention, backend=backend)
+    backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
+    parts = {name: models.build(spec) for name, spec in (config.parts or {}).items() if spec}
+    return Model(backbone, parts)
+
+
+def build_objective(config: ConfigDict) -> Any:
+    """The diffusion family, see `prophy_jax.diffusion.flow`.
+
+    Raises UserError on settings that do not exist, and on a sampler that does not fit the objective: clips
+    would come out wrong without a word.
+    """
+    objective = models.build(config.objective, package="prophy_jax.diffusion")
+    objective.solver(config.samples.solver, config.samples.steps, config.samples.shift)
+    return objective
+
+
+def build_losses(config: ConfigDict, model: Model) -> losses.Chosen:
+    """The losses that `config` lists. Raises UserError on one that the model has no part for."""
+    return losses.choose(config.losses, config.reduction, model)
+
+
+def microbatch(config: ConfigDict) -> int:
+    """Clips that go through the model at a time. Raises UserError where they do not divide."""
+    if config.batch_size % config.accumulation:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide into "
+            f"config.accumulation={config.accumulation} microbatches"
+        )
+    return config.batch_size // config.accumulation
+
+
+# --- Parameters --------------------------------------------------------------------------------------
+
+
+def place(
+    model: Model, mesh: jax.sharding.Mesh, frozen_dtype: str, groups: optim.Groups | None = None
+) -> dict[str, Any]:
+    """Shape, dtype and place of every parameter: one description for init, restore and sampling.
+
+    Trainable parameters are fp32 and split over fsdp; frozen ones are `frozen_dtype` and whole on every
+    device: gathering them in every step would cost more than it saves.
+
+    Args:
+        model: The backbone and its parts.
+        mesh: Any.
+        frozen_dtype: `config.frozen_dtype`.
+        groups: `config.optimizer.groups`; None: the parts are trainable and the backbone is not.
+
+    Raises:
+        UserError: on groups that do not claim every parameter.
+    """
+    shapes = {"backbone": jax.eval_shape(model.backbone.init, jax.random.key(0))}
+    for name in model.parts:
+        init = functools.partial(model.init_part, name)
+        shapes[name] = jax.eval_shape(init, jax.random.key(0), shapes["backbone"])
+    if groups is None:
+        groups = [("backbone/", None), *((f"{name}/", 1.0) for name in model.parts)]
+    trainable, frozen = optim.split(shapes, groups)
+
+    def describe(tree: Any, dtype: str, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype), sharding=sharding),
+            tree,
+            shardings,
+        )
+
+    whole = jax.tree.map(lambda _: parallel.replicated(mesh), frozen)
+    return optim.merge(
+        describe(trainable, "float32", parallel.shard_largest(trainable, mesh)),
+        describe(frozen, frozen_dtype, whole),
+    )
+
+
+def init_params(config: ConfigDict, model: Model, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters at step 0, as `layout` (of `place`) says.
+
+    The backbone is read from `config.backbone_params`, or drawn at random when that is empty; parts start from
+    the backbone. Raises UserError when the backbone is missing or does not fit.
+    """
+    backbone_key, parts_key = jax.random.split(jax.random.key(config.seed))
+
+    def draw(init: Any, target: Any, *args: Any) -> Any:
+        def cast(*args: Any) -> Any:
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), init(*args), target)
+
+        return jax.jit(cast, out_shardings=jax.tree.map(lambda like: like.sharding, target))(*args)
+
+    if config.backbone_params:
+        params = {"backbone": load_part(config, "backbone", config.backbone_params, layout)}
+    else:
+        params = {"backbone": draw(model.backbone.init, layout["backbone"], backbone_key)}
+    for name in model.parts:
+        init = functools.partial(model.init_part, name)
+        params[name] = draw(init, layout[name], parts_key, params["backbone"])
+    return params
+
+
+def load_part(config: ConfigDict, name: str, folder: str | None, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Trained parameters of the backbone or of a part, from a folder of its own.
+
+    Raises UserError when the folder is missing or does not fit.
+    """
+    return checkpoints.load_params(folder or "(none)", layout[name], _remedy(config, name))
+
+
+def load_params(
+    config: ConfigDict, layout: Mapping[str, Any], folders: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Trained parameters of the backbone and of all parts of `layout`, each from its folder."""
+    return {name: load_part(config, name, folders.get(name), layout) for name in layout}
+
+
+def check_params(
+    config: ConfigDict, layout: Mapping[str, Any], folders: Mapping[str, str | None]
+) -> dict[str, str]:
+    """{NAME_sha256} of the parameters that `load_params` would read, without reading them.
+
+    Raises UserError when they are missing, do not fit, or a part belongs to another backbone.
+    """
+    manifests = {
+        name: checkpoints.check_params(folders.get(name) or "(none)", layout[name], _remedy(config, name))
+        for name in layout
+    }
+    hashes = {f"{name}_sha256": manifest["sha256"] for name, manifest in manifests.items()}
+    own = hashes["backbone_sha256"]
+    for name, manifest in manifests.items():
+        if name != "backbone" and manifest.get("backbone_sha256", own) != own:
+            raise UserError(
+                f"{folders[name]} was trained next to another backbone than {folders['backbone']}: "
+                "name that one with --checkpoint=DIR"
+            )
+    return hashes
+
+
+def _remedy(config: ConfigDict, name: str) -> str:
+    if name == "backbone":
+        return config.backbone_remedy
+    return f"name WORKDIR/{name} of a finished run of prophy_jax.train"
+
+
+# --- Data --------------------------------------------------------------------------------------------
+
+
+def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[str, Any]:
+    """The manifest of `config.data.dir`. Raises UserError unless it was prepared as the configuration says,
+    in latents that the backbone takes."""
+    manifest = records.read_manifest(config.data.dir)
+    own = workdir.config_as_json(config)
+    encoders = ("codec", "text_encoder")
+    different = workdir.differences(
+        {"data": manifest["video"], **{key: manifest[key] for key in encoders}},
+        {
+            "data": {key: own["data"][key] for key in manifest["video"]},
+            **{key: own[key] for key in encoders},
+        },
+    )
+    if different:
+        raise UserError(
+            f"{config.data.dir} was prepared with another configuration ({different}): "
+            "prepare it again with this one, or name another --config.data.dir"
+        )
+    for bucket in manifest["buckets"].values():
+        grid = token_grid(model, bucket["latent_shape"])
+        if list(grid) != bucket["token_grid"]:
+            raise UserError(
+                f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone has "
+                f"{list(grid)}: prepare it again with this configuration"
+            )
+    return manifest
+
+
+def token_grid(model: Model, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The backbone's token grid for latents (T, h, w, 16). Raises UserError on sizes it cannot take."""
+    try:
+        return model.backbone.grid(tuple(latent_shape))
+    except ValueError as error:
+        raise UserError(f"{error}: change config.data.height, width or frames") from error

@@ -1,0 +1,80 @@
+"""What a training run measures on validation clips as it goes: the diffusion loss, and clips to look at.
+
+B batch, T h w latent grid.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prophy_jax.data import loader
+from prophy_jax.data.sources import video
+from prophy_jax.diffusion import generate
+from prophy_jax.models.beside.part import Model
+from prophy_jax.run import distributed, encoders, parallel
+
+
+def make_validation(
+    config: Any, model: Model, objective: Any, mesh: jax.sharding.Mesh
+) -> Callable[[Any], dict[str, float]]:
+    """validate(params) -> mean diffusion loss on validation clips, at fixed times and fixed noise."""
+    times = tuple(config.validation.times)
+
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    def losses_at(params, batch):
+        batch = parallel.full_precision(batch)
+        noise = generate.make_noise(config.seed, batch["index"], batch["latents"].shape[1:])
+
+        def at(sigma):
+            return generate.diffusion_error(model, objective, params, batch, noise, sigma)[0].mean()
+
+        return jax.lax.map(at, jnp.float32(times))  # (len(times),)
+
+    def validate(params) -> dict[str, float]:
+        batches = loader.make_loader(
+            config.data.dir, "val", config.validation.batch_size, 0, shuffle=False, repeat=False
+        )
+        results = []
+        for _, batch in zip(range(config.validation.batches), batches, strict=False):
+            inputs = {name: batch[name] for name in ("latents", *model.fields, "index")}
+            results.append(jax.device_get(losses_at(params, parallel.put_batch(inputs, mesh))))
+        mean = np.mean(results, axis=0)
+        values = {f"validation/sigma_{t:g}": float(v) for t, v in zip(times, mean, strict=True)}
+        return values | {"validation/loss": float(mean.mean())}
+
+    return validate
+
+
+def make_validation_clips(
+    config: Any, model: Model, objective: Any, mesh: jax.sharding.Mesh
+) -> Callable[[dict, str], None]:
+    """write(params, path): one mp4, the first validation prompts sampled above the real clips.
+
+    All processes of a job call it and sample together; the first one decodes and writes.
+    """
+    batches = loader.make_loader(config.data.dir, "val", config.samples.clips, 0, shuffle=False, repeat=False)
+    batch = parallel.full_precision(next(batches))
+    prompt = {name: batch[name] for name in model.fields}
+    noise = generate.make_noise(config.seed, batch["index"], batch["latents"].shape[1:])
+    negative = loader.load_empty_text(config.data.dir)
+    sample = generate.make_generator(model, objective, config.samples)
+    first = distributed.is_first()
+    codec = encoders.load_codec(config, mesh.local_mesh) if first else None
+
+    def side_by_side(clips) -> np.ndarray:
+        return np.concatenate(list(codec.decode(clips)), axis=2)
+
+    def write(params, path: str) -> None:
+        latents = distributed.fetch(sample(params, noise, prompt, negative))
+        if not first:
+            return
+        rows = [side_by_side(latents), side_by_side(batch["latents"])]
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        video.write_mp4(path, np.concatenate(rows, axis=1), config.data.fps)
+
+    return write

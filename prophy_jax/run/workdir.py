@@ -1,0 +1,266 @@
+"""Folders that a command fills: which configuration they are of, and files that are whole or not there.
+
+`run_identity` is the one place that says which keys of a configuration decide what is made.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from prophy_jax.run.errors import UserError
+
+_VIDEO = ("data.height", "data.width", "data.frames", "data.fps")
+_ENCODERS = ("codec", "text_encoder")
+# Scope -> the keys that decide what is made, each with all that is below it ("": all keys), and those of them
+# that do not.
+IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # A run of prophy_jax.train, which resumes only what is equal in all of these.
+    "train": (("",), ("mesh", "attention", "log", "checkpoint", "samples", "label", "label_check")),
+    # What a finished run learned: any number of steps, on any data.
+    "model": (("backbone", "parts", "objective", "losses", "reduction", *_ENCODERS), ()),
+    # Records of prophy_jax.prepare.
+    "data": ((*_VIDEO, "data.buckets", "data.max_upscale", *_ENCODERS), ()),
+    # Labels of prophy_jax.label; a larger batch changes their rounding alone.
+    "labels": (("label",), ("label.batch",)),
+    # Clips of prophy_jax.sample.
+    "clips": (("backbone", "parts", *_ENCODERS, "samples", *_VIDEO), ()),
+}
+
+
+# --- Identity --------------------------------------------------------------------------------------
+
+
+def config_as_json(config: Any) -> dict[str, Any]:
+    """A copy of a ConfigDict, or of a mapping that was saved as JSON, in JSON types."""
+    text = config.to_json_best_effort() if hasattr(config, "to_json_best_effort") else json.dumps(config)
+    return json.loads(text)
+
+
+def run_identity(config: Any, scope: str) -> dict[str, Any]:
+    """The part of a configuration that decides what is made, in JSON types; equal for equal results.
+
+    Args:
+        config: a ConfigDict, or one that was saved as JSON by this or an earlier version.
+        scope: a key of `IDENTITY`.
+    """
+    config = json.loads(json.dumps(_modernised(config_as_json(config)), sort_keys=True))
+    keys, without = IDENTITY[scope]
+    chosen: dict[str, Any] = config if keys == ("",) else {}
+    for key in keys:
+        *path, last = key.split(".")
+        inside, source = chosen, config
+        for name in path:
+            inside, source = inside.setdefault(name, {}), source.get(name, {})
+        if last in source:
+            inside[last] = source[last]
+    for key in without:
+        *path, last = key.split(".")
+        inside = chosen
+        for name in path:
+            inside = inside.get(name, {})
+        inside.pop(last, None)
+    return chosen
+
+
+def _modernised(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration saved by an earlier version, with the keys of this one."""
+    if "branch" in config:
+        branch = config.pop("branch")
+        config["parts"] = {"branch": {"module": "prophy", **branch}} if branch else {}
+    if "labels" in config.get("data", {}):
+        config["data"]["side"] = {"alignment": config["data"].pop("labels")}
+    return config
+
+
+def differences(was: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
+    """Where two nested dicts of JSON types differ, e.g. "data.frames was 9, is 13"; "" where they agree."""
+    found = []
+    for key in sorted(was.keys() | own.keys()):
+        old, new = was.get(key), own.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(differences(old, new, f"{prefix}{key}."))
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return "; ".join(filter(None, found))
+
+
+# --- Claiming a folder -----------------------------------------------------------------------------
+
+
+def claim(
+    folder: str | os.PathLike,
+    file: str,
+    own: Mapping[str, Any],
+    flag: str,
+    compare: Callable[[dict[str, Any], dict[str, Any]], str] = differences,
+    add: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Takes a folder without files for what `own` describes, or checks that it was taken for the same.
+
+    Of several processes that claim a folder at once, one decides what it is for.
+
+    Args:
+        folder: made if it does not exist.
+        file: the JSON file below `folder` that says what the folder is for.
+        own: JSON types; what the folder is for.
+        flag: the flag of the command that names the folder, such as "--out", for error messages.
+        compare: (stored, own) -> how they differ, "" if they do not.
+        add: (stored, own) -> the new content of `file`; by default it stays as it was first written.
+
+    Returns:
+        The content of `file`.
+
+    Raises:
+        UserError: the folder is for something else; nothing in it was changed.
+    """
+    path, own = Path(folder) / file, json.loads(json.dumps(own))
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder: name another {flag}")
+    if not path.exists():
+        if _holds_files(Path(folder), path) and not path.exists():  # another process may have come first
+            raise UserError(f"{folder} is not empty and holds no {file}: name another {flag}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _create(path, _as_text(own))
+    stored = read_json(path, f"name another {flag}")
+    if different := compare(stored, own):
+        raise UserError(
+            f"{path} says that the folder was made differently ({different}): name another {flag}, or give "
+            "the configuration and the inputs that it was made with"
+        )
+    if add is not None and (content := add(stored, own)) != stored:
+        write_atomically(path, _as_text(content))
+        return content
+    return stored
+
+
+def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, str]) -> None:
+    """Claims the folder of a training run: WORKDIR/config.json, {"config", "references"}.
+
+    Args:
+        workdir: the folder.
+        config: the whole configuration.
+        references: hashes of what the run starts from, such as {"backbone_sha256": ...}.
+
+    Raises:
+        UserError: the folder is of another run, or of something else.
+    """
+
+    def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
+        was, now = ({**run, "config": run_identity(run["config"], "train")} for run in (stored, own))
+        return differences(was, now)
+
+    own = {"config": config_as_json(config), "references": dict(references)}
+    claim(workdir, "config.json", own, "--workdir", compare)
+
+
+def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
+    """{"config", "references"} of a run, as `claim_run` wrote them; `config` has the keys of this version.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
+    run = read_json(path, "name another --workdir")
+    return {**run, "config": _modernised(run["config"])}
+
+
+def _holds_files(folder: Path, claimed: Path) -> bool:
+    """Whether there are files below `folder`, other than unfinished ones of `claimed`."""
+    for path in folder.rglob("*"):
+        if not path.is_dir() and not path.name.startswith(f".{claimed.name}."):
+            return True
+    return False
+
+
+def _as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> Any:
+    """The content of a JSON file. Raises UserError with `remedy` when it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+
+
+# --- Files that are whole or not there -------------------------------------------------------------
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes | Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that appears under its name only when it is whole and on the disk.
+
+    It replaces an older one. When it cannot be written, the older one stays and OSError is raised.
+
+    Args:
+        path: the file, in a folder that exists.
+        content: text (UTF-8), bytes, or a function that writes to the open file it is given.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives the body another name in the same folder to write a file under; at its end the file is at `path`.
+
+    When the body raises, nothing remains of the file.
+    """
+    path = Path(path)
+    partial = _partial(path)
+    try:
+        yield partial
+        put_in_place(partial, path)
+    except BaseException:  # also on Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(partial: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Renames a written file or folder once it is on the disk; a file replaces an older one."""
+    sync(partial)
+    os.replace(partial, path)
+    sync(os.path.dirname(os.path.abspath(path)))
+
+
+def _create(path: Path, text: str) -> None:
+    """As `write_atomically`, but a file that is there already stays as it is."""
+    partial = _partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links, such as a mounted bucket
+            if not path.exists():
+                os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not os.path.isdir(path):  # folders of some network file systems cannot be synced
+            raise
+    finally:
+        os.close(descriptor)
