@@ -303,9 +303,7 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     config.parts = dict()
     config.losses = dict()
     config.objective = dict(module="flow", distribution="logit_normal", shift=2.0)
-    config.data.update(
-        dir=folder, height=size, width=size, frames=frames, fps=8, subset=0, max_upscale=2.0
-    )
+    config.data.update(dir=folder, height=size, width=size, frames=frames, fps=8, subset=0, max_upscale=2.0)
     config.data.side.alignment = ""
     config.codec = dict(module="linear_codec")
     config.text_encoder = dict(module="hash_text", dim=64, length=64)

@@ -101,7 +101,9 @@ def place(
 
     def describe(tree: Any, dtype: str, shardings: Any) -> Any:
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype), sharding=sharding),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, jax.numpy.dtype(dtype), sharding=sharding
+            ),
             tree,
             shardings,
         )
@@ -187,16 +189,10 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
     """The manifest of `config.data.dir`. Raises UserError unless it was prepared as the configuration says,
     in latents that the backbone takes."""
     manifest = records.read_manifest(config.data.dir)
-    own = workdir.config_as_json(config)
-    encoders = ("codec", "text_encoder")
-    different = workdir.differences(
-        {"data": manifest["video"], **{key: manifest[key] for key in encoders}},
-        {
-            "data": {key: own["data"][key] for key in manifest["video"]},
-            **{key: own[key] for key in encoders},
-        },
-    )
-    if different:
+    own = workdir.run_identity(config, "data")
+    own["data"] = {key: own["data"][key] for key in manifest["video"]}
+    was = {"data": manifest["video"], **{key: manifest[key] for key in own if key != "data"}}
+    if different := workdir.differences(was, own):
         raise UserError(
             f"{config.data.dir} was prepared with another configuration ({different}): "
             "prepare it again with this one, or name another --config.data.dir"

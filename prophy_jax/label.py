@@ -39,6 +39,7 @@ from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import run_identity
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -89,7 +90,7 @@ def label(
     reading = asking.make_reading(config.label, asking.choose_layers(config.label.layers, model.num_layers))
     plan = {
         "data_fingerprint": prepared.manifest["fingerprint"],
-        "label": settings_of(config),
+        **run_identity(config, "labels"),
         "vlm": described,
         "questions_sha256": hashlib.sha256(json.dumps([BACKGROUND, QUESTIONS]).encode()).hexdigest(),
         "program": prophy_jax.__version__,
@@ -175,7 +176,7 @@ def check(config: "ConfigDict", model_folder: str | Path, out: str | Path) -> di
     Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "check.json"
     sandbox = config.label_check.to_dict()
-    everything = {"vlm": described, "label": settings_of(config), "label_check": sandbox, **results}
+    everything = {"vlm": described, **run_identity(config, "labels"), "label_check": sandbox, **results}
     path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return results
@@ -202,13 +203,6 @@ def open_model(folder: str | Path, config: "ConfigDict", process: int) -> tuple[
     device = vlm.choose_device(folder, process)
     print(f"opening {described['name']} on {device}", flush=True)
     return vlm.load(folder, device, config.label.dtype), described
-
-
-def settings_of(config: "ConfigDict") -> dict[str, Any]:
-    """`config.label` as JSON types, without what changes nothing in the labels but their rounding."""
-    settings = json.loads(config.label.to_json())
-    del settings["batch"]
-    return settings
 
 
 def print_view(bucket: str, view: "View", model: "Vlm", config: "ConfigDict") -> None:

@@ -32,6 +32,7 @@ from absl import flags
 import prophy_jax
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import run_identity
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -146,12 +147,12 @@ def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> di
             digest.update(
                 json.dumps([split, clip.id, clip.caption, category, clip.source, clip.video]).encode()
             )
-    keys = ("height", "width", "frames", "fps", "buckets", "max_upscale")
+    identity = run_identity(config, "data")
     plan = {
-        "data": {key: config.data[key] for key in keys},  # which frames; labels hold for no others
+        "data": identity["data"],  # which frames; labels hold for no others
         "shard": config.data.shard,
-        "codec": config.codec.to_dict(),
-        "text_encoder": config.text_encoder.to_dict(),
+        "codec": identity["codec"],
+        "text_encoder": identity["text_encoder"],
         "clips_sha256": digest.hexdigest(),
         "program": prophy_jax.__version__,
     }
@@ -380,7 +381,7 @@ def describe(
         features[f"records/{bucket}"] = records.record_features(shape, text.shape[-1], padding)
         if aligned:
             features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(grid)))
-    listing = source.report
+    identity, listing = run_identity(config, "data"), source.report
     moments = sum(np.array(report["moments"]) for report in reports)
     mean = moments[1] / moments[0]
     labels = {
@@ -392,10 +393,10 @@ def describe(
         "counts": counts,
         "stand_in": [report["split"] for report in reports if "stands_in" in report],
         "buckets": {bucket: buckets[bucket] for bucket in sorted(buckets)},
-        "video": {key: config.data[key] for key in ("height", "width", "frames", "fps", "buckets")},
-        "max_upscale": config.data.max_upscale,
-        "codec": config.codec.to_dict(),
-        "text_encoder": config.text_encoder.to_dict(),
+        "video": {key: value for key, value in identity["data"].items() if key != "max_upscale"},
+        "max_upscale": identity["data"]["max_upscale"],
+        "codec": identity["codec"],
+        "text_encoder": identity["text_encoder"],
         "sandbox": config.data.sandbox.to_dict() if not paths else None,
         "text_length": text.shape[1],
         "text_dim": text.shape[2],

@@ -58,10 +58,14 @@ def find_parts(config: Any, folders: list[str]) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for folder in folders:
-        manifest = checkpoints.read_manifest(folder, "name WORKDIR/branch of a finished run of prophy_jax.train")
+        manifest = checkpoints.read_manifest(
+            folder, "name WORKDIR/branch of a finished run of prophy_jax.train"
+        )
         name = manifest.get("part", "")
         if name not in (config.parts or {}):
-            raise UserError(f"--branch={folder} holds {name or 'no part'!r}, which config.parts does not name")
+            raise UserError(
+                f"--branch={folder} holds {name or 'no part'!r}, which config.parts does not name"
+            )
         if name in found:
             raise UserError(f"--branch names the part {name!r} twice: {found[name]} and {folder}")
         found[name] = folder
@@ -82,8 +86,16 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
         was, now = by_file(stored), by_file(own)
         both = was.keys() & now.keys()
         return workdir.differences(
-            {**workdir.run_identity(stored["settings"], "clips"), **hashes(stored), **{file: was[file] for file in both}},
-            {**workdir.run_identity(own["settings"], "clips"), **hashes(own), **{file: now[file] for file in both}},
+            {
+                **workdir.run_identity(stored["settings"], "clips"),
+                **hashes(stored),
+                **{file: was[file] for file in both},
+            },
+            {
+                **workdir.run_identity(own["settings"], "clips"),
+                **hashes(own),
+                **{file: now[file] for file in both},
+            },
         )
 
     def hashes(manifest: dict[str, Any]) -> dict[str, Any]:

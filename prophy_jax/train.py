@@ -108,7 +108,9 @@ def make_train_step(
             gradient, (terms, statistics) = one(batch)
         else:
             microbatches = split_microbatches(batch, config.accumulation)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches)))
+            zeros = jax.tree.map(
+                jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches))
+            )
             (gradient, (terms, statistics)), _ = jax.lax.scan(
                 lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None),
                 zeros,

@@ -485,7 +485,7 @@ def test_bad_data(prepared, labels, model_folder, tmp_path):
     shutil.copytree(data, other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
-    with pytest.raises(UserError, match="begun differently .data_fingerprint was"):
+    with pytest.raises(UserError, match="made differently .data_fingerprint was"):
         label.label(config, model_folder, other, labels[0])
     config.label.denoise = "ratio"
     with pytest.raises(UserError, match="label.denoise was difference, is ratio"):

@@ -397,14 +397,14 @@ def test_no_sandbox_in_the_config(tmp_path):
 def test_foreign_folder_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(UserError, match="already exists and is not of this program"):
+    with pytest.raises(UserError, match="is not empty and holds no work/plan.json"):
         prepare(_config(tmp_path / "out"))
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
 def test_folder_of_another_configuration_is_kept(sandbox_dir):
     before = _bytes(sandbox_dir)
-    with pytest.raises(UserError, match="begun differently .*data.fps was 8, is 4"):
+    with pytest.raises(UserError, match="made differently .*data.fps was 8, is 4"):
         prepare(_config(sandbox_dir, fps=4))
     assert _bytes(sandbox_dir) == before
 

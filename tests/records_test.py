@@ -19,6 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from prophy_jax.data import records
+from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +216,7 @@ def test_failing_shard_leaves_nothing_and_says_its_own_reason(tmp_path, failure)
     assert raised.value is failure  # not "cannot write"
     assert job.missing()[0] == ("train", 0)
     left = sorted(path.name for path in (tmp_path / "out" / "work").iterdir())
-    assert left == ["plan.json", "plan.lock", "train-00000.lock"]
+    assert left == ["plan.json", "train-00000.lock"]
 
 
 def test_making_a_shard_again_never_harms_the_one_that_is_there(tmp_path):
@@ -252,18 +253,18 @@ def test_putting_together_goes_on_where_it_was_interrupted(whole, tmp_path, monk
 
 
 def test_another_process_may_begin_at_the_same_moment(tmp_path, monkeypatch):
-    entries = records._entries
+    holds_files = workdir._holds_files
 
-    def look_late(folder):
+    def look_late(*args):
         monkeypatch.undo()
         job = records.Job(tmp_path / "out", PLAN, SHARDS)  # after ours saw no plan, before it looks around
         with job.shard("train", 0) as shard:
             _fill(shard, "train", 0)
-        return entries(folder)
+        return holds_files(*args)
 
-    monkeypatch.setattr(records, "_entries", look_late)
+    monkeypatch.setattr(workdir, "_holds_files", look_late)
     assert records.Job(tmp_path / "out", PLAN, SHARDS).missing()[0] == ("train", 1)
-    with pytest.raises(UserError, match="was begun differently"):
+    with pytest.raises(UserError, match="was made differently"):
         records.Job(tmp_path / "out", PLAN | {"seed": 1}, SHARDS)
 
 
@@ -383,7 +384,7 @@ def test_file_size_limit(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = sorted(path.name for path in (tmp_path / "out" / "work").iterdir())
-    assert left == ["plan.json", "plan.lock", "train-00001.lock"]
+    assert left == ["plan.json", "train-00001.lock"]
     _write_large(job)
     assert job.missing() == [("train", 0)]
 
@@ -399,9 +400,11 @@ def test_folder_of_something_else_is_refused_and_kept(tmp_path):
     (tmp_path / "project" / "work" / "result").write_text("x")
     before = _content(tmp_path)
     for name in ("thesis", "project"):
-        with pytest.raises(UserError, match=f"{name} already exists and is not of this program"):
+        with pytest.raises(
+            UserError, match=f"{name} is not empty and holds no work/plan.json: name another --out"
+        ):
             records.Job(tmp_path / name, PLAN, SHARDS)
-    with pytest.raises(UserError, match="cannot write .*file: Not a directory"):
+    with pytest.raises(UserError, match="file is not a folder: name another --out"):
         records.Job(tmp_path / "file", PLAN, SHARDS)
     assert _content(tmp_path) == before
 
@@ -413,7 +416,7 @@ def test_folder_of_another_plan_is_refused(tmp_path, finished):
     else:
         records.Job(tmp_path / "out", PLAN, SHARDS)
     other = {"data": {"fps": 16, "frames": 5}, "shape": (1, 2)}
-    with pytest.raises(UserError, match="out was begun differently") as raised:
+    with pytest.raises(UserError, match="out.*made differently") as raised:
         records.Job(tmp_path / "out", other, SHARDS)
     assert "(data.fps was 8, is 16; seed was 0, is None; shape was None, is [1, 2])" in str(raised.value)
 
@@ -482,12 +485,6 @@ def test_process():
     for wrong in ("", "1", "4/4", "-1/4", "1/", "/4", "a/b", "1/2/3", "1.0/4"):
         with pytest.raises(UserError, match="from 0/4 to 3/4"):
             records.parse_process(wrong)
-
-
-def test_differences():
-    assert records.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "c": 2}) == ""
-    found = records.differences({"a": {"b": 1, "d": 3}, "c": 2}, {"a": {"b": 2, "d": 3}, "e": {}})
-    assert found == "a.b was 1, is 2; c was 2, is None; e was None, is {}"
 
 
 def test_file_system_without_hard_links(tmp_path, whole, monkeypatch):

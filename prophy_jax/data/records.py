@@ -35,6 +35,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 import prophy_jax
 from prophy_jax.data import taxonomy
+from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -122,35 +123,15 @@ class Job:
         self._work = self.out / "work"
         self._shards = [(split, index) for split in shards for index in range(shards[split])]
         self._process = process
-        plan = json.loads(json.dumps(plan))
         with _writing(self.out):
-            self._claim(plan)
+            if self.complete():
 
-    def _claim(self, plan: dict[str, Any]) -> None:
-        if self.complete():
-            found = read_manifest(self.out).get("plan")
-        else:
-            path = self._work / "plan.json"
-            if not path.exists():
-                # The folder "work" of another program must not be taken for ours, and removed in the end.
-                inside = [entry.name for entry in _entries(self._work)]
-                strange = any(name != "plan.lock" and not name.startswith(".plan.json.") for name in inside)
-                strange |= any(entry != self._work for entry in _entries(self.out))
-                if strange and not path.exists():  # it may have been begun meanwhile
-                    raise UserError(
-                        f"{self.out} already exists and is not of this program; choose another --out"
-                    )
-                self._work.mkdir(parents=True, exist_ok=True)
-            with _lock(self._work / "plan.lock", wait=True):
-                if not path.exists():
-                    _write_atomically(path, json.dumps(plan, indent=1))
-            found = json.loads(path.read_text(encoding="utf-8"))
-        different = differences(found, plan)
-        if different:
-            raise UserError(
-                f"{self.out} was begun differently ({different}); give the same configuration and source, "
-                "remove the folder, or choose another --out"
-            )
+                def compare(_, own: dict[str, Any]) -> str:
+                    return workdir.differences(read_manifest(self.out).get("plan", {}), own)
+
+                workdir.claim(self.out, "manifest.json", plan, "--out", compare)
+            else:
+                workdir.claim(self.out, "work/plan.json", plan, "--out")
 
     def complete(self) -> bool:
         """Whether the folder is finished."""
@@ -182,7 +163,7 @@ class Job:
             try:
                 yield shard
                 with _writing(self.out):
-                    _write_atomically(self._report(split, index), json.dumps(shard.close()))
+                    workdir.write_atomically(self._report(split, index), json.dumps(shard.close()))
             except BaseException:  # also on Ctrl-C
                 shard.discard()
                 raise
@@ -300,14 +281,12 @@ class Shard:
         for dataset, file in self._files.items():
             file.close()  # here, not earlier, a full disk shows
             path = _part(self._name, dataset)
-            with _partial(path).open("rb") as written:
-                os.fsync(written.fileno())
             reader = array_record_module.ArrayRecordReader(str(_partial(path)))
             if reader.num_records() != self._report["datasets"][dataset]["count"]:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            os.replace(_partial(path), path)
+            workdir.put_in_place(_partial(path), path)
         return self._report
 
     def discard(self) -> None:
@@ -333,8 +312,8 @@ def _link(path: Path, final: Path) -> None:
     try:
         os.link(path, final)
     except OSError:
-        shutil.copyfile(path, _partial(final))
-        os.replace(_partial(final), final)
+        with workdir.replacing(final) as partial:
+            shutil.copyfile(path, partial)
 
 
 def _part(shard: Path, dataset: str) -> Path:
@@ -355,10 +334,6 @@ def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
                 json.dumps([report["split"], dataset.split("/")[1], report["ids"][dataset]]).encode()
             )
     return digest.hexdigest()
-
-
-def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.exists() else []
 
 
 @contextlib.contextmanager
@@ -385,19 +360,6 @@ def _lock(path: Path, wait: bool = False) -> Iterator[None]:
                 "work with --process=0/2, --process=1/2 and so on"
             ) from error
         yield
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def parse_process(text: str) -> tuple[int, int]:
@@ -433,7 +395,7 @@ def print_list(title: str, entries: Sequence[str]) -> None:
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes DIR/manifest.json, with the schema version first; it makes the folder complete."""
     text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2)
-    _write_atomically(folder / "manifest.json", text + "\n")
+    workdir.write_atomically(folder / "manifest.json", text + "\n")
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -557,15 +519,3 @@ def find_labels(data_dir: str | Path, labels: str | Path) -> str | Path | None:
     if labels:
         return labels
     return data_dir if (Path(data_dir) / "alignment").exists() else None
-
-
-def differences(was: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
-    """Where two nested dicts of JSON types differ, e.g. "data.frames was 9, is 13"; "" where they agree."""
-    found = []
-    for key in sorted(was.keys() | own.keys()):
-        old, new = was.get(key), own.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found.append(differences(old, new, f"{prefix}{key}."))
-        elif old != new:
-            found.append(f"{prefix}{key} was {old}, is {new}")
-    return "; ".join(filter(None, found))

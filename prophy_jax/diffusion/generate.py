@@ -37,7 +37,9 @@ def make_sampler(model: Model, objective: Any, settings: Any) -> tuple[Callable,
     Raises:
         UserError: on settings that do not fit the objective or each other.
     """
-    solver = solvers.skipping(objective.solver(settings.solver, settings.steps, settings.shift), settings.skip)
+    solver = solvers.skipping(
+        objective.solver(settings.solver, settings.steps, settings.shift), settings.skip
+    )
     guidance = guided.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
 
     @functools.partial(jax.jit, static_argnames="rows")

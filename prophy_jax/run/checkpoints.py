@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prophy_jax.run import distributed
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import put_in_place, write_atomically
 
 SLICE_BYTES = 2**24
 
@@ -173,10 +174,9 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     }
     with distributed.all_or_none():
         if first:
-            with open(os.path.join(temporary, "manifest.json"), "w") as file:
-                json.dump(manifest, file, indent=1)
+            write_atomically(os.path.join(temporary, "manifest.json"), json.dumps(manifest, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temporary, folder)
+            put_in_place(temporary, folder)
     return manifest["sha256"]
 
 

@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prophy_jax import models
 from prophy_jax.models.text import tokenizer as prompts
 from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run.workdir import write_atomically
 
 TEXTS_AT_ONCE = 4  # the scores of a longer batch would rival the encoder's weights in memory
 
@@ -193,8 +194,4 @@ class TextEncoder:
         if self._cache is None:
             return
         self._cache.mkdir(parents=True, exist_ok=True)
-        path = self._file(text)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(partial, "wb") as file:
-            np.save(file, rows)
-        os.replace(partial, path)
+        write_atomically(self._file(text), lambda file: np.save(file, rows))

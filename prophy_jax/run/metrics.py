@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from prophy_jax.run.workdir import write_atomically
+
 POSITIVE = 0.25  # label from which a token counts as covered; 0 is uncovered, between is left out
 
 
@@ -21,9 +23,7 @@ class MetricsWriter:
 
         self._path = os.path.join(workdir, "metrics.jsonl")
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
-        with open(self._path + ".tmp", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(self._path + ".tmp", self._path)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self._path, "a")
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
 

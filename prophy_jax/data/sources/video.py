@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import replacing
 
 Video = str | os.PathLike | BinaryIO
 
@@ -214,11 +215,13 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # "faststart" puts the index first, so that a browser can play before it has all.
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        options = {"movflags": "faststart"}
+        with (
+            replacing(path) as partial,
+            av.open(str(partial), "w", format="mp4", options=options) as container,
+        ):
             rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 30000/1001
             stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
             stream.height, stream.width, stream.pix_fmt = (
@@ -232,11 +235,8 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
                 frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        os.replace(partial, path)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _tag_bt709(context) -> None:

@@ -1,0 +1,209 @@
+"""Claimed folders, what a configuration decides, and files that are whole or not there."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from prophy_jax.run import workdir
+from prophy_jax.run.errors import UserError
+from tests.conftest import get_config
+
+OWN = {"size": 1, "clips": ["a"]}
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+# --- Identity ----------------------------------------------------------------------------------------
+
+
+def test_differences():
+    assert workdir.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "c": 2}) == ""
+    found = workdir.differences({"a": {"b": 1, "d": 3}, "c": 2}, {"a": {"b": 2, "d": 3}, "e": {}})
+    assert found == "a.b was 1, is 2; c was 2, is None; e was None, is {}"
+
+
+@pytest.mark.parametrize(
+    "scope, key, value",
+    [
+        ("train", "seed", 7),
+        ("train", "data.fps", 4),
+        ("model", "losses.relative", 0.5),
+        ("data", "data.max_upscale", 1.0),
+        ("data", "codec.module", "other"),
+        ("clips", "samples.steps", 9),
+        ("clips", "data.frames", 5),
+        ("labels", "label.cell", 3),
+    ],
+)
+def test_keys_that_decide(scope, key, value):
+    config = get_config("tiny")
+    before = workdir.run_identity(config, scope)
+    config.update_from_flattened_dict({key: value})
+    different = workdir.differences(before, workdir.run_identity(config, scope))
+    assert different.startswith(f"{key} was ") and different.endswith(f"is {value}")
+
+
+@pytest.mark.parametrize(
+    "scope, key, value",
+    [
+        ("train", "log.every", 7),
+        ("train", "samples.steps", 7),
+        ("train", "label.cell", 7),
+        ("model", "steps", 7),
+        ("model", "data.fps", 7),
+        ("data", "data.shard", 7),
+        ("data", "losses.relative", 0.5),
+        ("clips", "objective.shift", 1.0),
+        ("clips", "data.dir", "elsewhere"),
+        ("labels", "label.batch", 7),
+    ],
+)
+def test_keys_that_do_not_decide(scope, key, value):
+    config = get_config("tiny")
+    before = workdir.run_identity(config, scope)
+    config.update_from_flattened_dict({key: value})
+    assert workdir.run_identity(config, scope) == before
+
+
+def test_configurations_saved_before_parts_and_side_data_sets():
+    old = {"branch": {"layers": [0, 1]}, "data": {"dir": "d", "labels": "l"}, "seed": 0}
+    new = {
+        "parts": {"branch": {"module": "prophy", "layers": [0, 1]}},
+        "data": {"dir": "d", "side": {"alignment": "l"}},
+        "seed": 0,
+    }
+    assert workdir.run_identity(old, "train") == workdir.run_identity(new, "train") == new
+    alone = {"branch": None, "data": {"labels": ""}}
+    assert workdir.run_identity(alone, "train") == {"parts": {}, "data": {"side": {"alignment": ""}}}
+    assert "branch" in old  # it is not changed itself
+
+
+def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):
+    config = workdir.config_as_json(get_config("tiny"))
+    parts = config.pop("parts", None) or {"branch": config.pop("branch", None)}
+    parts["branch"].pop("module", None)
+    labels = config["data"].pop("side", {}).get("alignment", config["data"].pop("labels", ""))
+    old = {**config, "branch": parts["branch"], "data": {**config["data"], "labels": labels}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": old, "references": {"x_sha256": "1"}}))
+    before = (tmp_path / "config.json").read_bytes()
+    workdir.claim_run(tmp_path, get_config("tiny"), {"x_sha256": "1"})
+    assert (tmp_path / "config.json").read_bytes() == before
+    run = workdir.read_run(tmp_path)
+    assert run["references"] == {"x_sha256": "1"} and "branch" not in run["config"]
+    assert run["config"]["parts"]["branch"] == {"module": "prophy", **parts["branch"]}
+    with pytest.raises(UserError, match="references.x_sha256 was 1, is 2.*name another --workdir"):
+        workdir.claim_run(tmp_path, get_config("tiny"), {"x_sha256": "2"})
+    other = get_config("tiny")
+    other.seed = 7
+    with pytest.raises(UserError, match="config.seed was 0, is 7"):
+        workdir.claim_run(tmp_path, other, {"x_sha256": "1"})
+    with pytest.raises(UserError, match="config.json is missing: name the --workdir of a run"):
+        workdir.read_run(tmp_path / "other")
+
+
+# --- Claiming a folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_is_claimed_once_and_again(tmp_path):
+    for _ in range(2):
+        assert workdir.claim(tmp_path / "new", "a/plan.json", OWN, "--out") == OWN
+    assert _names(tmp_path) == ["a", "new", "plan.json"]
+    with pytest.raises(UserError, match="a/plan.json says.*size was 1, is 2.*name another --out"):
+        workdir.claim(tmp_path / "new", "a/plan.json", {**OWN, "size": 2}, "--out")
+    assert json.loads((tmp_path / "new" / "a" / "plan.json").read_text()) == OWN
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "deep" / "down" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no plan.json: name another --workdir"):
+        workdir.claim(tmp_path, "plan.json", OWN, "--workdir")
+    assert _names(tmp_path) == ["deep", "down", "thesis.tex"]
+    with pytest.raises(UserError, match="thesis.tex is not a folder: name another --out"):
+        workdir.claim(tmp_path / "deep" / "down" / "thesis.tex", "plan.json", OWN, "--out")
+
+
+def test_what_a_killed_process_left_of_its_claim_does_not_matter(tmp_path):
+    (tmp_path / ".plan.json.1a2b").write_text("{")
+    assert workdir.claim(tmp_path, "plan.json", OWN, "--out") == OWN
+
+
+def test_a_damaged_claim_is_named(tmp_path):
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match="plan.json is damaged .*name another --out"):
+        workdir.claim(tmp_path, "plan.json", OWN, "--out")
+
+
+def test_of_processes_at_once_one_decides(tmp_path):
+    start, claimed, refused = threading.Barrier(8), [], []
+
+    def claim(size):
+        start.wait()
+        try:
+            claimed.append(workdir.claim(tmp_path / "out", "plan.json", {"size": size}, "--out"))
+        except UserError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=claim, args=[size % 2]) for size in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed) == len(refused) == 4 and all(one == claimed[0] for one in claimed)
+    assert all("made differently" in message for message in refused)
+    assert _names(tmp_path) == ["out", "plan.json"]
+
+
+def test_what_a_folder_holds_may_grow(tmp_path):
+    def shared(stored, own):
+        return workdir.differences({"size": stored["size"]}, {"size": own["size"]})
+
+    def both(stored, own):
+        return {
+            **own,
+            "clips": stored["clips"] + [clip for clip in own["clips"] if clip not in stored["clips"]],
+        }
+
+    for clips, expected in ((["a"], ["a"]), (["b"], ["a", "b"]), (["a"], ["a", "b"])):
+        own = {"size": 1, "clips": clips}
+        found = workdir.claim(tmp_path, "plan.json", own, "--out", compare=shared, add=both)
+        assert found == json.loads((tmp_path / "plan.json").read_text()) == {"size": 1, "clips": expected}
+
+
+# --- Files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["ä", "ä".encode(), lambda file: file.write("ä".encode())])
+def test_written_files_replace_older_ones(tmp_path, content):
+    for _ in range(2):
+        workdir.write_atomically(tmp_path / "file", content)
+        assert (tmp_path / "file").read_text(encoding="utf-8") == "ä" and _names(tmp_path) == ["file"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path):
+    workdir.write_atomically(tmp_path / "file", "old")
+
+    def fail(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workdir.write_atomically(tmp_path / "file", fail)
+    with pytest.raises(OSError):
+        workdir.write_atomically(tmp_path / "no" / "file", "new")
+    assert (tmp_path / "file").read_text() == "old" and _names(tmp_path) == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))
+        )
+    workdir.write_atomically(tmp_path / "file", "text")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, then the folder
