@@ -5,7 +5,6 @@ Every function takes what it uses; none needs a whole run.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,8 +117,8 @@ def place(
 def init_params(config: ConfigDict, model: Model, layout: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters at step 0, as `layout` (of `place`) says.
 
-    The backbone is read from `config.backbone_params`, or drawn at random when that is empty; parts start from
-    the backbone. Raises UserError when the backbone is missing or does not fit.
+    The backbone is read from `config.backbone_params`, or drawn at random when that is empty; parts start
+    from the backbone. Raises UserError when the backbone is missing or does not fit.
     """
     backbone_key, parts_key = jax.random.split(jax.random.key(config.seed))
 
@@ -201,8 +200,8 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
         grid = token_grid(model, bucket["latent_shape"])
         if list(grid) != bucket["token_grid"]:
             raise UserError(
-                f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone has "
-                f"{list(grid)}: prepare it again with this configuration"
+                f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone "
+                f"has {list(grid)}: prepare it again with this configuration"
             )
     return manifest
 

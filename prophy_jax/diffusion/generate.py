@@ -71,9 +71,9 @@ def split_rows(x: jax.Array) -> jax.Array:
 def make_generator(model: Model, objective: Any, settings: Any) -> Callable[..., jax.Array]:
     """generate(params, noise, prompt, negative, scale, after_steps) -> latents (B, T, h, w, 16).
 
-    `prompt` has the fields of `Model.fields`, leading B. What the blocks read of the prompts is computed once;
-    then all `settings.steps` solver steps are one call of one program. `negative` is the encoded negative
-    prompt, the same fields of one prompt, that guidance compares with.
+    `prompt` has the fields of `Model.fields`, leading B. What the blocks read of the prompts is computed
+    once; then all `settings.steps` solver steps are one call of one program. `negative` is the encoded
+    negative prompt, the same fields of one prompt, that guidance compares with.
 
     `after_steps(n)` is called after every n steps that are done. The program is then called in a few pieces,
     and does not call back itself: jax 0.10 cannot keep such programs in its compile cache.
