@@ -4,7 +4,7 @@ B prompts, T h w latent grid, L text length, D text width.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,13 @@ from prophy_jax.diffusion import guided, solvers
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import parallel
 
+Wrapper = Callable[[solvers.Velocity], solvers.Velocity]
 PIECES = 10  # that a loop which shows its progress is called in
 
 
-def make_sampler(model: Model, objective: Any, settings: Any) -> tuple[Callable, Callable]:
+def make_sampler(
+    model: Model, objective: Any, settings: Any, wrappers: Sequence[Wrapper] = ()
+) -> tuple[Callable, Callable]:
     """Two compiled functions, (begin, loop): what a clip needs once, and any number of solver steps.
 
     begin(params, noise, prompt, negative, rows) -> (prompt, state)
@@ -33,6 +36,8 @@ def make_sampler(model: Model, objective: Any, settings: Any) -> tuple[Callable,
         model: The backbone and its parts.
         objective: What the backbone was trained with; the solver is one of its own.
         settings: `config.samples`.
+        wrappers: What else changes the prediction on its way to the solver, such as steering; the first is
+            next to guidance.
 
     Raises:
         UserError: on settings that do not fit the objective or each other.
@@ -53,7 +58,10 @@ def make_sampler(model: Model, objective: Any, settings: Any) -> tuple[Callable,
         def predict(x, t):
             return model.predict(params, split_rows(x), t, prompt, scale).prediction
 
-        state = solvers.advance(solver, guided.guided(predict, guidance), state, first, last)
+        velocity = guided.guided(predict, guidance)
+        for wrap in wrappers:
+            velocity = wrap(velocity)
+        state = solvers.advance(solver, velocity, state, first, last)
         return jax.tree.map(split_rows, state)
 
     return begin, loop
@@ -68,7 +76,9 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, parallel.BATCH if divides else PartitionSpec())
 
 
-def make_generator(model: Model, objective: Any, settings: Any) -> Callable[..., jax.Array]:
+def make_generator(
+    model: Model, objective: Any, settings: Any, wrappers: Sequence[Wrapper] = ()
+) -> Callable[..., jax.Array]:
     """generate(params, noise, prompt, negative, scale, after_steps) -> latents (B, T, h, w, 16).
 
     `prompt` has the fields of `Model.fields`, leading B. What the blocks read of the prompts is computed
@@ -78,7 +88,7 @@ def make_generator(model: Model, objective: Any, settings: Any) -> Callable[...,
     `after_steps(n)` is called after every n steps that are done. The program is then called in a few pieces,
     and does not call back itself: jax 0.10 cannot keep such programs in its compile cache.
     """
-    begin, loop = make_sampler(model, objective, settings)
+    begin, loop = make_sampler(model, objective, settings, wrappers)
     steps = settings.steps
 
     def generate(params, noise, prompt, negative, scale=1.0, after_steps=None):
