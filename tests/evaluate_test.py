@@ -220,7 +220,7 @@ def test_report_is_deterministic_and_escapes_captions(measured, tmp_path):
         )
     text = (tmp_path / "a").read_text()
     assert text == (tmp_path / "b").read_text()
-    assert "<script" not in text and text.count("&lt;script&gt;&quot;a&quot; &amp; b") == 2
+    assert "<script" not in text and text.count("&lt;script&gt;&#34;a&#34; &amp; b") == 2
 
 
 def test_report_says_what_missed_its_aim(measured, tmp_path):
