@@ -13,7 +13,7 @@ import pytest
 
 from prophy_jax import evaluate, experiment
 from prophy_jax.data.taxonomy import PHENOMENA
-from prophy_jax.evaluation import report
+from prophy_jax.evaluation import auc, diffusion, pictures, report, routing
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
@@ -27,7 +27,7 @@ def auc_by_pairs(scores, positive):
 def case(label, scores, category=0, others=None):
     label, scores = np.array(label, float), np.array(scores, float)
     others = np.zeros(len(label)) if others is None else np.array(others, float)
-    return evaluate.Case(category, label, others, np.tile(-scores, (3, 1)), np.tile(scores, (3, 1)))
+    return routing.Case(category, label, others, np.tile(-scores, (3, 1)), np.tile(scores, (3, 1)))
 
 
 # --- Measures --------------------------------------------------------------------------------------
@@ -35,13 +35,13 @@ def case(label, scores, category=0, others=None):
 
 def test_auc_by_hand():
     positive = np.array([True, True, False, False])
-    assert evaluate.roc_auc(np.array([4.0, 3, 2, 1]), positive) == 1
-    assert evaluate.roc_auc(np.array([1.0, 2, 3, 4]), positive) == 0
-    assert evaluate.roc_auc(np.array([3.0, 1, 2, 0]), positive) == 0.75
-    assert evaluate.roc_auc(np.array([2.0, 1, 1, 0]), positive) == (1 + 1 + 0.5 + 1) / 4
-    assert evaluate.roc_auc(np.ones(4), positive) == 0.5
-    assert np.isnan(evaluate.roc_auc(np.ones(4), np.ones(4, bool)))
-    assert np.isnan(evaluate.roc_auc(np.ones(0), np.ones(0, bool)))
+    assert auc.roc_auc(np.array([4.0, 3, 2, 1]), positive) == 1
+    assert auc.roc_auc(np.array([1.0, 2, 3, 4]), positive) == 0
+    assert auc.roc_auc(np.array([3.0, 1, 2, 0]), positive) == 0.75
+    assert auc.roc_auc(np.array([2.0, 1, 1, 0]), positive) == (1 + 1 + 0.5 + 1) / 4
+    assert auc.roc_auc(np.ones(4), positive) == 0.5
+    assert np.isnan(auc.roc_auc(np.ones(4), np.ones(4, bool)))
+    assert np.isnan(auc.roc_auc(np.ones(0), np.ones(0, bool)))
 
 
 @pytest.mark.parametrize("levels", [3, 10, 10**9])  # many ties, some, none
@@ -50,15 +50,15 @@ def test_auc_is_the_share_of_ordered_pairs(levels):
     scores = rng.integers(0, levels, 80).astype(np.float32)
     positive = rng.random(80) < 0.3
     # Both are exact in float64 up to the final division.
-    assert evaluate.roc_auc(scores, positive) == pytest.approx(auc_by_pairs(scores, positive), abs=1e-12)
+    assert auc.roc_auc(scores, positive) == pytest.approx(auc_by_pairs(scores, positive), abs=1e-12)
 
 
 def test_tokens_in_between_are_left_out():
     cases = [case([1, 0.24, 0.01, 0], [2, 9, -9, 1]), case([0.25, 0, 0, 0], [0, 3, 3, 3])]
     scores = [c.after[0] for c in cases]
     # Positives 2 and 0 against negatives 1, 3, 3, 3.
-    assert evaluate.localisation_auc(cases, scores) == 1 / 8
-    assert evaluate.localisation_auc(cases[:1], scores[:1]) == 1
+    assert routing.localisation_auc(cases, scores) == 1 / 8
+    assert routing.localisation_auc(cases[:1], scores[:1]) == 1
 
 
 def test_specificity_tells_the_category_from_anything_that_moves():
@@ -68,12 +68,12 @@ def test_specificity_tells_the_category_from_anything_that_moves():
 
     def measure(scores):
         cases = [case(label, scores, others=others), alone]
-        return evaluate.specificity_auc(cases, [c.after[0] for c in cases])
+        return routing.specificity_auc(cases, [c.after[0] for c in cases])
 
-    assert evaluate.localisation_auc([case(label, anything)], [np.array(anything)]) == 0.75
+    assert routing.localisation_auc([case(label, anything)], [np.array(anything)]) == 0.75
     assert measure(anything) == 0.5
     assert measure(right) == 1
-    assert np.isnan(evaluate.specificity_auc([alone], [alone.after[0]]))
+    assert np.isnan(routing.specificity_auc([alone], [alone.after[0]]))
 
 
 def test_localisation_means_leave_unmeasured_categories_out():
@@ -82,7 +82,7 @@ def test_localisation_means_leave_unmeasured_categories_out():
         case([1, 0], [0, 0], category=4),
         case([0.2, 0], [1, 0], category=9),  # nothing covered
     ]
-    result = evaluate.localisation(cases)
+    result = routing.localisation(cases)
     assert [row["category"] for row in result["categories"]] == [PHENOMENA[e] for e in (2, 4, 9)]
     assert result["mean"]["auc_after"] == [0.75] * 3
     assert result["mean"]["auc_before"] == [0.25] * 3
@@ -96,7 +96,7 @@ def test_cases_of_a_clip():
     present = np.zeros(17)
     present[[2, 5]] = 1  # 9 is labelled but not present
     before, after = np.random.default_rng(0).random((2, 3, 4, 17))
-    first, second = evaluate.find_cases(label, present, before, after)
+    first, second = routing.find_cases(label, present, before, after)
     assert (first.category, second.category) == (2, 5)
     np.testing.assert_array_equal(first.others, label[:, 5])
     np.testing.assert_array_equal(second.others, label[:, 2])
@@ -110,7 +110,7 @@ def test_expert_table():
     label[0, :, 1] = [1, 0.25, 0.2, 0]
     label[:, :, 3] = 1  # not present
     present[0, 1] = 1
-    table = evaluate.expert_table(rho, label, present)
+    table = routing.expert_table(rho, label, present)
     assert table.keys() == {PHENOMENA[1], "background"}
     np.testing.assert_allclose(table[PHENOMENA[1]], [0.75, 0.25])
     np.testing.assert_allclose(table["background"], [0.5, 0.5])  # not of the clip without labels
@@ -120,31 +120,31 @@ def test_semantic_correlation():
     logits = np.array([[1.0, 2, 3], [3, 2, 1], [3, 4, 5], [0, 9, 0]])
     category = np.zeros((4, 17))
     category[[0, 2], 4] = category[1, 7] = 1
-    result = evaluate.semantic_correlation(logits, category)
+    result = routing.semantic_correlation(logits, category)
     assert result["categories"] == [PHENOMENA[4], PHENOMENA[7]]
     np.testing.assert_allclose(result["correlation"], [[1, -1], [-1, 1]])
-    assert evaluate.semantic_correlation(logits, category * (np.arange(17) == 4))["correlation"] == [[1.0]]
+    assert routing.semantic_correlation(logits, category * (np.arange(17) == 4))["correlation"] == [[1.0]]
 
 
 def test_loss_comparison():
     without = np.array([[1.0, 2, 3], [3, 4, 5]])
-    with_branch = without - [[0.1, 0.0, 0.0], [0.3, 0.0, 0.0]]
-    rows = evaluate.loss_comparison(with_branch, without)
+    loss = without - [[0.1, 0.0, 0.0], [0.3, 0.0, 0.0]]
+    rows = diffusion.compare(loss, without)
     assert [row["sigma"] for row in rows] == [0.2, 0.5, 0.8, "all"]
     assert rows[0]["difference"] == pytest.approx(-0.2)
     assert rows[0]["standard_error"] == pytest.approx(0.1)  # std 0.2 / sqrt 2 of two differences
     assert rows[0]["ratio"] == pytest.approx(0.9)
     assert rows[1]["ratio"] == 1 and rows[1]["difference"] == 0
-    assert rows[3]["with_branch"] == pytest.approx(with_branch.mean())
+    assert rows[3]["loss"] == pytest.approx(loss.mean())
 
 
 def test_chosen_clips_show_many_categories():
     category = np.zeros((6, 17))
     for clip, categories in enumerate([(0,), (0, 1), (2, 3), (0, 1, 2), (4,), (5, 6, 7)]):
         category[clip, list(categories)] = 1
-    assert evaluate.choose_clips(category, (1, 2, 3, 1)) == [0, 2, 5, 4]
-    assert evaluate.choose_clips(category[:2], (3, 3, 3)) == [1, 0]
-    assert evaluate.choose_clips(np.zeros((3, 17)), (1, 2)) == [0, 1]
+    assert pictures.choose_clips(category, (1, 2, 3, 1)) == [0, 2, 5, 4]
+    assert pictures.choose_clips(category[:2], (3, 3, 3)) == [1, 0]
+    assert pictures.choose_clips(np.zeros((3, 17)), (1, 2)) == [0, 1]
 
 
 # --- The command -----------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_branch_at_step_0_changes_nothing(measured):
     assert list(results["diffusion"]) == ["val", "test"]
     for row in sum(results["diffusion"].values(), []):
         assert row["ratio"] == 1 and row["difference"] == 0  # to the bit
-        assert row["with_branch"] > 0
+        assert row["loss"] > 0
     mean = results["localisation"]["mean"]
     assert mean["auc_before"] == mean["auc_after"]
     assert 0.9 < results["routers"]["refinement/mean_entropy"] <= 1

@@ -6,7 +6,6 @@ F H W video, R rows, C columns.
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,30 +28,6 @@ def make_axes(figure: Figure, *place: int):
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, color="#8b95a1")
     return axes
-
-
-def auc_chart(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars of AUC before and after training for each category, and its specificity after training."""
-    figure = Figure(figsize=(9, 1.1 + 0.34 * len(rows)), layout="constrained")
-    axes = make_axes(figure, 1, 1, 1)
-    y = np.arange(len(rows))
-    for key, offset, colour, label in (
-        ("auc_before", -0.19, GREY, "AUC before training"),
-        ("auc_after", 0.19, BLUE, "AUC after training"),
-    ):
-        values = np.array([row[key][0] for row in rows], float)
-        axes.barh(y + offset, values, 0.36, color=colour, label=label)
-    values = np.array([row["specificity_after"][0] for row in rows], float)
-    axes.plot(values, y, "D", color=ORANGE, markersize=5, label="specificity after training")
-    axes.axvline(0.5, color="#1d242c", linewidth=0.8, linestyle=":")
-    axes.set_yticks(y, [row["category"] for row in rows], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("0.5 is guessing", fontsize=9)
-    specificity, *aucs = axes.get_legend_handles_labels()[0]
-    place = dict(loc="lower left", bbox_to_anchor=(0, 1))
-    axes.legend(handles=[*aucs, specificity], fontsize=8, frameon=False, ncols=3, **place)
-    return figure
 
 
 def heat_chart(

@@ -1,12 +1,32 @@
-"""Token maps as pictures over a clip.
+"""Which clips to show, and token maps as pictures over a clip.
 
-F H W video, T' H' W' token grid, N = T' H' W' tokens, E categories. Causal timing: latent 0 is frame 0,
-latent k is frames 4k-3 to 4k.
+F H W video, M clips, T' H' W' token grid, N = T' H' W' tokens, E categories. Causal timing: latent 0 is
+frame 0, latent k is frames 4k-3 to 4k.
 """
+
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from PIL import Image
+
+
+def choose_clips(category: np.ndarray, sizes: Sequence[int]) -> list[int]:
+    """Clips with `sizes` phenomena, each time one with the most phenomena that none shows so far.
+
+    Where no clip has the wanted number, any will do; ties go to the first.
+
+    Args:
+        category: (M, 17), which phenomena each clip shows.
+        sizes: How many phenomena each chosen clip should show.
+    """
+    chosen: list[int] = []
+    for size in sizes[: len(category)]:
+        new = ~category[chosen].any(0)  # (17,)
+        score = (category[:, new] > 0).sum(1) + 100 * (category.sum(1) == size)
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
+    return chosen
 
 
 def tokens_to_frames(

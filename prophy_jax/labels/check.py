@@ -22,8 +22,8 @@ import numpy as np
 
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.taxonomy import PHENOMENA
+from prophy_jax.evaluation.auc import POSITIVE, roc_auc
 from prophy_jax.labels import asking, targets
-from prophy_jax.run.metrics import POSITIVE, roc_auc
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

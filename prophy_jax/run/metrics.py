@@ -1,14 +1,10 @@
-"""Training metrics as JSON lines, always, and as TensorBoard events; and the measure of localisation."""
+"""Training metrics as JSON lines, always, and as TensorBoard events."""
 
 import json
 import os
 from collections.abc import Mapping
 
-import numpy as np
-
 from prophy_jax.run.workdir import write_atomically
-
-POSITIVE = 0.25  # label from which a token counts as covered; 0 is uncovered, between is left out
 
 
 class MetricsWriter:
@@ -51,18 +47,3 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
             except json.JSONDecodeError:
                 continue
     return lines
-
-
-def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
-
-    Args: scores (n,) float, positive (n,) bool. NaN unless there are positives and negatives.
-    """
-    positives = int(positive.sum())
-    negatives = positive.size - positives
-    if not positives or not negatives:
-        return float("nan")
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[group]  # from 1; equal scores share their mean rank
-    wins = ranks[positive].sum() - positives * (positives + 1) / 2
-    return float(wins / (positives * negatives))
