@@ -1,18 +1,18 @@
-"""Measures a finished run of the physical branch on held-out clips.
+"""Measures a finished run on held-out clips.
 
     python -m prophy_jax.evaluate --config=configs/wan.py:demo --workdir=runs/demo [--out=DIR]
 
 Give the configuration, and the overrides, of the training run. Writes OUT/metrics.json and OUT/report.html,
 one file that needs nothing else; OUT is WORKDIR unless given. The clips are those of the test split, or of
-the validation split where there is no test split. What is measured:
+the validation split where there is no test split. Any run of prophy_jax.train can be measured:
 
-    localisation     does P'_r, the token routing, find each phenomenon? ROC AUC against the token labels
-    router health    entropy and load of both routers; which expert serves which category
-    semantic router  correlation of its logits between categories
-    diffusion loss   with the branch and without, from the same noise; on the validation split too
-    clips            held-out prompts sampled with the branch and without, from the same noise
+    diffusion loss   on the validation split too
+    clips            sampled from held-out prompts
 
-B batch, M clips, S noise levels, N video tokens, T h w latent grid, E_s E_r experts, 17 categories.
+With parts next to the backbone, both are measured with the parts and without, from the same noise. A part may
+have measures of its own, see `prophy_jax.evaluation`.
+
+M clips, T h w latent grid.
 """
 
 import json
@@ -23,129 +23,127 @@ from typing import Any
 import jax
 import numpy as np
 
-from prophy_jax import sample
-from prophy_jax.run import optim
 from prophy_jax.run.errors import UserError
 
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 
 
-def check_run(config, workdir: str) -> dict[str, Any]:
-    """The manifest of WORKDIR/branch. Raises UserError unless it is a finished run of this model."""
-    from prophy_jax import experiment
+def check_run(config: Any, workdir: str) -> None:
+    """Raises UserError unless `workdir` is of a run of this model, on this backbone."""
     from prophy_jax.run import checkpoints
+    from prophy_jax.run import workdir as folders
 
-    if not config.branch:
-        raise UserError("this configuration has no branch to measure: name one that has")
-    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={workdir}"
-    manifest = checkpoints.read_manifest(os.path.join(workdir, "branch"), finish)
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
-    with open(path) as file:
-        trained = json.load(file)
-    parts = ("backbone", "branch", "objective", "losses", "reduction", "codec", "text_encoder")
-    was, own = trained["config"], experiment.config_as_json(config)
-    different = experiment.differences({key: was[key] for key in parts}, {key: own[key] for key in parts})
-    if different:
-        raise UserError(f"{path} is of another configuration ({different}): give that one")
+    stored = folders.read_run(workdir)
+    was, own = (folders.run_identity(one, "model") for one in (stored["config"], config))
+    if different := folders.differences(was, own):
+        raise UserError(f"{workdir} is of another configuration ({different}): give that one")
     if config.backbone_params:
         backbone = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
-        if backbone["sha256"] != trained["references"].get("backbone_sha256"):
+        if backbone["sha256"] != stored["references"].get("backbone_sha256"):
             raise UserError(
-                f"{config.backbone_params} is not the backbone that {workdir} was trained beside: "
-                "name that one with --config.backbone_params=DIR, or train the branch again"
+                f"{config.backbone_params} is not the backbone that {workdir} started from: "
+                "name that one with --config.backbone_params=DIR, or train again"
             )
-    return manifest
 
 
-def evaluate(config, workdir: str, out: str) -> dict[str, Any]:
+def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     """Measures the run in `workdir` and writes `out`/metrics.json and `out`/report.html.
 
     Returns what metrics.json holds. Raises UserError on an unfinished run or missing data.
     """
     from tqdm import tqdm
 
-    from prophy_jax import experiment
+    from prophy_jax import build, evaluation
     from prophy_jax.data import loader, records
-    from prophy_jax.evaluation import diffusion, pictures, report, routing
-    from prophy_jax.run import encoders, metrics
+    from prophy_jax.diffusion import generate
+    from prophy_jax.evaluation import diffusion, pictures, report
+    from prophy_jax.run import checkpoints, encoders, metrics, optim
+    from prophy_jax.run import workdir as folders
 
     # 1. The run and the clips.
-    manifest = check_run(config, workdir)
-    run = experiment.build(config)
-    data = experiment.check_data(run)
-    counts = data["counts"]
-    split = "test" if "test" in counts else "val"
+    check_run(config, workdir)
+    batch_size = build.microbatch(config)  # fits the mesh
+    mesh = build.build_mesh(config.mesh, batch_size)
+    model, objective = build.build_model(config, mesh), build.build_objective(config)
+    layout = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
+    trained, _ = optim.split(layout, config.optimizer.groups)
+    places = {"backbone": config.backbone_params} | {name: os.path.join(workdir, name) for name in trained}
+    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={workdir}"
+    steps = [checkpoints.read_manifest(places[name], finish).get("step") for name in trained]
+    data = build.check_data(config, model, build.build_losses(config, model))
+    split = "test" if "test" in data["counts"] else "val"
     bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
     latent_shape = tuple(data["buckets"][bucket]["latent_shape"])
     stored = records.open_dataset(config.data.dir, "records", bucket, split)
-    backbone = os.path.join(workdir, "backbone")  # there, if the run trained it beside the branch
-    backbone = backbone if os.path.exists(backbone) else config.backbone_params
-    batch_size = config.batch_size // config.accumulation  # fits the mesh
+    captions = [stored[i]["caption"].decode() for i in range(len(stored))]
+    own, added = evaluation.measures(config.parts or {}), evaluation.name_parts(model.parts)
 
-    with jax.set_mesh(run.mesh):
-        after = experiment.load_params(run, backbone, os.path.join(workdir, "branch"))
-        before = optim.merge(*experiment.init_params(run))
+    with jax.set_mesh(mesh):
+        after = build.load_params(config, layout, places)
+        before = build.init_params(config, model, layout) if own else None
         os.makedirs(out, exist_ok=True)
 
-        # 2. Every clip at every noise level, through the model at step 0 and now.
+        # 2. Every clip at every noise level; for the measures of parts, also through the model at step 0.
         splits = ("val", "test") if split == "test" else ("val",)
-        total = sum(-(-counts[name] // batch_size) for name in splits) + 2 * config.samples.steps
+        samplers = {f"with {added}" if added else "generated": model}
+        samplers |= {"backbone alone": model.without()} if added else {}
+        passes = sum(-(-data["counts"][name] // batch_size) for name in splits)
+        total = passes + len(samplers) * config.samples.steps
         bar = tqdm(total=total, desc="measuring", unit="part", dynamic_ncols=True)
-        measure, measured = diffusion.make_measure(run, {"branch": routing.keep}), {}
+        keep = {name: measures.keep for name, measures in own.items()}
+        measure, measured = diffusion.make_measure(model, objective, mesh, config.seed, keep), {}
         for name in splits:
-            parts = []
-            for batch in loader.make_loader(
-                config.data.dir, name, batch_size, 0, shuffle=False, repeat=False, labels=config.data.labels
-            ):
+            batches = loader.make_loader(
+                config.data.dir, name, batch_size, 0, shuffle=False, repeat=False, side=config.data.side
+            )
+            found = []
+            for batch in batches:
                 if batch["latents"].shape[1:] == latent_shape:
-                    parts.append(measure(before, after, batch, batch_size))
+                    found.append(measure(before, after, batch, batch_size))
                     bar.update()
-            measured[name] = jax.tree.map(lambda *values: np.concatenate(values), *parts)
-        seen = measured[split]
-        results = {"sigmas": list(diffusion.SIGMAS)}
-        results |= routing.summarise(run.model.branch, seen, seen["branch"])
+            measured[name] = jax.tree.map(lambda *values: np.concatenate(values), *found)
+        clips = measured[split]
+        results = {"split": split, "clips": len(stored), "steps": max(steps), "sigmas": diffusion.SIGMAS}
+        for name, measures in own.items():
+            results |= measures.summarise(model.parts[name], clips, clips[name])
         results["diffusion"] = {
-            name: diffusion.compare(own["loss"], own["loss_without"]) for name, own in measured.items()
+            name: diffusion.compare(all_of["loss"], all_of.get("loss_without"))
+            for name, all_of in measured.items()
         }
 
-        # 3. Held-out prompts, sampled with the branch and without.
+        # 3. Held-out prompts, sampled.
         bar.set_description("sampling")
-        chosen = pictures.choose_clips(seen["category"], SAMPLED)
-        captions = [stored[i]["caption"].decode() for i in range(len(stored))]
-        decode = encoders.load_codec(config, run.mesh).decode
-        rows = {"real clip": seen["latents"][chosen]}
-        generate, noise = sample.make_generator(run.model, config), seen["noise"][chosen]
-        text, text_mask = loader.load_empty_text(config.data.dir)
-        for name, scale in (("with the branch", 1.0), ("backbone alone", 0.0)):
-            rows[name] = generate(
-                after, noise, seen["text"][chosen], seen["text_mask"][chosen],
-                {"text": text, "text_mask": text_mask}, scale, bar.update,
-            )  # fmt: skip
+        decode = encoders.load_codec(config, mesh).decode
+        chosen = pictures.choose_clips(clips["category"], SAMPLED)
+        prompt = {name: clips[name][chosen] for name in model.fields}
+        negative = loader.load_empty_text(config.data.dir)
+        rows = {"real clip": clips["latents"][chosen]}
+        for name, one in samplers.items():
+            sample = generate.make_generator(one, objective, config.samples)
+            rows[name] = sample(after, clips["noise"][chosen], prompt, negative, after_steps=bar.update)
         bar.close()
 
     # 4. The report.
-    clips = [
-        (captions[i], {name: decode(np.asarray(latents[row])) for name, latents in rows.items()})
-        for row, i in enumerate(chosen)
+    versions = {name: [decode(latents) for latents in np.asarray(rows[name])] for name in rows}
+    sampled = [
+        (captions[i], {name: versions[name][row] for name in versions}) for row, i in enumerate(chosen)
     ]
-    grid = run.model.backbone.grid(seen["latents"].shape[1:])
-    maps = routing.show(seen, seen["branch"], captions, decode, grid)
-    curves = {"The branch": metrics.read_metrics(workdir)}
+    grid = model.backbone.grid(latent_shape)
+    shown = {
+        name: measures.show(clips, clips[name], captions, decode, grid) for name, measures in own.items()
+    }
+    curves = {(added or "the backbone").capitalize(): metrics.read_metrics(workdir)}
     if config.backbone_params:
         curves["The backbone, before"] = metrics.read_metrics(os.path.dirname(config.backbone_params))
-    results = {"split": split, "clips": len(stored), "steps": manifest.get("step"), **results}
     results = _plain(results)
-    with open(os.path.join(out, "metrics.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    folders.write_atomically(os.path.join(out, "metrics.json"), json.dumps(results, indent=1))
     path = os.path.join(out, "report.html")
-    report.write(path, experiment.config_as_json(config), results, clips, maps, curves)
+    report.write(path, folders.config_as_json(config), results, sampled, shown, curves)
     return results
 
 
 def _plain(value: Any) -> Any:
-    """As JSON takes it: floats with 6 digits, NaN as None."""
+    """JSON types: floats have 6 digits, NaN becomes None."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -155,7 +153,7 @@ def _plain(value: Any) -> Any:
     return float(f"{float(value):.6g}") if np.isfinite(value) else None
 
 
-def main(config) -> None:
+def main(config: Any) -> None:
     from absl import flags
 
     workdir = flags.FLAGS.workdir

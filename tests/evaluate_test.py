@@ -1,5 +1,6 @@
 """The measures by hand and by brute force, and the command end to end on runs of the tiny configuration."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -11,10 +12,11 @@ import sys
 import numpy as np
 import pytest
 
-from prophy_jax import evaluate, experiment
+from prophy_jax import build, evaluate, evaluation, train
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.evaluation import auc, diffusion, pictures, report, routing
-from prophy_jax.run import checkpoints
+from prophy_jax.run import checkpoints, metrics, optim
+from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
 
@@ -152,8 +154,11 @@ def test_chosen_clips_show_many_categories():
 
 def finished_run(config, workdir):
     """Leaves what a run leaves, with the parameters of step 0."""
-    trainable, _ = experiment.init_params(experiment.build(config))
-    experiment.claim_workdir(workdir, config, {})
+    mesh = build.build_mesh(config.mesh)
+    model = build.build_model(config, mesh)
+    layout = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
+    trainable, _ = optim.split(build.init_params(config, model, layout), config.optimizer.groups)
+    folders.claim_run(workdir, config, {})
     for part, tree in trainable.items():
         checkpoints.save_params(os.path.join(workdir, part), tree, {"part": part, "step": 0})
     with open(os.path.join(workdir, "metrics.jsonl"), "w") as file:
@@ -212,10 +217,10 @@ def test_report_is_deterministic_and_escapes_captions(measured, tmp_path):
     for name in "ab":
         report.write(
             str(tmp_path / name),
-            experiment.config_as_json(config),
+            folders.config_as_json(config),
             results,
             [(bad, {"real clip": clip})],
-            [(bad, clip, [("collision", clip, clip, float("nan"))])],
+            {"branch": [(bad, clip, [("collision", clip, clip, float("nan"))])]},
             {"The branch": [{"step": 1, "loss/diffusion": 1.0}, {"step": 2, "loss/diffusion": 0.5}]},
         )
     text = (tmp_path / "a").read_text()
@@ -230,7 +235,7 @@ def test_report_says_what_missed_its_aim(measured, tmp_path):
     results["routers"]["refinement/mean_entropy"] = 0.1
     results["diffusion"]["val"][-1] |= {"difference": 0.1, "standard_error": 0.01, "ratio": 1.1}
     path = str(tmp_path / "report.html")
-    report.write(path, experiment.config_as_json(config), results, [], [], {})
+    report.write(path, folders.config_as_json(config), results, [], {}, {})
     text = open(path).read()
     assert text.count('class="missed"') == 3 and text.count('class="met"') == 0
 
@@ -260,6 +265,61 @@ def test_real_clips_have_no_labels_and_no_test_split(measured, tiny_data, tmp_pa
     assert "no token labels" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_data, tmp_path_factory):
+    """(file of the configuration, workdir) of a finished run of a backbone without parts."""
+    folder = tmp_path_factory.mktemp("plain")
+    file = folder / "plain.py"
+    file.write_text(f"""
+from configs import wan
+
+def get_config():
+    config = wan.tiny()
+    config.parts, config.losses = {{}}, {{}}
+    config.optimizer.groups = (("backbone/", 1e-3),)
+    config.data.dir = {tiny_data!r}
+    config.steps, config.batch_size, config.samples.steps = 3, 8, 2
+    config.validation.batch_size = 8  # all clips
+    return config
+""")
+    spec = importlib.util.spec_from_file_location("plain", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train.train(module.get_config(), str(folder / "run"))
+    return file, folder / "run"
+
+
+def test_a_backbone_without_parts(plain, tmp_path):
+    """Through the command. The loss is what the run itself measured at its end; nothing speaks of parts."""
+    file, workdir = plain
+    command = [sys.executable, "-m", "prophy_jax.evaluate", f"--config={file}", f"--workdir={workdir}"]
+    subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, check=True)
+    results = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert set(results) == {"split", "clips", "steps", "sigmas", "diffusion"}
+    assert results["steps"] == 3 and list(results["diffusion"]) == ["val", "test"]
+    for row in sum(results["diffusion"].values(), []):
+        assert set(row) == {"sigma", "loss"} and row["loss"] > 0
+    validated = metrics.read_metrics(str(workdir))[-1]
+    for row in results["diffusion"]["val"]:
+        name = "loss" if row["sigma"] == "all" else f"sigma_{row['sigma']:g}"
+        assert row["loss"] == pytest.approx(validated[f"validation/{name}"], rel=1e-5)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("data:image/webp") == 6 * 2  # sampled prompts, and the real clips
+    assert "Diffusion loss" in text and "Training" in text and "Configuration" in text
+    for word in ("branch", "routing", "Localisation", "Router", "without"):
+        assert word not in text.partition("<details>")[0]
+
+
+def test_parts_without_measures_of_their_own(measured, tmp_path, monkeypatch):
+    config, workdir, results = measured
+    monkeypatch.setattr(evaluation, "MEASURES", {})
+    found = evaluate.evaluate(config, str(workdir), str(tmp_path))
+    assert found == {key: results[key] for key in ("split", "clips", "steps", "sigmas", "diffusion")}
+    text = (tmp_path / "report.html").read_text()
+    assert "better or worse with the branch" in text and "Localisation" not in text
+    assert text.count("data:image/webp") == 6 * 3
+
+
 def test_refusals(measured, tmp_path):
     config, workdir, _ = measured
 
@@ -271,8 +331,10 @@ def test_refusals(measured, tmp_path):
         with pytest.raises(UserError, match=match):
             evaluate.evaluate(changed, str(folder), str(tmp_path / "out"))
 
+    refuses("config.json is missing: name the --workdir of a run", tmp_path / "nothing")
+    shutil.copytree(workdir, tmp_path / "unfinished", ignore=shutil.ignore_patterns("branch"))
     refuses("no checkpoint at .*unfinished.branch: train it to the end", tmp_path / "unfinished")
-    refuses("has no branch", branch=None)
+    refuses("parts.branch was .*layers.*, is None", parts={})
     refuses("backbone.num_heads was 2, is 3", backbone__num_heads=3)
     refuses("no training data at nowhere", data__dir="nowhere")
     checkpoints.save_params(str(tmp_path / "backbone"), {"a": np.zeros(2)}, {})
@@ -282,7 +344,7 @@ def test_refusals(measured, tmp_path):
 
 def test_command_answers_in_one_line(tmp_path):
     command = [sys.executable, "-m", "prophy_jax.evaluate", "--config=configs/wan.py:tiny"]
-    for more, message in (([], "--workdir"), ([f"--workdir={tmp_path}"], "train it to the end")):
+    for more, message in (([], "--workdir"), ([f"--workdir={tmp_path}"], "config.json is missing")):
         result = subprocess.run(command + more, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 1
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

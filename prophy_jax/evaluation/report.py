@@ -1,6 +1,6 @@
 """The report of `prophy_jax.evaluate` as one HTML file: pictures, charts and numbers, no other files.
 
-The words are in `report.html.j2`, and those about ProPhy's branch in `routing.html.j2`.
+The words are in `report.html.j2`, and those about a part of the model in the template of its measures.
 
 F H W video, C categories, E experts.
 """
@@ -15,7 +15,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from prophy_jax.evaluation import charts, diffusion, pictures, routing
+from prophy_jax import evaluation
+from prophy_jax.evaluation import charts, diffusion, pictures
+from prophy_jax.run.workdir import write_atomically
 
 SPLITS = {"val": "validation clips", "test": "test clips, whose prompts are worded in new ways"}
 
@@ -25,7 +27,7 @@ def write(
     config: Mapping[str, Any],
     results: Mapping[str, Any],
     clips: Sequence[tuple[str, Mapping[str, np.ndarray]]],
-    maps: Sequence[tuple[str, np.ndarray, Sequence[tuple]]],
+    shown: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
     """Writes the report. The same arguments give the same bytes.
@@ -35,8 +37,7 @@ def write(
         config: The configuration as JSON types.
         results: What metrics.json holds, see `prophy_jax.evaluate`.
         clips: For each prompt its caption and clips by name, uint8 (F, H, W, 3).
-        maps: For each clip its caption, frames (F, H, W, 3) and tracks: category, frames under P'_r, frames
-            under the label, AUC.
+        shown: For each part what `show` of its measures returned, if anything.
         curves: For each run its title and the lines of metrics.jsonl.
     """
     page = jinja2.Environment(
@@ -53,11 +54,22 @@ def write(
         "json": lambda value: json.dumps(value, indent=1),
     }
     page.globals |= {"splits": SPLITS, "no_worse": diffusion.no_worse, "curve_chart": charts.curve_chart}
+    parts = {name: spec for name, spec in (config["parts"] or {}).items() if spec}
+    files = evaluation.measures(parts)
+    measured = [
+        {"template": own.TEMPLATE, "config": parts[name], "view": own.view(results), "shown": shown.get(name)}
+        for name, own in files.items()
+    ]
+    about = {
+        "title": ", ".join(own.TITLE for own in files.values()) or "Video model",
+        "added": evaluation.name_parts(parts),
+        "measured": measured,
+        "others": {name: spec for name, spec in parts.items() if name not in files},
+    }
     text = page.get_template("report.html.j2").render(
-        config=config, results=results, clips=clips, maps=maps, curves=curves, view=routing.view(results)
+        config=config, results=results, clips=clips, curves=curves, **about
     )
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_atomically(path, text)
 
 
 def _number(value: float | None, digits: int = 2) -> str:

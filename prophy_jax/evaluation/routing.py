@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from prophy_jax import losses
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.evaluation import charts, pictures
 from prophy_jax.evaluation.auc import POSITIVE, roc_auc
 from prophy_jax.evaluation.diffusion import SIGMAS
+from prophy_jax.models.beside.prophy import ProPhy, Routing, router_statistics
 
-TEMPLATE = "routing.html.j2"
+TEMPLATE, TITLE = "routing.html.j2", "Physical branch"
 AIM_AUC = 0.8  # a covered token has the higher value four times out of five; guessing, every second time
 AIM_ENTROPY = 0.5  # what an even use of only sqrt(E) of E experts has: a router below it has collapsed
 SHOWN = (2, 3, 2, 3)  # phenomena in each clip whose routing is shown
@@ -147,8 +147,8 @@ def semantic_correlation(logits: np.ndarray, category: np.ndarray) -> dict[str, 
 # --- Of a run --------------------------------------------------------------------------------------
 
 
-def keep(before, after) -> dict[str, jax.Array]:
-    """What of the routing (`models.beside.prophy.Routing`) at step 0 and now the measures need.
+def keep(before: Routing, after: Routing) -> dict[str, jax.Array]:
+    """What the measures need of the routing at step 0 and now.
 
     Returns:
         Where the model has them, before and after (B, N, 17) P'_r, rho (B, N, E_r), semantic_logits (B, E_s).
@@ -162,7 +162,7 @@ def keep(before, after) -> dict[str, jax.Array]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def summarise(part, clips: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def summarise(part: ProPhy, clips: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The measures of a run.
 
     Args:
@@ -177,12 +177,12 @@ def summarise(part, clips: Mapping[str, Any], kept: Mapping[str, np.ndarray]) ->
     results: dict[str, Any] = {"covered_from": POSITIVE, "localisation": None, "routers": {}}
     if "semantic_logits" in kept:
         logits = kept["semantic_logits"][:, 0]
-        results["routers"] |= losses.router_statistics("semantic", jax.nn.softmax(logits))
+        results["routers"] |= router_statistics("semantic", jax.nn.softmax(logits))
         if clips["category"].any():
             results["semantic"] = semantic_correlation(logits, clips["category"])
     if "rho" in kept:
         rho, label, present = kept["rho"][:, 0], clips["alignment"], clips["alignment_present"]
-        results["routers"] |= losses.router_statistics("refinement", rho, part.refinement.top_k)
+        results["routers"] |= router_statistics("refinement", rho, part.refinement.top_k)
         if present.any():
             results["experts"] = expert_table(rho, label, present)
             cases = map(find_cases, label, present, kept["before"], kept["after"])
