@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from prophy_jax.data import loader, records
+from prophy_jax.data.batch import Sizes
 
 LATENTS, TEXT = (21, 60, 104, 16), (128, 4096)
-GRID = records.token_grid(LATENTS)
+SIZES = Sizes(LATENTS, (21, 30, 52), 512, TEXT[1])
 BUCKET = "81x480x832"
 SHARD = 64
 # Model FLOPs of one training step and clip: Wan2.1-1.3B frozen, 10 physical blocks, 32,760 tokens, one clip a
@@ -43,10 +44,9 @@ HOSTS = {  # chips of one host, peak in bfloat16, share of it that training reac
 
 def write(folder: Path, count: int) -> list[Path]:
     """Writes `count` records and labels; returns their files."""
-    tokens = int(np.prod(GRID))
     features = {
-        f"records/{BUCKET}": records.record_features(LATENTS, TEXT[1]),
-        f"alignment/{BUCKET}": records.alignment_features(tokens),
+        f"records/{BUCKET}": records.features("records", SIZES, without=["text_mask"]),
+        f"alignment/{BUCKET}": records.features("alignment", SIZES),
     }
     noise = np.random.default_rng(0).standard_normal(np.prod(LATENTS) + count).astype(np.float16)
     ones = np.ones(17, np.float32)
@@ -63,14 +63,15 @@ def write(folder: Path, count: int) -> list[Path]:
                     "text": noise[clip:][: np.prod(TEXT)].reshape(TEXT),
                     "category": ones,
                 }
-                maps = noise[clip:][: 17 * tokens].reshape(17, tokens)
+                maps = noise[clip:][: 17 * SIZES.tokens].reshape(17, SIZES.tokens)
                 for (dataset, kind), example in zip(
                     features.items(), (record, {"id": str(clip), "present": ones, "maps": maps}), strict=True
                 ):
                     shard.write(dataset, kind, example)
     counts = {"train": count}
-    bucket = {"latent_shape": LATENTS, "token_grid": GRID, "counts": counts}
-    manifest = {"text_length": 512, "text_dim": TEXT[1], "counts": counts, "buckets": {BUCKET: bucket}}
+    bucket = {"latent_shape": LATENTS, "token_grid": SIZES.token_grid, "counts": counts}
+    text = {"text_length": SIZES.text_length, "text_dim": SIZES.text_dim}
+    manifest = {**text, "counts": counts, "buckets": {BUCKET: bucket}}
     job.finish(lambda reports: (features, manifest))
     return sorted(folder.rglob("*.array_record-*"))
 

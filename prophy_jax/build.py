@@ -5,6 +5,7 @@ Every function takes what it uses; none needs a whole run.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from prophy_jax import losses, models
-from prophy_jax.data import records
+from prophy_jax.data import batch, records
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import checkpoints, optim, parallel, workdir
@@ -202,6 +203,15 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
             raise UserError(
                 f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone "
                 f"has {list(grid)}: prepare it again with this configuration"
+            )
+    for dataset in dict.fromkeys(batch.FIELDS[name].stored for name in (*model.fields, *chosen.fields)):
+        named = config.data.side.get(dataset, "")
+        if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
+            print(
+                f"warning: {config.data.dir} has no data set {dataset!r}, so that losses which read it stay 0; "
+                f"make it with python -m {batch.MADE_BY[dataset]}, and name it with "
+                f"--config.data.side.{dataset}=DIR",
+                file=sys.stderr,
             )
     return manifest
 

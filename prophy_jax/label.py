@@ -35,6 +35,7 @@ import numpy as np
 from absl import flags
 
 import prophy_jax
+from prophy_jax.data.batch import Sizes
 from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run import cli
@@ -111,7 +112,10 @@ def label(
         for piece in mine:
             batches = read_ahead(reader, prepared, piece, config.label.batch)
             with job.shard(piece.split, piece.index) as shard:
-                label_shard(shard, model, batches, piece.bucket, views[piece.bucket], reading, config, bar)
+                sizes = prepared.sizes[piece.bucket]
+                label_shard(
+                    shard, model, batches, piece.bucket, sizes, views[piece.bucket], reading, config, bar
+                )
 
     # 3. The last process to be done puts the folder together.
     manifest = job.finish(lambda reports: describe(reports, prepared, views, reading, plan))
@@ -267,6 +271,7 @@ class Prepared:
         self.data = Path(data)
         self.manifest = records.read_manifest(data)
         self.fps = self.manifest["video"]["fps"]
+        self.sizes = {bucket: Sizes.of(self.manifest, bucket) for bucket in self.manifest["buckets"]}
         self._source = self._open_source(moved)
         self._open: dict[tuple[str, str], Sequence] = {}
         self.pieces = self._list_pieces()
@@ -388,6 +393,7 @@ def label_shard(
     model: "Vlm",
     batches: Iterator[list[Clip]],
     bucket: str,
+    sizes: Sizes,
     view: "View",
     reading: "Reading",
     config: "ConfigDict",
@@ -397,8 +403,8 @@ def label_shard(
     from prophy_jax.data import records
     from prophy_jax.labels import asking
 
-    tokens = int(np.prod(view.grid))
-    nothing = np.zeros(NUM_PHENOMENA, np.float32), np.zeros((0, tokens), np.float16)
+    features = records.features("alignment", sizes)
+    nothing = np.zeros(NUM_PHENOMENA, np.float32), np.zeros((0, sizes.tokens), np.float16)
     unreadable, questions, begin = [], 0, time.perf_counter()
     for clips in batches:
         seen = [clip for clip in clips if clip.frames is not None]
@@ -411,7 +417,7 @@ def label_shard(
         for clip in clips:
             present, maps = labels.get(clip.id, nothing)
             example = {"id": clip.id, "present": present, "maps": maps}
-            shard.write(f"alignment/{bucket}", records.alignment_features(tokens), example)
+            shard.write(f"alignment/{bucket}", features, example)
         unreadable += [[clip.id, clip.problem] for clip in clips if clip.problem]
         questions += sum(map(len, answers))
         bar.update(len(clips))
@@ -462,8 +468,8 @@ def describe(
 
     clips = sum(size["count"] for report in reports for size in report["datasets"].values())
     features = {
-        f"alignment/{bucket}": records.alignment_features(int(np.prod(view.grid)))
-        for bucket, view in views.items()
+        f"alignment/{bucket}": records.features("alignment", sizes)
+        for bucket, sizes in prepared.sizes.items()
     }
     manifest = {
         **plan,
@@ -506,7 +512,7 @@ def main(config: "ConfigDict") -> None:
         raise UserError("name the folder of a Qwen2.5-VL model: --vlm=DIR")
     if "label" not in config:
         raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
-    data, out = options.data or config.data.dir, options.out or config.data.labels
+    data, out = options.data or config.data.dir, options.out or config.data.side.alignment
     if not out:
         raise UserError("name the folder to write: --out=DIR")
     if options.check:
@@ -522,7 +528,7 @@ if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
     flags.DEFINE_string("vlm", None, "Folder of a Qwen2.5-VL model.")
     flags.DEFINE_string("data", None, "Folder of prepared records; default: config.data.dir.")
-    flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.labels.")
+    flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.side.alignment.")
     flags.DEFINE_multi_string(
         "source", [], "Where a source of the records is now, one for each; default: as it was."
     )

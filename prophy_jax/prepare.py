@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from prophy_jax.run.workdir import run_identity
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from prophy_jax.data.batch import Sizes
     from prophy_jax.data.records import Shard
     from prophy_jax.data.sources.source import Clip, Sample, Source
     from prophy_jax.data.sources.video import Bucket
@@ -87,8 +88,7 @@ def prepare(
     mesh = parallel.make_mesh(shape, 0, jax.local_devices())  # each process encodes its own clips
     codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
     buckets = list_buckets(config.data)
-    for bucket in buckets:
-        codec.latent_shape(*bucket)  # raises on a size that the codec cannot take
+    grids = list_grids(config, codec, buckets)
     size = config.data.shard
     chunks = {
         split: [clips[first : first + size] for first in range(0, max(len(clips), 1), size)]
@@ -102,17 +102,17 @@ def prepare(
     mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
     work = [clip for _, _, chunk in mine for clip in chunk]
     decoded = decode_ahead(source, work, buckets, config.data, mesh.size)
-    padding = bool(work) and encodes_padding(*text_encoder([""]))
+    sizes, padding = measure_text(grids, text_encoder) if work else ({}, False)
     with contextlib.closing(Progress(len(work))) as progress, contextlib.closing(decoded):
         for split, index, chunk in mine:
             with job.shard(split, index) as shard:
                 clips = itertools.islice(progress.waiting(decoded), len(chunk))
-                record_shard(shard, clips, codec, text_encoder, padding, mesh.size, progress)
+                record_shard(shard, clips, codec, text_encoder, sizes, padding, mesh.size, progress)
     progress.report()
 
     # 4. The last process to be done puts the folder together.
     paths = [str(Path(path).resolve()) for path in sources]
-    manifest = job.finish(lambda reports: describe(out, config, paths, source, reports, codec, text_encoder))
+    manifest = job.finish(lambda reports: describe(out, config, paths, source, reports, grids, text_encoder))
     if manifest is not None:
         print_summary(out, manifest)
     return manifest
@@ -136,6 +136,23 @@ def list_buckets(data: "ConfigDict") -> list["Bucket"]:
 
     main = Bucket(data.frames, data.height, data.width)
     return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
+
+
+def list_grids(
+    config: "ConfigDict", codec: Any, buckets: Sequence["Bucket"]
+) -> dict["Bucket", tuple[tuple[int, ...], tuple[int, int, int]]]:
+    """Bucket -> the shape of its latents (T, h, w, 16), and the backbone's token grid of them.
+
+    Raises UserError on a size that the codec or the backbone cannot take.
+    """
+    from prophy_jax import models
+
+    backbone = models.build(config.backbone)
+    shapes = {bucket: codec.latent_shape(*bucket) for bucket in buckets}
+    try:
+        return {bucket: (shape, backbone.grid(shape)) for bucket, shape in shapes.items()}
+    except ValueError as error:
+        raise UserError(f"{error}: change config.data.height, width, frames or buckets") from error
 
 
 def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> dict[str, Any]:
@@ -192,9 +209,13 @@ def decode_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def encodes_padding(text: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether rows behind the words of text (B, L, D), mask (B, L), are not zero: part of the text then."""
-    return bool(text[~mask].any())
+def measure_text(grids: Mapping["Bucket", tuple], text_encoder: Any) -> tuple[dict["Bucket", "Sizes"], bool]:
+    """Bucket -> sizes, and whether the rows behind the words are not zero: part of the text then."""
+    from prophy_jax.data.batch import Sizes
+
+    text, mask = text_encoder([""])  # (1, L, D), (1, L)
+    sizes = {bucket: Sizes(*shapes, *text.shape[1:]) for bucket, shapes in grids.items()}
+    return sizes, bool(text[~mask].any())
 
 
 def record_shard(
@@ -202,17 +223,19 @@ def record_shard(
     clips: Iterable,
     codec: Any,
     text_encoder: Any,
+    sizes: Mapping["Bucket", "Sizes"],
     padding: bool,
     group: int,
     progress: "Progress",
 ) -> None:
     """Encodes the clips of one shard, `group` of a bucket at a time, and writes their records.
 
-    How they are grouped depends on the shard alone, so that its bytes do too. `padding`: see
-    `encodes_padding`.
+    How they are grouped depends on the shard alone, so that its bytes do too. `sizes` and `padding` are those
+    of `measure_text`.
     """
     waiting: dict[Bucket, list] = collections.defaultdict(list)
-    moments = np.zeros((3, 16))  # count, sum, sum of squares, per channel
+    channels = next(iter(sizes.values())).latent_shape[-1]
+    moments = np.zeros((3, channels))  # count, sum, sum of squares, per channel
     skipped, captions_cut = [], {}
 
     def flush(bucket: "Bucket") -> None:
@@ -227,7 +250,9 @@ def record_shard(
             if lost:
                 captions_cut[clip.id] = lost
             rows = (text[row], mask[row]) if padding else (text[row][mask[row]], None)
-            moments = moments + write_record(shard, clip, sample, captions[row], latents[row], *rows)
+            moments = moments + write_record(
+                shard, clip, sample, captions[row], latents[row], *rows, sizes[bucket]
+            )
 
     for clip, sample in clips:
         if isinstance(sample, str):
@@ -249,6 +274,7 @@ def write_record(
     latents: np.ndarray,
     text: np.ndarray,
     text_mask: np.ndarray | None,
+    sizes: "Sizes",
 ) -> np.ndarray:
     """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16).
 
@@ -264,7 +290,7 @@ def write_record(
     category = clip.category if sample.category is None else sample.category
     shard.write(
         f"records/{sample.bucket}",
-        records.record_features(latents.shape, text.shape[-1], text_mask is not None),
+        records.features("records", sizes, [] if text_mask is not None else ["text_mask"]),
         {
             "id": clip.id,
             "caption": caption,
@@ -277,20 +303,26 @@ def write_record(
         | ({} if text_mask is None else {"text_mask": text_mask.astype(np.uint8)}),
     )
     if sample.masks is not None:
-        grid = records.token_grid(latents.shape)
-        if sample.masks.shape[:3] != grid:
-            raise UserError(
-                f"the sandbox has token masks {sample.masks.shape[:3]}, but config.codec gives "
-                f"latents {latents.shape}; choose a codec of stride 4 in time and space"
-            )
-        masks = sample.masks.reshape(-1, len(category))  # (T, G, G, 17) -> (N, 17)
+        masks = mean_over_tokens(sample.masks, sizes.token_grid)
         shard.write(
             f"alignment/{sample.bucket}",
-            records.alignment_features(len(masks)),
+            records.features("alignment", sizes),
             {"id": clip.id, "present": category, "maps": masks.T[category > 0].astype(np.float16)},
         )
     values = latents.reshape(-1, latents.shape[-1]).astype(np.float64)  # (T*h*w, 16)
     return np.stack([np.full(values.shape[1], len(values)), values.sum(0), np.square(values).sum(0)])
+
+
+def mean_over_tokens(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """Masks (T, G, G, 17) -> (N, 17), the mean over what each token of the grid covers."""
+    if any(own % tokens for own, tokens in zip(masks.shape, grid, strict=False)):
+        raise UserError(
+            f"the sandbox has masks of {masks.shape[:3]} cells, no multiple of the backbone's tokens {grid}; "
+            "choose a codec of stride 4 in time and space, and patches of at least (1, 2, 2)"
+        )
+    t, h, w = (own // tokens for own, tokens in zip(masks.shape, grid, strict=False))
+    cells = masks.reshape(grid[0], t, grid[1], h, grid[2], w, -1)  # (T', t, H', h, W', w, 17)
+    return cells.mean((1, 3, 5), np.float32).reshape(-1, masks.shape[-1])  # (T', H', W', 17) -> (N, 17)
 
 
 class Progress:
@@ -338,7 +370,7 @@ def describe(
     paths: list[str],
     source: "Source",
     reports: list[dict[str, Any]],
-    codec: Any,
+    grids: Mapping["Bucket", tuple],
     text_encoder: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`.
@@ -365,7 +397,7 @@ def describe(
         raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}")
 
     text, mask = text_encoder([""])
-    padding = encodes_padding(text, mask)
+    sizes, padding = measure_text(grids, text_encoder)
     np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
     if paths:
         stats = statistics.summarise(source)
@@ -375,12 +407,11 @@ def describe(
     features = {}
     aligned = any(dataset.startswith("alignment/") for report in reports for dataset in report["datasets"])
     for bucket in sorted(buckets):
-        shape = codec.latent_shape(*Bucket.parse(bucket))
-        grid = records.token_grid(shape)
-        buckets[bucket] |= {"latent_shape": list(shape), "token_grid": list(grid)}
-        features[f"records/{bucket}"] = records.record_features(shape, text.shape[-1], padding)
+        own = sizes[Bucket.parse(bucket)]
+        buckets[bucket] |= {"latent_shape": list(own.latent_shape), "token_grid": list(own.token_grid)}
+        features[f"records/{bucket}"] = records.features("records", own, [] if padding else ["text_mask"])
         if aligned:
-            features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(grid)))
+            features[f"alignment/{bucket}"] = records.features("alignment", own)
     identity, listing = run_identity(config, "data"), source.report
     moments = sum(np.array(report["moments"]) for report in reports)
     mean = moments[1] / moments[0]

@@ -202,6 +202,7 @@ def train(config: Any, workdir: str) -> None:
             config.seed,
             rows=parallel.local_rows(mesh, config.batch_size),
             side=config.data.side,
+            fields=fields,
             place=place,  # ahead of the step that needs it
         )
         empty = loader.load_empty_text(config.data.dir)

@@ -15,7 +15,7 @@ from prophy_jax import evaluate, experiment, models, sample, train
 from prophy_jax.data import loader, records
 from prophy_jax.data.sources import video
 from prophy_jax.evaluation import report
-from prophy_jax.prepare import list_buckets, prepare
+from prophy_jax.prepare import list_buckets, list_grids, prepare
 from prophy_jax.run import checkpoints, metrics
 from prophy_jax.run.errors import UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -89,10 +89,9 @@ def measured(finished):
 @pytest.mark.parametrize("variant", ["", "2b"])
 def test_records_and_labels_have_the_tokens_of_the_backbone(variant):
     config = cogvideox.get_config(variant)
-    codec, backbone = models.build(config.codec), models.build(config.backbone)
-    shapes = [codec.latent_shape(*bucket) for bucket in list_buckets(config.data)]
-    assert [records.token_grid(shape) for shape in shapes] == [(13, 30, 45), (11, 30, 45)]
-    assert [backbone.grid(shape) for shape in shapes] == [(13, 30, 45), (11, 30, 45)]
+    grids = list_grids(config, models.build(config.codec), list_buckets(config.data))
+    shapes, tokens = zip(*grids.values(), strict=True)
+    assert tokens == ((13, 30, 45), (11, 30, 45))
     assert shapes[0][:3] == config.branch.semantic.basis_grid and config.data.fps == 8
 
 

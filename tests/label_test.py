@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="labels need the extra
 
 from prophy_jax import label  # noqa: E402
 from prophy_jax.data import records, taxonomy  # noqa: E402
+from prophy_jax.data.batch import Sizes  # noqa: E402
 from prophy_jax.data.sandbox.clip import make_clip  # noqa: E402
 from prophy_jax.data.sources import source as sources  # noqa: E402
 from prophy_jax.data.sources import video  # noqa: E402
@@ -26,6 +27,10 @@ from tests.conftest import ROOT  # noqa: E402
 from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
 
 BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
+SIZES = {
+    bucket: Sizes((times, 2 * height, 2 * width, 16), (times, height, width), 1, 4)
+    for bucket, (times, height, width) in BUCKETS.items()
+}
 FPS = 8
 # Of 7 clips the phenomena and the bucket; clip 3 shows nothing.
 CLIPS = (
@@ -87,9 +92,8 @@ def make_records(listing, source, data):
             with job.shard(split, index) as shard:
                 for clip in (listing.clips[member] for member in members):
                     bucket = list(BUCKETS)[CLIPS[int(clip.id[4:])][1]]
-                    times, height, width = BUCKETS[bucket]
-                    shape = (times, 2 * height, 2 * width, 16)
-                    features[f"records/{bucket}"] = records.record_features(shape, 4)
+                    sizes, shape = SIZES[bucket], SIZES[bucket].latent_shape
+                    features[f"records/{bucket}"] = records.features("records", sizes, without=["text_mask"])
                     example = {
                         "id": clip.id, "caption": clip.caption, "source": clip.source, "video": clip.video,
                         "latents": np.zeros(shape, np.float16), "text": np.zeros((1, 4), np.float16),
@@ -101,7 +105,12 @@ def make_records(listing, source, data):
         "sandbox": None,
         "video": {"fps": FPS},
         "max_upscale": 1.0,
-        "buckets": {bucket: {"token_grid": list(grid)} for bucket, grid in BUCKETS.items()},
+        "text_length": 1,
+        "text_dim": 4,
+        "buckets": {
+            bucket: {"token_grid": list(grid), "latent_shape": list(SIZES[bucket].latent_shape)}
+            for bucket, grid in BUCKETS.items()
+        },
     }
     job.finish(lambda reports: (features, manifest))
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from prophy_jax.data import loader, records
+from prophy_jax.data.batch import Sizes
 
 SHARDS, SHARD = 1250, 64  # 80,000 records
 BUCKETS = {"5x16x16": 5, "5x16x24": 3, "9x16x16": 2}  # of ten clips, so many are of this size
-TINY = (1, 2, 2, 16)  # (T, h, w, 16)
-WAN = (21, 60, 104, 16)  # of 81x480x832
+TINY = Sizes((1, 2, 2, 16), (1, 1, 1), 8, 4)
+WAN = Sizes((21, 60, 104, 16), (21, 30, 52), 512, 4096)  # of 81x480x832
 
 
 def _resident() -> float:
@@ -29,32 +30,38 @@ def _open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def _describe(reports, features, shape):
+def _features(buckets, sizes: Sizes) -> dict:
+    own = {"records": records.features("records", sizes, without=["text_mask"])}
+    own["alignment"] = records.features("alignment", sizes)
+    return {f"{dataset}/{bucket}": own[dataset] for dataset in own for bucket in buckets}
+
+
+def _describe(reports, features, sizes: Sizes):
     counts = {dataset: 0 for dataset in features}
     for report in reports:
         for dataset, size in report["datasets"].items():
             counts[dataset] += size["count"]
-    grid = records.token_grid(shape)
+    sides = {"latent_shape": sizes.latent_shape, "token_grid": sizes.token_grid}
     buckets = {
-        dataset.split("/")[1]: {"latent_shape": shape, "token_grid": grid, "counts": {"train": count}}
+        dataset.split("/")[1]: {**sides, "counts": {"train": count}}
         for dataset, count in counts.items()
         if dataset.startswith("records")
     }
     total = sum(bucket["counts"]["train"] for bucket in buckets.values())
-    return features, {"text_length": 8, "text_dim": 4, "buckets": buckets, "counts": {"train": total}}
+    text = {"text_length": sizes.text_length, "text_dim": sizes.text_dim}
+    return features, {**text, "buckets": buckets, "counts": {"train": total}}
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    features = {f"records/{bucket}": records.record_features(TINY, 4) for bucket in BUCKETS}
-    features |= {f"alignment/{bucket}": records.alignment_features(1) for bucket in BUCKETS}
+    features = _features(BUCKETS, TINY)
     sizes = [bucket for bucket, share in BUCKETS.items() for _ in range(share)]
     common = {
         "caption": "",
         "source": 0,
         "video": "",
-        "latents": np.zeros(TINY, np.float16),
+        "latents": np.zeros(TINY.latent_shape, np.float16),
         "text": np.zeros((1, 4), np.float16),
         "category": np.eye(17, dtype=np.float32)[0],
     }
@@ -129,13 +136,9 @@ def test_resuming_far_inside_is_immediate(large):
 def test_2000_records_of_real_size(tmp_path):
     if shutil.disk_usage(tmp_path).free < 15e9:
         pytest.skip("needs 12 GB of disk")
-    tokens = int(np.prod(records.token_grid(WAN)))
-    features = {
-        "records/81x480x832": records.record_features(WAN, 4096),
-        "alignment/81x480x832": records.alignment_features(tokens),
-    }
+    features = _features(["81x480x832"], WAN)
     rng = np.random.default_rng(0)
-    noise = rng.standard_normal(np.prod(WAN) + 2000, np.float32).astype(np.float16)
+    noise = rng.standard_normal(np.prod(WAN.latent_shape) + 2000, np.float32).astype(np.float16)
     job = records.Job(tmp_path / "data", {}, {"train": 32})
     for split, index in job.missing():
         with job.shard(split, index) as shard:
@@ -146,16 +149,15 @@ def test_2000_records_of_real_size(tmp_path):
                     "caption": "",
                     "source": 0,
                     "video": "",
-                    "latents": noise[clip:][: np.prod(WAN)].reshape(WAN),
+                    "latents": noise[clip:][: np.prod(WAN.latent_shape)].reshape(WAN.latent_shape),
                     "text": noise[: (64 + clip % 64) * 4096].reshape(-1, 4096),
                     "category": present,
                 }
-                maps = np.full((int(present.sum()), tokens), clip % 7, np.float16)
+                maps = np.full((int(present.sum()), WAN.tokens), clip % 7, np.float16)
                 label = {"id": str(clip), "present": present, "maps": maps}
                 shard.write("records/81x480x832", features["records/81x480x832"], record)
                 shard.write("alignment/81x480x832", features["alignment/81x480x832"], label)
-    text = {"text_length": 512, "text_dim": 4096}
-    job.finish(lambda reports: (features, _describe(reports, features, WAN)[1] | text))
+    job.finish(lambda reports: _describe(reports, features, WAN))
     try:
         start, resident, seen = time.perf_counter(), [], []
         for batch in loader.make_loader(tmp_path / "data", "train", 8, seed=0, repeat=False):
@@ -165,7 +167,7 @@ def test_2000_records_of_real_size(tmp_path):
                 clip = int(name)
                 assert (
                     latents[0, 0, 0, 0] == noise[clip]
-                    and latents[-1, -1, -1, -1] == noise[clip + np.prod(WAN) - 1]
+                    and latents[-1, -1, -1, -1] == noise[clip + np.prod(WAN.latent_shape) - 1]
                 )
                 assert alignment.max() == clip % 7
                 seen.append(clip)

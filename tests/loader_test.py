@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prophy_jax.data import batch as contract
 from prophy_jax.data import loader, records
+from prophy_jax.data.batch import Sizes
 from prophy_jax.run.errors import UserError
 
 LENGTH, WIDTH = 6, 5
 WIDE, TALL = "5x16x32", "9x32x16"
-SHAPES = {WIDE: (2, 4, 8, 16), TALL: (3, 8, 4, 16)}  # (T, h, w, 16): N = 16 and 24
+SHAPES = {WIDE: (2, 4, 8, 16), TALL: (3, 8, 4, 16)}  # (T, h, w, 16)
+GRIDS = {WIDE: (2, 2, 4), TALL: (3, 4, 2)}  # N = 16 and 24
+SIZES = {bucket: Sizes(SHAPES[bucket], GRIDS[bucket], LENGTH, WIDTH) for bucket in SHAPES}
 COUNTS = {WIDE: {"train": 10, "val": 3}, TALL: {"train": 5, "val": 0}}
 SHARD = 4  # examples of a shard
 PAIR = np.isin(np.arange(17), (2, 9))  # the phenomena of every clip with an even index
@@ -44,9 +48,9 @@ def make_folder(
     shards = {"train": 3, "val": 1}
     job = records.Job(folder, {"datasets": list(datasets)}, shards)
     features = {}
-    for bucket, shape in SHAPES.items():
-        features[f"records/{bucket}"] = records.record_features(shape, WIDTH)
-        features[f"alignment/{bucket}"] = records.alignment_features(int(np.prod(shape[:3])) // 4)
+    for bucket, sizes in SIZES.items():
+        features[f"records/{bucket}"] = records.features("records", sizes, without=["text_mask"])
+        features[f"alignment/{bucket}"] = records.features("alignment", sizes)
     for split, shard in job.missing():
         with job.shard(split, shard) as file:
             for bucket, counts in buckets.items():
@@ -61,7 +65,7 @@ def make_folder(
                         "text": np.full((index % LENGTH, WIDTH), 1 + index, np.float16),
                         "category": _present(index),
                     }
-                    maps = _maps(index, int(np.prod(SHAPES[bucket][:3])) // 4)
+                    maps = _maps(index, SIZES[bucket].tokens)
                     label = {
                         "id": "other" if name == wrong else name,
                         "present": _present(index),
@@ -74,7 +78,7 @@ def make_folder(
     described = {
         bucket: {
             "latent_shape": SHAPES[bucket],
-            "token_grid": records.token_grid(SHAPES[bucket]),
+            "token_grid": GRIDS[bucket],
             "counts": counts,
         }
         for bucket, counts in buckets.items()
@@ -110,7 +114,7 @@ def _take(iterator, batches: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("split, bucket", [("val", WIDE), ("train", TALL)])
 def test_batch_contract(data_dir, split, bucket):
-    tokens = int(np.prod(SHAPES[bucket][:3])) // 4
+    tokens = SIZES[bucket].tokens
     batches = loader.make_loader(data_dir, split, 3, seed=0)
     batch = next(batch for batch in batches if batch["latents"].shape[1:] == SHAPES[bucket])
     shapes = {key: (value.shape, value.dtype) for key, value in batch.items() if key != "id"}
@@ -146,7 +150,7 @@ def test_without_alignment_labels(unlabelled):
 def test_labels_from_their_own_folder(unlabelled, data_dir, tmp_path):
     labels = _label(tmp_path / "labels", unlabelled)
     own = loader.make_loader(data_dir, "train", 5, seed=0)
-    other = loader.make_loader(unlabelled, "train", 5, seed=0, labels=labels)
+    other = loader.make_loader(unlabelled, "train", 5, seed=0, side={"alignment": labels})
     for _ in range(3):
         expected, batch = next(own), next(other)
         assert expected["alignment"].any()
@@ -292,28 +296,32 @@ def test_refusals(data_dir, tmp_path):
 
 def test_labels_of_another_data_set_are_refused(unlabelled, tmp_path):
     other = _label(tmp_path / "other", unlabelled, data_fingerprint="0")
-    with pytest.raises(UserError, match="labels .*other belong to another data set than "):
-        loader.make_loader(unlabelled, "train", 4, seed=0, labels=other)
-    with pytest.raises(UserError, match="belong to another data set"):  # data instead of labels
-        loader.make_loader(unlabelled, "train", 4, seed=0, labels=unlabelled)
-    with pytest.raises(UserError, match="no labels at .*nowhere; make them with: python -m prophy_jax.label"):
-        loader.make_loader(unlabelled, "train", 4, seed=0, labels=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="'alignment' of .*other belongs to another data set than "):
+        loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": other})
+    with pytest.raises(UserError, match="belongs to another data set"):  # data instead of labels
+        loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": unlabelled})
+    with pytest.raises(
+        UserError, match="no 'alignment' at .*nowhere; make it with: python -m prophy_jax.label"
+    ):
+        loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": tmp_path / "nowhere"})
 
 
 def test_labels_that_do_not_match_are_refused(unlabelled, tmp_path):
     wrong = _label(tmp_path / "wrong", unlabelled, wrong=_name(WIDE, "train", 7))
-    batches = loader.make_loader(unlabelled, "train", 5, seed=0, shuffle=False, repeat=False, labels=wrong)
+    batches = loader.make_loader(
+        unlabelled, "train", 5, seed=0, shuffle=False, repeat=False, side={"alignment": wrong}
+    )
     next(batches)  # records 0 to 4
-    message = f"record 7 of .* is '{_name(WIDE, 'train', 7)}' but its label in .*wrong is of 'other'"
+    message = f"record 7 of .* is '{_name(WIDE, 'train', 7)}', but in 'alignment' of .*wrong it is 'other'"
     with pytest.raises(UserError, match=message):
         next(batches)
     fewer = COUNTS | {TALL: {"train": 4, "val": 0}}
     fewer = _label(tmp_path / "fewer", unlabelled, buckets=fewer)
-    with pytest.raises(UserError, match=f"5 records of {TALL}, split 'train', but .* has 4 labels"):
-        loader.make_loader(unlabelled, "train", 4, seed=0, labels=fewer)
+    with pytest.raises(UserError, match=f"5 records of {TALL}, split 'train', but .* has 4 examples"):
+        loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": fewer})
     without = _label(tmp_path / "without", unlabelled, buckets={WIDE: COUNTS[WIDE]})
     with pytest.raises(UserError, match=f"without/alignment/{TALL} is missing"):
-        loader.make_loader(unlabelled, "train", 4, seed=0, labels=without)
+        loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": without})
 
 
 def test_damaged_file_is_named(data_dir, tmp_path):
@@ -322,3 +330,58 @@ def test_damaged_file_is_named(data_dir, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
         next(loader.make_loader(tmp_path / "data", "val", 3, seed=0))
+
+
+# --- Fields ------------------------------------------------------------------------------------------
+
+
+def test_fields_are_of_the_shapes_that_are_compiled_for(data_dir):
+    batch = next(loader.make_loader(data_dir, "val", 3, seed=0))
+    expected = contract.shapes(contract.FIELDS, SIZES[WIDE], 3)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items() if name in expected} == {
+        name: (struct.shape, struct.dtype) for name, struct in expected.items()
+    }
+
+
+def test_only_the_fields_asked_for_are_read(data_dir, unlabelled):
+    batch = next(loader.make_loader(data_dir, "val", 3, seed=0, fields=["text", "category"]))
+    assert set(batch) == {"text", "category", "id", "index"}
+    whole = next(loader.make_loader(data_dir, "val", 3, seed=0))
+    for key in batch:
+        np.testing.assert_array_equal(batch[key], whole[key])
+    nowhere = {"alignment": "nowhere"}  # is not looked for
+    next(loader.make_loader(unlabelled, "val", 3, seed=0, side=nowhere, fields=["latents"]))
+
+
+def test_a_field_is_a_row(unlabelled, data_dir, tmp_path, monkeypatch):
+    """A side data set of its own, stored as it is: nothing but the row knows of it."""
+    field = contract.Field(lambda sizes: (*sizes.token_grid, 3), np.float16, stored="teacher")
+    monkeypatch.setitem(contract.FIELDS, "teacher", field)
+    with pytest.raises(UserError, match="no 'teacher' for its clips.* --config.data.side.teacher=DIR"):
+        loader.make_loader(unlabelled, "val", 3, seed=0, fields=["teacher"])
+    assert "teacher" not in next(loader.make_loader(unlabelled, "val", 3, seed=0))
+    job = records.Job(tmp_path / "teacher", {}, {"val": 1})
+    features = records.features("teacher", SIZES[WIDE])
+    values = {
+        _name(WIDE, "val", index): np.random.default_rng(index)
+        .normal(size=(*GRIDS[WIDE], 3))
+        .astype(np.float16)
+        for index in range(3)
+    }
+    with job.shard("val", 0) as file:
+        for name, value in values.items():
+            file.write(f"teacher/{WIDE}", features, {"id": name, "teacher": value})
+    fingerprint = records.read_manifest(unlabelled)["fingerprint"]
+    job.finish(lambda reports: ({f"teacher/{WIDE}": features}, {"data_fingerprint": fingerprint}))
+    side = {"teacher": tmp_path / "teacher", "alignment": ""}
+    batch = next(loader.make_loader(unlabelled, "val", 3, seed=0, side=side))
+    for name, value in zip(batch["id"].tolist(), batch["teacher"], strict=True):
+        np.testing.assert_array_equal(value, values[name])
+    assert batch["teacher"].dtype == np.float16 and not batch["alignment"].any()
+
+
+def test_a_field_that_the_records_were_made_without_is_named(data_dir, monkeypatch):
+    monkeypatch.setitem(contract.FIELDS, "quantities", contract.Field(lambda sizes: (18,), np.float32))
+    assert "quantities" not in next(loader.make_loader(data_dir, "val", 3, seed=0))
+    with pytest.raises(UserError, match="no 'quantities' for its clips; make it with prophy_jax.prepare"):
+        loader.make_loader(data_dir, "val", 3, seed=0, fields=["latents", "quantities"])

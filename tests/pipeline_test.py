@@ -146,7 +146,7 @@ def test_labels_of_a_vision_language_model_reach_the_loss(place, trained, tmp_pa
     labels = tmp_path / "labels"
     arguments = [f"--vlm={tmp_path / 'vlm'}", f"--data={place / 'data'}", f"--out={labels}"]
     assert "labels of 3 clips" in succeed("prophy_jax.label", CONFIG, *arguments, cwd=place)
-    data = [f"--config.data.dir={place / 'data'}", f"--config.data.labels={labels}"]
+    data = [f"--config.data.dir={place / 'data'}", f"--config.data.side.alignment={labels}"]
     arguments = [CONFIG, *weights(place), *data, f"--workdir={tmp_path / 'run'}"]
     succeed("prophy_jax.train", *arguments, cwd=place)
 

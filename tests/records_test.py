@@ -19,15 +19,17 @@ import pytest
 import tensorflow_datasets as tfds
 
 from prophy_jax.data import records
+from prophy_jax.data.batch import Sizes
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SHAPE, WIDTH, TOKENS = (2, 4, 4, 16), 8, 8  # (T, h, w, 16), D, N
+SIZES = Sizes(SHAPE, (2, 2, 2), 3, WIDTH)
 FEATURES = {
-    "records/5x16x16": records.record_features(SHAPE, WIDTH),
-    "records/9x16x16": records.record_features(SHAPE, WIDTH, padding=True),
-    "alignment/5x16x16": records.alignment_features(TOKENS),
+    "records/5x16x16": records.features("records", SIZES, without=["text_mask"]),
+    "records/9x16x16": records.features("records", SIZES),
+    "alignment/5x16x16": records.features("alignment", SIZES),
 }
 SHARDS = {"train": 5, "val": 1}
 PLAN = {"data": {"fps": 8, "frames": 5}, "seed": 0}
@@ -145,7 +147,7 @@ def test_fast_reading_gives_what_tfds_gives(whole):
 
 @pytest.mark.parametrize("width", [1, 63, 64, 8191, 8192, 2**20])  # lengths of one byte to four
 def test_fast_reading_of_any_length(tmp_path, width):
-    features = records.alignment_features(width)
+    features = records.features("alignment", SIZES._replace(token_grid=(1, 1, width)))
     maps = np.arange(width).astype(np.uint16).view(np.float16)[None]  # any bits
     job = records.Job(tmp_path / "out", PLAN, {"train": 1})
     with job.shard("train", 0) as shard:
@@ -339,7 +341,9 @@ def test_fingerprint_is_of_the_examples_and_their_order(tmp_path, whole):
 
 def _write_large(job: records.Job) -> None:
     """About 4 MB in one shard."""
-    features = records.record_features((4, 64, 64, 16), WIDTH)
+    features = records.features(
+        "records", SIZES._replace(latent_shape=(4, 64, 64, 16)), without=["text_mask"]
+    )
     large = _record("a") | {"latents": np.random.default_rng(0).random((4, 64, 64, 16)).astype(np.float16)}
     with job.shard("train", 1) as shard:
         for index in range(8):

@@ -26,7 +26,7 @@ def get_config(arg: str = "demo_data") -> ConfigDict:
 
     config.backbone.text_len = config.text_encoder.length = LENGTH
     config.branch.semantic.basis_grid = (3, 6, 10)
-    config.data.update(dir="", labels="", height=48, width=80, frames=9, buckets=())
+    config.data.update(dir="", side=dict(alignment=""), height=48, width=80, frames=9, buckets=())
     config.samples.update(solver="unipc-diffusers", steps=8, shift=3.0, guidance=5.0, clips=1)
     config.steps, config.batch_size = 3, 2
     config.optimizer.warmup = 1

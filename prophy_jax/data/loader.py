@@ -5,11 +5,9 @@ shuffled anew each epoch and cut into global batches; buckets take turns in prop
 batch k follows from k and the seed alone, and each process reads those of its rows that its devices hold. So
 row r is the same record for any number of processes, and a run may resume on another number of them.
 
-B global batch, b rows of one process, T h w latent grid, N tokens, L text length, D text width, M phenomena
-with a map.
+B global batch, b rows of one process, L text length, D text width.
 """
 
-import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from prophy_jax.data import records, taxonomy
+from prophy_jax.data import batch, records
 from prophy_jax.run.errors import UserError
 
 # Threads suffice: reading a record is checking and copying it, in code that runs beside Python. Each reads a
@@ -28,71 +26,75 @@ _PLACED_AHEAD = 2  # batches on the devices before they are asked for
 
 
 class _Bucket:
-    """The records of one bucket and split, joined with their labels by position."""
+    """The records of one bucket and split, joined with side data sets by position.
+
+    Args:
+        folders: data set -> its folder; the records come first.
+        fields: names of the arrays to read; zeros stand for those whose data set is not among `folders`.
+    """
 
     def __init__(
         self,
-        data_dir: str | Path,
+        folders: Mapping[str, str | Path],
+        fields: Sequence[str],
         split: str,
         bucket: str,
-        manifest: Mapping[str, Any],
-        labels: str | Path | None,
+        sizes: batch.Sizes,
     ) -> None:
-        description = manifest["buckets"][bucket]
-        self._latent_shape = tuple(description["latent_shape"])
-        self._num_tokens = math.prod(description["token_grid"])
-        self._text_shape = manifest["text_length"], manifest["text_dim"]
-        self._records = records.open_dataset(data_dir, "records", bucket, split)
-        self._data_dir, self._labels_dir, self._labels = data_dir, labels, None
-        if labels is not None:
-            self._labels = records.open_dataset(labels, "alignment", bucket, split)
-            if len(self._labels) != len(self._records):
+        self._folders = folders
+        self._fields = {name: batch.FIELDS[name] for name in fields}
+        self._shapes = {name: field.shape(sizes) for name, field in self._fields.items()}
+        self._datasets: dict[str, records.Dataset] = {}
+        self._columns: dict[str, dict[str, tuple[Any, list[int]]]] = {}
+        for stored, folder in folders.items():
+            dataset = self._datasets[stored] = records.open_dataset(folder, stored, bucket, split)
+            if len(dataset) != len(self):
                 raise UserError(
-                    f"{data_dir} has {len(self._records)} records of {bucket}, split {split!r}, but {labels} "
-                    f"has {len(self._labels)} labels; make the labels again"
+                    f"{folders[batch.RECORDS]} has {len(self)} records of {bucket}, split {split!r}, but "
+                    f"{stored!r} of {folder} has {len(dataset)} examples; make {stored!r} again"
                 )
+            self._columns[stored] = {
+                name: (column.dtype, [-1 if side is None else side for side in column.shape(sizes)])
+                for name, column in batch.columns(stored).items()
+                if name in dataset.columns
+            }
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._datasets[batch.RECORDS])
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The batch of records `indices` (b,); each array is copied once, from the bytes of its record."""
-        rows = len(indices)
-        batch = {
-            "latents": np.empty((rows, *self._latent_shape), np.float16),
-            "text": np.zeros((rows, *self._text_shape), np.float16),
-            "text_mask": np.zeros((rows, self._text_shape[0]), bool),
-            "category": np.empty((rows, taxonomy.NUM_PHENOMENA), np.float32),
-            "alignment": np.empty((rows, self._num_tokens, taxonomy.NUM_PHENOMENA), np.float16),
-            "alignment_present": np.zeros((rows, taxonomy.NUM_PHENOMENA), np.float32),
-            "index": indices,
-        }
-        names = []
-        for row, index in enumerate(indices):
-            record = self._records.read(index)
-            name = bytes(record["id"]).decode()
-            names.append(name)
-            batch["latents"][row] = np.frombuffer(record["latents"], np.float16).reshape(self._latent_shape)
-            text = np.frombuffer(record["text"], np.float16).reshape(-1, self._text_shape[1])  # (n, D)
-            batch["text"][row, : len(text)] = text
-            # Without a mask, every stored row is a word or the end.
-            mask = np.frombuffer(record["text_mask"], np.uint8) if "text_mask" in record else True
-            batch["text_mask"][row, : len(text)] = mask
-            batch["category"][row] = np.frombuffer(record["category"], np.float32)
-            batch["alignment"][row] = 0  # here, as memory that comes zeroed is slower to write to
-            if self._labels is not None:
-                label = self._labels.read(index)
-                labelled = bytes(label["id"]).decode()
-                if labelled != name:
-                    raise UserError(
-                        f"record {index} of {self._data_dir} is {name!r} but its label in {self._labels_dir} "
-                        f"is of {labelled!r}; make the labels again"
-                    )
-                present = np.frombuffer(label["present"], np.float32)
-                maps = np.frombuffer(label["maps"], np.float16).reshape(-1, self._num_tokens)  # (M, N)
-                batch["alignment"][row][:, present > 0] = maps.T
-                batch["alignment_present"][row] = present
-        return batch | {"id": np.array(names, np.str_)}
+        arrays = {}
+        for name, field in self._fields.items():
+            # Memory that comes zeroed is slower to write to.
+            create = np.empty if field.stored in self._folders else np.zeros
+            arrays[name] = create((len(indices), *self._shapes[name]), field.dtype)
+        ids = [self._read_row(arrays, row, index) for row, index in enumerate(indices)]
+        return arrays | {"index": indices, "id": np.array(ids, np.str_)}
+
+    def _read_row(self, arrays: dict[str, np.ndarray], row: int, index: int) -> str:
+        """Writes record `index` into row `row` of each array, and returns its id."""
+        record_id = ""
+        for stored, dataset in self._datasets.items():
+            values = dataset.read(index)
+            own_id = str(values["id"], "utf-8")
+            record_id = record_id or own_id
+            if own_id != record_id:
+                raise UserError(
+                    f"record {index} of {self._folders[batch.RECORDS]} is {record_id!r}, but in {stored!r} "
+                    f"of {self._folders[stored]} it is {own_id!r}; make {stored!r} again"
+                )
+            columns = {
+                name: np.frombuffer(values[name], dtype).reshape(shape)
+                for name, (dtype, shape) in self._columns[stored].items()
+            }
+            for name, field in self._fields.items():
+                if field.stored == stored:
+                    if field.fill is None:
+                        arrays[name][row] = columns[name]
+                    else:
+                        field.fill(arrays[name][row], columns)
+        return record_id
 
 
 def make_loader(
@@ -103,15 +105,14 @@ def make_loader(
     shuffle: bool = True,
     repeat: bool = True,
     rows: Sequence[int] | None = None,
-    side: Mapping[str, str] | None = None,
+    side: Mapping[str, str | Path] | None = None,
+    fields: Sequence[str] | None = None,
     place: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> grain.DatasetIterator:
     """An iterator over one split, with this process's rows of each batch.
 
-    Each batch is a dict of numpy arrays with a leading b: latents (T, h, w, 16), text (L, D) padded as its
-    encoder pads it, alignment (N, 17), all float16; category (17,) and alignment_present (17,) float32;
-    text_mask (L,) bool, True on the words and their end; id () str; index () int64, the position within the
-    bucket and split. Without alignment labels the two alignment arrays are zero.
+    Each batch is a dict of numpy arrays with a leading b: the fields, see `prophy_jax.data.batch`; id () str;
+    index () int64, the position within the bucket and split.
 
     `get_state` (JSON types) and `set_state` of the iterator resume it exactly, with and without
     `place` and on any number of processes. Batches are read, and placed, ahead of their use in threads;
@@ -127,15 +128,17 @@ def make_loader(
             False gives every record once, bucket after bucket; the last batch of a bucket may be smaller.
         rows: which rows of each global batch to read, see `prophy_jax.run.parallel.local_rows`; None: all.
             Only with `repeat`.
-        labels: a folder written by `prophy_jax.label`; "" takes the labels of `data_dir` itself, if any.
+        side: side data set -> its folder, such as {"alignment": a folder of `prophy_jax.label`}. Where it is
+            "" or absent, the data set is that of `data_dir` itself, if it has one.
+        fields: names of the arrays to read; None reads all that are there.
         place: turns a batch into what the iterator gives, such as arrays on devices. It runs in one thread,
             two batches ahead.
 
     Raises:
-        UserError: no data there, no such split, labels of another data set (also while reading), damaged
-            files (while reading), or B is larger than a split that repeats.
+        UserError: no data there, no such split, a side data set of other data (also while reading), a field
+            that is not there, damaged files (while reading), or B is larger than a split that repeats.
     """
-    buckets = _open_buckets(data_dir, split, (side or {}).get("alignment", ""))
+    buckets = _open_buckets(data_dir, split, side or {}, fields)
     count = sum(len(bucket) for bucket in buckets)
     if repeat and count < batch_size:
         raise UserError(
@@ -152,7 +155,7 @@ def make_loader(
         # Global batches of indices.
         batches = indices.batch(batch_size)
         if rows is not None:  # only they are read
-            batches = batches.map(lambda batch: batch[np.asarray(rows)])
+            batches = batches.map(lambda whole: whole[np.asarray(rows)])
         parts.append(batches.map(bucket.read))
     if repeat:
         dataset = grain.MapDataset.mix(parts, weights=[len(bucket) for bucket in buckets])
@@ -166,22 +169,57 @@ def make_loader(
     return iter(batches)
 
 
-def _open_buckets(data_dir: str | Path, split: str, labels: str | Path) -> list[_Bucket]:
+def _open_buckets(
+    data_dir: str | Path, split: str, side: Mapping[str, str | Path], fields: Sequence[str] | None
+) -> list[_Bucket]:
     manifest = records.read_manifest(data_dir)
-    if labels:
-        if not Path(labels).is_dir():
-            raise UserError(
-                f"no labels at {labels}; make them with: "
-                f"python -m prophy_jax.label --data={data_dir} --out={labels}"
-            )
-        if records.read_manifest(labels).get("data_fingerprint") != manifest["fingerprint"]:
-            raise UserError(f"the labels {labels} belong to another data set than {data_dir}; label that one")
-    names = [name for name, found in manifest["buckets"].items() if found["counts"].get(split)]
-    if not names:
+    wanted = list(batch.FIELDS) if fields is None else fields
+    folders = {batch.RECORDS: data_dir}
+    for stored in dict.fromkeys(batch.FIELDS[name].stored for name in wanted):
+        if side.get(stored):
+            _check_side(data_dir, manifest["fingerprint"], stored, side[stored])
+        folder = records.side_folder(data_dir, stored, side.get(stored))
+        if folder is not None:
+            folders[stored] = folder
+    buckets = [name for name, found in manifest["buckets"].items() if found["counts"].get(split)]
+    if not buckets:
         found = ", ".join(split for split in records.SPLITS if manifest["counts"].get(split))
         raise UserError(f"{data_dir} has no split {split!r}; it has {found}")
-    folder = records.find_labels(data_dir, labels)
-    return [_Bucket(data_dir, split, name, manifest, folder) for name in names]
+    columns = {
+        stored: records.open_info(folder, stored, buckets[0]).features.keys()
+        for stored, folder in folders.items()
+    }
+    absent = [name for name in wanted if not _is_there(name, columns)]
+    if absent and fields is not None:
+        stored = batch.FIELDS[absent[0]].stored
+        raise UserError(
+            f"{folders.get(stored, data_dir)} has no {absent[0]!r} for its clips; make it with "
+            f"{batch.MADE_BY.get(stored, 'its command')}, or name the folder that has it with "
+            f"--config.data.side.{stored}=DIR"
+        )
+    wanted = [name for name in wanted if name not in absent]
+    return [_Bucket(folders, wanted, split, bucket, batch.Sizes.of(manifest, bucket)) for bucket in buckets]
+
+
+def _is_there(name: str, columns: Mapping[str, Any]) -> bool:
+    """Whether a field can be read, or zeros may stand for it; columns: data set -> its columns."""
+    field = batch.FIELDS[name]
+    if field.stored not in columns:
+        return field.zero_if_absent
+    needed = batch.own_columns(name).items()
+    return all(column.optional or own in columns[field.stored] for own, column in needed)
+
+
+def _check_side(data_dir: str | Path, fingerprint: str, stored: str, folder: str | Path) -> None:
+    """Raises UserError unless `folder` was made for the records of `data_dir`."""
+    command = batch.MADE_BY.get(stored)
+    if not Path(folder).is_dir():
+        make = f"make it with: python -m {command} --data={data_dir} --out={folder}" if command else "make it"
+        raise UserError(f"no {stored!r} at {folder}; {make}")
+    if records.read_manifest(folder).get("data_fingerprint") != fingerprint:
+        raise UserError(
+            f"{stored!r} of {folder} belongs to another data set than {data_dir}; make it for that one"
+        )
 
 
 def load_empty_text(data_dir: str | Path) -> dict[str, np.ndarray]:

@@ -9,9 +9,7 @@
     DIR/work/                        shards and locks, until DIR is complete
 
 All data sets are TFDS in array_record format with one record per group (random access), written and read
-without TensorFlow. Latents and texts are float16: 3 digits, for a third of the disk and of the traffic.
-
-T h w latent grid, N tokens, P phenomena with a map, n stored rows of one text, D text width.
+without TensorFlow. What each of their examples holds is in `prophy_jax.data.batch`.
 """
 
 import contextlib
@@ -34,61 +32,39 @@ from google.protobuf import json_format
 from tensorflow_datasets.proto import tf_example_pb2
 
 import prophy_jax
-from prophy_jax.data import taxonomy
+from prophy_jax.data import batch
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
-PATCH = 2  # latent pixels a side of one token, on every supported backbone
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _SHOWN = 20  # entries of a list that are printed; the manifest has all of them
 _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a process 1,024
 _OPTIONS = "group_size:1,uncompressed"  # float16 noise hardly shrinks, and would take thrice as long to read
 
 
-def record_features(
-    latent_shape: Sequence[int], text_dim: int, padding: bool = False
-) -> tfds.features.FeaturesDict:
-    """Features of "records": latents (T, h, w, 16) and text (n, D) float16, category (17,) float32.
+def features(dataset: str, sizes: batch.Sizes, without: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+    """What TFDS is told of a data set: the columns of its fields (`prophy_jax.data.batch`), and an id.
 
-    The rows of text are words and the end of them; with `padding`, which says that the encoder encodes it,
-    all rows, and text_mask (n,) uint8 is 1 on the words and their end.
-    `video` says where the clip is in source number `source` of the manifest.
+    The column "video" of the records says where the clip is in source number "source" of the manifest.
+
+    Args:
+        dataset: "records", or a side data set.
+        sizes: of the bucket.
+        without: optional columns that it does not have.
     """
-    mask = {"text_mask": tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding="bytes")}
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "caption": tfds.features.Text(),
-            "source": tfds.features.Scalar(dtype=np.int64),
-            "video": tfds.features.Text(),
-            "latents": tfds.features.Tensor(shape=tuple(latent_shape), dtype=np.float16, encoding="bytes"),
-            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16, encoding="bytes"),
-            "category": tfds.features.Tensor(shape=(taxonomy.NUM_PHENOMENA,), dtype=np.float32),
-        }
-        | (mask if padding else {})
-    )
-
-
-def alignment_features(num_tokens: int) -> tfds.features.FeaturesDict:
-    """Features of "alignment": present (17,) float32 and maps (P, N) float16.
-
-    Row i of `maps` is the target of the i-th phenomenon with present = 1, in the order of the taxonomy.
-    """
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "present": tfds.features.Tensor(shape=(taxonomy.NUM_PHENOMENA,), dtype=np.float32),
-            "maps": tfds.features.Tensor(shape=(None, num_tokens), dtype=np.float16, encoding="bytes"),
-        }
-    )
-
-
-def token_grid(latent_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Grid of video tokens of latents (T, h, w, 16)."""
-    times, height, width = latent_shape[:3]
-    return times, height // PATCH, width // PATCH
+    described = {"id": tfds.features.Text()}
+    if dataset == batch.RECORDS:
+        described |= {"caption": tfds.features.Text(), "source": tfds.features.Scalar(dtype=np.int64)}
+        described |= {"video": tfds.features.Text()}
+    for name, column in batch.columns(dataset).items():
+        if name not in without:
+            encoding = "bytes" if column.as_bytes else "none"
+            described[name] = tfds.features.Tensor(
+                shape=column.shape(sizes), dtype=column.dtype, encoding=encoding
+            )
+    return tfds.features.FeaturesDict(described)
 
 
 # --- Writing ---------------------------------------------------------------------------------------
@@ -428,6 +404,7 @@ class Dataset(Sequence[Mapping[str, Any]]):
     """
 
     def __init__(self, features: tfds.features.FeaturesDict, split: tfds.core.SplitInfo) -> None:
+        self.columns = tuple(features.keys())
         self._features = features
         self._files = [str(path) for path in split.filepaths]
         self._ends = np.cumsum(split.shard_lengths)
@@ -514,8 +491,8 @@ def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Da
     return Dataset(info.features, info.splits[split])
 
 
-def find_labels(data_dir: str | Path, labels: str | Path) -> str | Path | None:
-    """The folder of data set "alignment": `labels`; where that is "", the data itself, if it has labels."""
-    if labels:
-        return labels
-    return data_dir if (Path(data_dir) / "alignment").exists() else None
+def side_folder(data_dir: str | Path, dataset: str, named: str | Path | None) -> str | Path | None:
+    """The folder that has a data set: `named`, or else the data's own if it has one."""
+    if named:
+        return named
+    return data_dir if (Path(data_dir) / dataset).exists() else None

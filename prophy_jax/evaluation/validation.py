@@ -23,7 +23,7 @@ def make_validation(
     config: Any, model: Model, objective: Any, mesh: jax.sharding.Mesh
 ) -> Callable[[Any], dict[str, float]]:
     """validate(params) -> mean diffusion loss on validation clips, at fixed times and fixed noise."""
-    times = tuple(config.validation.times)
+    times, fields = tuple(config.validation.times), ("latents", *model.fields)
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def losses_at(params, batch):
@@ -37,11 +37,18 @@ def make_validation(
 
     def validate(params) -> dict[str, float]:
         batches = loader.make_loader(
-            config.data.dir, "val", config.validation.batch_size, 0, shuffle=False, repeat=False
+            config.data.dir,
+            "val",
+            config.validation.batch_size,
+            0,
+            shuffle=False,
+            repeat=False,
+            side=config.data.side,
+            fields=fields,
         )
         results = []
         for _, batch in zip(range(config.validation.batches), batches, strict=False):
-            inputs = {name: batch[name] for name in ("latents", *model.fields, "index")}
+            inputs = {name: batch[name] for name in (*fields, "index")}
             results.append(jax.device_get(losses_at(params, parallel.put_batch(inputs, mesh))))
         mean = np.mean(results, axis=0)
         values = {f"validation/sigma_{t:g}": float(v) for t, v in zip(times, mean, strict=True)}
@@ -57,7 +64,16 @@ def make_validation_clips(
 
     All processes of a job call it and sample together; the first one decodes and writes.
     """
-    batches = loader.make_loader(config.data.dir, "val", config.samples.clips, 0, shuffle=False, repeat=False)
+    batches = loader.make_loader(
+        config.data.dir,
+        "val",
+        config.samples.clips,
+        0,
+        shuffle=False,
+        repeat=False,
+        side=config.data.side,
+        fields=("latents", *model.fields),
+    )
     batch = parallel.full_precision(next(batches))
     prompt = {name: batch[name] for name in model.fields}
     noise = generate.make_noise(config.seed, batch["index"], batch["latents"].shape[1:])
