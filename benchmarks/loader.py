@@ -28,6 +28,7 @@ import numpy as np
 
 from prophy_jax.data import loader, records
 from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job
 
 LATENTS, TEXT = (21, 60, 104, 16), (128, 4096)
 SIZES = Sizes(LATENTS, (21, 30, 52), 512, TEXT[1])
@@ -50,7 +51,7 @@ def write(folder: Path, count: int) -> list[Path]:
     }
     noise = np.random.default_rng(0).standard_normal(np.prod(LATENTS) + count).astype(np.float16)
     ones = np.ones(17, np.float32)
-    job = records.Job(folder, {}, {"train": -(-count // SHARD)})
+    job = Job(folder, {}, {"train": -(-count // SHARD)})
     for split, index in job.missing():
         with job.shard(split, index) as shard:
             for clip in range(index * SHARD, min((index + 1) * SHARD, count)):

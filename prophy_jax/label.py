@@ -45,7 +45,7 @@ from prophy_jax.run.workdir import run_identity
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from prophy_jax.data.records import Shard
+    from prophy_jax.data.job import Shard
     from prophy_jax.labels.asking import View
     from prophy_jax.labels.vlm import Reading, Vlm
 
@@ -82,7 +82,7 @@ def label(
     """
     import tqdm
 
-    from prophy_jax.data import records
+    from prophy_jax.data.job import Job
 
     # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
     asking = import_asking(config)
@@ -97,7 +97,7 @@ def label(
         "program": prophy_jax.__version__,
     }
     pieces = prepared.pieces
-    job = records.Job(out, plan, {split: len(own) for split, own in pieces.items()}, process)
+    job = Job(out, plan, {split: len(own) for split, own in pieces.items()}, process)
     mine = [pieces[split][index] for split, index in job.missing(mine=True)]
     views = prepared.views(config)
     for bucket in dict.fromkeys(piece.bucket for piece in mine):
@@ -505,7 +505,7 @@ def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def main(config: "ConfigDict") -> None:
-    from prophy_jax.data import records
+    from prophy_jax.data.job import parse_process
 
     options = flags.FLAGS
     if not options.vlm:
@@ -520,7 +520,7 @@ def main(config: "ConfigDict") -> None:
     elif options.preview:
         preview(config, options.vlm, data, f"{out}-preview", options.preview, options.source)
     else:
-        process = records.parse_process(options.process)
+        process = parse_process(options.process)
         label(config, options.vlm, data, out, process, options.source)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from prophy_jax.data.batch import Sizes
-    from prophy_jax.data.records import Shard
+    from prophy_jax.data.job import Shard
     from prophy_jax.data.sources.source import Clip, Sample, Source
     from prophy_jax.data.sources.video import Bucket
 
@@ -68,7 +68,7 @@ def prepare(
     Raises:
         UserError: the folder is of something else, the sources are not usable, or no clip can be read.
     """
-    from prophy_jax.data import records
+    from prophy_jax.data.job import Job
     from prophy_jax.data.sources import statistics
 
     # 1. What there is, and what is taken.
@@ -96,7 +96,7 @@ def prepare(
     }
     plan = make_plan(config, splits, codec, text_encoder)
     out = Path(out or config.data.dir)
-    job = records.Job(out, plan, {split: len(parts) for split, parts in chunks.items()}, process)
+    job = Job(out, plan, {split: len(parts) for split, parts in chunks.items()}, process)
 
     # 3. The shards of this process. Threads decode the next clips while the devices encode.
     mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
@@ -472,11 +472,11 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def main(config: "ConfigDict") -> None:
-    from prophy_jax.data import records
+    from prophy_jax.data.job import parse_process
 
     options = flags.FLAGS
     if options.process:
-        process = records.parse_process(options.process)
+        process = parse_process(options.process)
     elif options.dry_run:
         process = (0, 1)
     else:

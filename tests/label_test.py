@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="labels need the extra
 from prophy_jax import label  # noqa: E402
 from prophy_jax.data import records, taxonomy  # noqa: E402
 from prophy_jax.data.batch import Sizes  # noqa: E402
+from prophy_jax.data.job import Job  # noqa: E402
 from prophy_jax.data.sandbox.clip import make_clip  # noqa: E402
 from prophy_jax.data.sources import source as sources  # noqa: E402
 from prophy_jax.data.sources import video  # noqa: E402
@@ -85,7 +86,7 @@ def prepared(tmp_path_factory):
 
 
 def make_records(listing, source, data):
-    job = records.Job(data, {"made": "by a test"}, {split: len(own) for split, own in SPLITS.items()})
+    job = Job(data, {"made": "by a test"}, {split: len(own) for split, own in SPLITS.items()})
     features = {}
     for split, shards in SPLITS.items():
         for index, members in enumerate(shards):

@@ -14,6 +14,7 @@ import pytest
 
 from prophy_jax.data import loader, records
 from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job
 
 SHARDS, SHARD = 1250, 64  # 80,000 records
 BUCKETS = {"5x16x16": 5, "5x16x24": 3, "9x16x16": 2}  # of ten clips, so many are of this size
@@ -66,7 +67,7 @@ def large(tmp_path_factory):
         "category": np.eye(17, dtype=np.float32)[0],
     }
     label = {"present": common["category"], "maps": np.ones((1, 1), np.float16)}
-    job = records.Job(folder / "data", {}, {"train": SHARDS})
+    job = Job(folder / "data", {}, {"train": SHARDS})
     for split, index in job.missing():
         with job.shard(split, index) as shard:
             for clip in range(SHARD):
@@ -139,7 +140,7 @@ def test_2000_records_of_real_size(tmp_path):
     features = _features(["81x480x832"], WAN)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(np.prod(WAN.latent_shape) + 2000, np.float32).astype(np.float16)
-    job = records.Job(tmp_path / "data", {}, {"train": 32})
+    job = Job(tmp_path / "data", {}, {"train": 32})
     for split, index in job.missing():
         with job.shard(split, index) as shard:
             for clip in range(index, 2000, 32):

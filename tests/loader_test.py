@@ -15,6 +15,7 @@ import pytest
 from prophy_jax.data import batch as contract
 from prophy_jax.data import loader, records
 from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job
 from prophy_jax.run.errors import UserError
 
 LENGTH, WIDTH = 6, 5
@@ -46,7 +47,7 @@ def make_folder(
 ) -> Path:
     """A finished folder of `datasets`. In the labels, the example called `wrong` has another id."""
     shards = {"train": 3, "val": 1}
-    job = records.Job(folder, {"datasets": list(datasets)}, shards)
+    job = Job(folder, {"datasets": list(datasets)}, shards)
     features = {}
     for bucket, sizes in SIZES.items():
         features[f"records/{bucket}"] = records.features("records", sizes, without=["text_mask"])
@@ -360,7 +361,7 @@ def test_a_field_is_a_row(unlabelled, data_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no 'teacher' for its clips.* --config.data.side.teacher=DIR"):
         loader.make_loader(unlabelled, "val", 3, seed=0, fields=["teacher"])
     assert "teacher" not in next(loader.make_loader(unlabelled, "val", 3, seed=0))
-    job = records.Job(tmp_path / "teacher", {}, {"val": 1})
+    job = Job(tmp_path / "teacher", {}, {"val": 1})
     features = records.features("teacher", SIZES[WIDE])
     values = {
         _name(WIDE, "val", index): np.random.default_rng(index)

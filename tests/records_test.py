@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from prophy_jax.data import records
 from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job, Shard, parse_process
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
@@ -57,13 +58,13 @@ def _label(name: str) -> dict:
     return {"id": name, "present": present, "maps": maps}
 
 
-def _write(shard: records.Shard, dataset: str, name: str) -> None:
+def _write(shard: Shard, dataset: str, name: str) -> None:
     kind, bucket = dataset.split("/")
     example = _record(name, bucket == "9x16x16") if kind == "records" else _label(name)
     shard.write(dataset, FEATURES[dataset], example)
 
 
-def _fill(shard: records.Shard, split: str, index: int) -> None:
+def _fill(shard: Shard, split: str, index: int) -> None:
     """Four clips; those of train 1 are in one bucket only, and train 3 has none."""
     for clip in range(4 if (split, index) != ("train", 3) else 0):
         bucket = "5x16x16" if clip % 2 == 0 or (split, index) == ("train", 1) else "9x16x16"
@@ -79,7 +80,7 @@ def _describe(reports: list[dict]) -> tuple[dict, dict]:
 
 def make(folder: Path, process: tuple[int, int] = (0, 1), hang_at: int = -1) -> dict | None:
     """This process's share of the folder; it never ends when it comes to the middle of shard `hang_at`."""
-    job = records.Job(folder, PLAN, SHARDS, process)
+    job = Job(folder, PLAN, SHARDS, process)
     for split, index in job.missing(mine=True):
         with job.shard(split, index) as shard:
             if split == "train" and index == hang_at:
@@ -149,7 +150,7 @@ def test_fast_reading_gives_what_tfds_gives(whole):
 def test_fast_reading_of_any_length(tmp_path, width):
     features = records.features("alignment", SIZES._replace(token_grid=(1, 1, width)))
     maps = np.arange(width).astype(np.uint16).view(np.float16)[None]  # any bits
-    job = records.Job(tmp_path / "out", PLAN, {"train": 1})
+    job = Job(tmp_path / "out", PLAN, {"train": 1})
     with job.shard("train", 0) as shard:
         shard.write(
             "alignment/1x1x1", features, {"id": "a", "present": np.eye(17, dtype=np.float32)[0], "maps": maps}
@@ -173,7 +174,7 @@ def test_plain_tfds_reads_the_shards_in_order(whole):
 
 
 def test_example_that_does_not_match_is_not_written(tmp_path):
-    job = records.Job(tmp_path / "out", PLAN, {"train": 1})
+    job = Job(tmp_path / "out", PLAN, {"train": 1})
     wrong = _record("a") | {"latents": np.zeros((1, 4, 4, 16), np.float16)}
     with pytest.raises(ValueError, match="latents.*\n.*does not match"), job.shard("train", 0) as shard:
         shard.write("records/5x16x16", FEATURES["records/5x16x16"], wrong)
@@ -201,7 +202,7 @@ def test_several_processes_one_of_them_killed_make_the_same_bytes(whole, tmp_pat
     with pytest.raises(UserError, match="is not finished: run the command that makes it again"):
         records.read_manifest(folder)
     assert make(folder, (3, 4)) is None  # train 3: others are at work
-    left = records.Job(folder, PLAN, SHARDS).missing()
+    left = Job(folder, PLAN, SHARDS).missing()
     assert left == [("train", 2), ("train", 4)]
     assert make(folder, (1, 2)) is None  # resumed by 2 processes instead of 4: all of this one's are made
     manifest = make(folder, (0, 2))
@@ -211,7 +212,7 @@ def test_several_processes_one_of_them_killed_make_the_same_bytes(whole, tmp_pat
 
 @pytest.mark.parametrize("failure", [RuntimeError("device out of memory"), OSError("x"), KeyboardInterrupt()])
 def test_failing_shard_leaves_nothing_and_says_its_own_reason(tmp_path, failure):
-    job = records.Job(tmp_path / "out", PLAN, SHARDS)
+    job = Job(tmp_path / "out", PLAN, SHARDS)
     with pytest.raises(type(failure)) as raised, job.shard("train", 0) as shard:
         _fill(shard, "train", 0)
         raise failure
@@ -222,7 +223,7 @@ def test_failing_shard_leaves_nothing_and_says_its_own_reason(tmp_path, failure)
 
 
 def test_making_a_shard_again_never_harms_the_one_that_is_there(tmp_path):
-    job = records.Job(tmp_path / "out", PLAN, {"train": 1})
+    job = Job(tmp_path / "out", PLAN, {"train": 1})
     with job.shard("train", 0) as shard:
         _fill(shard, "train", 0)
     before = _content(tmp_path)
@@ -259,19 +260,19 @@ def test_another_process_may_begin_at_the_same_moment(tmp_path, monkeypatch):
 
     def look_late(*args):
         monkeypatch.undo()
-        job = records.Job(tmp_path / "out", PLAN, SHARDS)  # after ours saw no plan, before it looks around
+        job = Job(tmp_path / "out", PLAN, SHARDS)  # after ours saw no plan, before it looks around
         with job.shard("train", 0) as shard:
             _fill(shard, "train", 0)
         return holds_files(*args)
 
     monkeypatch.setattr(workdir, "_holds_files", look_late)
-    assert records.Job(tmp_path / "out", PLAN, SHARDS).missing()[0] == ("train", 1)
+    assert Job(tmp_path / "out", PLAN, SHARDS).missing()[0] == ("train", 1)
     with pytest.raises(UserError, match="was made differently"):
-        records.Job(tmp_path / "out", PLAN | {"seed": 1}, SHARDS)
+        Job(tmp_path / "out", PLAN | {"seed": 1}, SHARDS)
 
 
 def test_processes_that_are_done_at_once_put_together_once(whole, tmp_path):
-    jobs = [records.Job(tmp_path / "out", PLAN, SHARDS) for _ in range(4)]
+    jobs = [Job(tmp_path / "out", PLAN, SHARDS) for _ in range(4)]
     for split, index in jobs[0].missing():
         with jobs[0].shard(split, index) as shard:
             _fill(shard, split, index)
@@ -299,7 +300,7 @@ def test_finished_folder_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("empty, full", [("val", "train"), ("train", "val")])
 def test_other_split_stands_in_for_one_without_a_usable_clip(tmp_path, empty, full):
-    job = records.Job(tmp_path / "out", PLAN, {"train": 2, "val": 2})
+    job = Job(tmp_path / "out", PLAN, {"train": 2, "val": 2})
     for split, index in job.missing():
         with job.shard(split, index) as shard:
             if split == full and index == 1:  # the first of the other split is of no use either
@@ -327,7 +328,7 @@ def test_other_split_stands_in_for_one_without_a_usable_clip(tmp_path, empty, fu
 def test_fingerprint_is_of_the_examples_and_their_order(tmp_path, whole):
     fingerprints = {records.read_manifest(whole)["fingerprint"]}
     for number, names in enumerate((["a", "b"], ["b", "a"], ["a", "c"], ["a"])):
-        job = records.Job(tmp_path / str(number), PLAN, {"train": 1})
+        job = Job(tmp_path / str(number), PLAN, {"train": 1})
         with job.shard("train", 0) as shard:
             for name in names:
                 _write(shard, "records/5x16x16", name)
@@ -339,7 +340,7 @@ def test_fingerprint_is_of_the_examples_and_their_order(tmp_path, whole):
 # --- Full disk ---------------------------------------------------------------------------------------
 
 
-def _write_large(job: records.Job) -> None:
+def _write_large(job: Job) -> None:
     """About 4 MB in one shard."""
     features = records.features(
         "records", SIZES._replace(latent_shape=(4, 64, 64, 16)), without=["text_mask"]
@@ -364,7 +365,7 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(small_disk):
-    job = records.Job(small_disk / "out", PLAN, {"train": 2})
+    job = Job(small_disk / "out", PLAN, {"train": 2})
     with job.shard("train", 0) as shard:
         _fill(shard, "train", 0)
     before = _content(small_disk)
@@ -379,7 +380,7 @@ def test_full_disk(small_disk):
 
 
 def test_file_size_limit(tmp_path):
-    job = records.Job(tmp_path / "out", PLAN, {"train": 2})
+    job = Job(tmp_path / "out", PLAN, {"train": 2})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
@@ -407,9 +408,9 @@ def test_folder_of_something_else_is_refused_and_kept(tmp_path):
         with pytest.raises(
             UserError, match=f"{name} is not empty and holds no work/plan.json: name another --out"
         ):
-            records.Job(tmp_path / name, PLAN, SHARDS)
+            Job(tmp_path / name, PLAN, SHARDS)
     with pytest.raises(UserError, match="file is not a folder: name another --out"):
-        records.Job(tmp_path / "file", PLAN, SHARDS)
+        Job(tmp_path / "file", PLAN, SHARDS)
     assert _content(tmp_path) == before
 
 
@@ -418,10 +419,10 @@ def test_folder_of_another_plan_is_refused(tmp_path, finished):
     if finished:
         make(tmp_path / "out")
     else:
-        records.Job(tmp_path / "out", PLAN, SHARDS)
+        Job(tmp_path / "out", PLAN, SHARDS)
     other = {"data": {"fps": 16, "frames": 5}, "shape": (1, 2)}
     with pytest.raises(UserError, match="out.*made differently") as raised:
-        records.Job(tmp_path / "out", other, SHARDS)
+        Job(tmp_path / "out", other, SHARDS)
     assert "(data.fps was 8, is 16; seed was 0, is None; shape was None, is [1, 2])" in str(raised.value)
 
 
@@ -485,10 +486,10 @@ def test_manifest(tmp_path):
 
 
 def test_process():
-    assert records.parse_process("0/1") == (0, 1) and records.parse_process("3/4") == (3, 4)
+    assert parse_process("0/1") == (0, 1) and parse_process("3/4") == (3, 4)
     for wrong in ("", "1", "4/4", "-1/4", "1/", "/4", "a/b", "1/2/3", "1.0/4"):
         with pytest.raises(UserError, match="from 0/4 to 3/4"):
-            records.parse_process(wrong)
+            parse_process(wrong)
 
 
 def test_file_system_without_hard_links(tmp_path, whole, monkeypatch):
@@ -502,7 +503,7 @@ def test_file_system_without_hard_links(tmp_path, whole, monkeypatch):
 
 def test_fingerprint_tells_other_frames_of_the_same_clips(tmp_path, whole):
     plan = {**PLAN, "data": {**PLAN["data"], "fps": 16}}
-    job = records.Job(tmp_path / "faster", plan, SHARDS)
+    job = Job(tmp_path / "faster", plan, SHARDS)
     for split, index in job.missing():
         with job.shard(split, index) as shard:
             _fill(shard, split, index)
