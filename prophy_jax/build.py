@@ -208,7 +208,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
         named = config.data.side.get(dataset, "")
         if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
             print(
-                f"warning: {config.data.dir} has no data set {dataset!r}, so that losses which read it stay 0; "
+                f"warning: {config.data.dir} has no data set {dataset!r}, so losses that read it stay 0; "
                 f"make it with python -m {batch.MADE_BY[dataset]}, and name it with "
                 f"--config.data.side.{dataset}=DIR",
                 file=sys.stderr,
