@@ -100,9 +100,11 @@ def make_train_step(
 
         # 2. Losses of a forward pass, a microbatch at a time; each gives its share of the whole batch's.
         counts = chosen.counts(batch)
+        parts_key = jax.random.fold_in(key, 3)  # 0, 1 and 2 are the three keys of `draw_inputs`
 
         def one(microbatch, index=0):
-            return forward_gradient(state.params, frozen, microbatch, counts, jax.random.fold_in(key, index))
+            own_key = jax.random.fold_in(parts_key, index)
+            return forward_gradient(state.params, frozen, microbatch, counts, own_key)
 
         if config.accumulation == 1:
             gradient, (terms, statistics) = one(batch)

@@ -269,8 +269,14 @@ def run(
     Returns:
         The stream, the carry, and for every visit what its `do` gave out, with a leading axis len(after);
         None for a visit after no block.
+
+    Raises:
+        ValueError: on a visit after a block that the stack does not have, or that is not in order.
     """
     depth = jax.tree.leaves(stack)[0].shape[0]
+    for visit in visits:
+        if list(visit.after) != sorted(set(visit.after) & set(range(depth))):
+            raise ValueError(f"a visit after blocks {visit.after} of {depth}: name them once, ascending")
     done, stops = 0, []  # (visit, blocks before it, whether it is the first of all, first of these, slice)
     for block, v, i in sorted((b, v, i) for v, visit in enumerate(visits) for i, b in enumerate(visit.after)):
         stops.append((v, block + 1 - done, not stops, done, i))
