@@ -124,6 +124,9 @@ class Model:
     backbone: Backbone
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
+    def __hash__(self) -> int:  # so that it can be compiled as it is
+        return hash((self.backbone, *self.parts.items()))
+
     def without(self, *names: str) -> "Model":
         """The model without these parts, or without any: a baseline, or the reference of a loss."""
         kept = {name: part for name, part in self.parts.items() if names and name not in names}
