@@ -63,9 +63,8 @@ def find_parts(config: Any, folders: list[str]) -> dict[str, str]:
         )
         name = manifest.get("part", "")
         if name not in (config.parts or {}):
-            raise UserError(
-                f"--branch={folder} holds {name or 'no part'!r}, which config.parts does not name"
-            )
+            known = sorted(config.parts or {})
+            raise UserError(f"--branch={folder} is of the part {name!r}; config.parts names {known}")
         if name in found:
             raise UserError(f"--branch names the part {name!r} twice: {found[name]} and {folder}")
         found[name] = folder

@@ -73,6 +73,8 @@ def _modernised(config: dict[str, Any]) -> dict[str, Any]:
         config["parts"] = {"branch": {"module": "prophy", **branch}} if branch else {}
     if "labels" in config.get("data", {}):
         config["data"]["side"] = {"alignment": config["data"].pop("labels")}
+    if "absolute_alignment" in config.get("losses", {}):  # it was reduced as its sibling
+        config["reduction"] = {"absolute_alignment": config["reduction"]["alignment"], **config["reduction"]}
     return config
 
 
