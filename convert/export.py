@@ -35,7 +35,7 @@ from tqdm import tqdm
 from convert import cogvideox, t5, wan
 from convert import leaves as lv
 from prophy_jax import models
-from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+from prophy_jax.models.beside.prophy import ProPhy
 from prophy_jax.run import checkpoints, cli
 from prophy_jax.run.errors import UserError, one_line_errors
 
@@ -112,7 +112,7 @@ class Part:
     form: Form  # of a branch that of its backbone
     folder: Path
     manifest: Mapping[str, Any]
-    config: Any  # of the model file; of a branch its `BranchConfig`
+    config: Any  # of the model file; of a branch its `ProPhy`
     table: Mapping[str, lv.Leaf]
     arrays: Mapping[str, tensorstore.TensorStore]
 
@@ -209,7 +209,7 @@ def _open_part(folder: Path, naming: str) -> Part:
     if naming not in form.configs:
         raise UserError(f"{folder} is of the model {module!r}: use --format={next(iter(form.configs))}")
     if name == "branch":
-        config = BranchConfig.from_dict(spec["branch"])
+        config = models.build({"module": "prophy", **spec["branch"]})  # older manifests name no module
         table = branch_leaves(models.build(spec["backbone"]), config, form, naming)
     else:
         config = models.build(spec).config
@@ -267,11 +267,12 @@ def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
         raise UserError(f"{tree} is not readable ({_first_line(error)}): {remedy}") from error
 
 
-def branch_leaves(backbone: Any, config: BranchConfig, form: Form, naming: str) -> dict[str, lv.Leaf]:
+def branch_leaves(backbone: Any, config: ProPhy, form: Form, naming: str) -> dict[str, lv.Leaf]:
     """The key table of a physical branch beside a transformer; docs/pytorch.md lists it for Wan2.1."""
     key = jax.random.key(0)
     weights = jax.eval_shape(backbone.init, key)
-    tree = flatten_dict(jax.eval_shape(ProPhy(backbone, config).init_branch, key, weights), sep="/")
+    shapes = jax.eval_shape(lambda key, weights: config.init(key, backbone, weights), key, weights)
+    tree = flatten_dict(shapes, sep="/")
     copies = dataclasses.replace(backbone.config, num_layers=len(config.layers))
     table = {}
     for path, leaf in form.leaves(copies, naming).items():

@@ -24,7 +24,6 @@ from convert import leaves as lv
 from convert import t5 as convert_t5
 from prophy_jax import models
 from prophy_jax.models import cogvideox
-from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
 from prophy_jax.models.codecs import cogvideox_vae
 from prophy_jax.models.text import t5
 from prophy_jax.run import checkpoints
@@ -481,15 +480,16 @@ def test_there_and_back_by_the_command_lines(tmp_path):
 
 def test_a_branch_beside_cogvideox_has_the_documented_keys(tmp_path):
     branch = dict(
+        module="prophy",
         layers=[0, 2],
         semantic=dict(basis_grid=[2, 4, 6], experts=5, hidden=12),
         refinement=dict(experts=3, top_k=2, categories=7, align_hidden=6),
     )
-    model = ProPhy(models.build(SPECS["transformer"]), BranchConfig.from_dict(branch))
-    backbone = jax.eval_shape(model.backbone.init, jax.random.key(0))
-    tree = jax.eval_shape(model.init_branch, jax.random.key(0), backbone)
+    backbone, part = models.build(SPECS["transformer"]), models.build(branch)
+    frozen = jax.eval_shape(backbone.init, jax.random.key(0))
+    tree = jax.eval_shape(lambda key, frozen: part.init(key, backbone, frozen), jax.random.key(0), frozen)
     form = convert_export.FORMS["cogvideox"]
-    table = convert_export.branch_leaves(model.backbone, model.branch, form, "diffusers")
+    table = convert_export.branch_leaves(backbone, part, form, "diffusers")
     shapes = lv.tensor_shapes(table)
     assert sum(int(np.prod(s)) for s in shapes.values()) == sum(x.size for x in jax.tree.leaves(tree))
     assert shapes["blocks.1.attn1.to_q.weight"] == (48, 48) and shapes["exits.1.weight"] == (48, 48)

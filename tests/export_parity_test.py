@@ -21,7 +21,7 @@ from convert import leaves as lv  # noqa: E402
 from convert import t5 as convert_t5  # noqa: E402
 from convert import wan as convert_wan  # noqa: E402
 from prophy_jax import models  # noqa: E402
-from prophy_jax.models.beside.prophy import BranchConfig, ProPhy  # noqa: E402
+from prophy_jax.models.beside.part import Model  # noqa: E402
 from prophy_jax.run import checkpoints  # noqa: E402
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -294,6 +294,7 @@ def test_the_documented_lines_make_the_pth_files_of_the_reference_code(tmp_path,
 # --- The branch ------------------------------------------------------------------------------------
 
 BRANCH = dict(
+    module="prophy",
     layers=[0, 1, 3],
     semantic=dict(basis_grid=[3, 4, 6], experts=5, hidden=12),
     refinement=dict(experts=4, top_k=2, categories=7, align_hidden=6),
@@ -310,7 +311,7 @@ def example():
 
 def random_branch(model, backbone):
     """Unlike a fresh branch: bases, exits and experts random, blocks not those of the backbone."""
-    params = model.init_branch(jax.random.key(0), backbone)
+    params = model.init_part("branch", jax.random.key(0), backbone)
     rng = np.random.default_rng(3)
 
     def draw(path, leaf):
@@ -326,8 +327,7 @@ def random_branch(model, backbone):
 
 def export_branch(folder, spec, transformer):
     """Returns our model and its parameters; writes the branch's file into `folder`/out."""
-    grid = spec["semantic"] and dict(spec["semantic"], basis_grid=tuple(spec["semantic"]["basis_grid"]))
-    model = ProPhy(models.build(DIT), BranchConfig.from_dict(spec | {"semantic": grid}))
+    model = Model(models.build(DIT), {"branch": models.build(spec)})
     state = {name: tensor.numpy() for name, tensor in transformer.state_dict().items()}
     backbone = convert_wan.read_dit(state, model.backbone.config)
     params = {"backbone": backbone, "branch": random_branch(model, backbone)}
@@ -365,7 +365,9 @@ def test_the_example_computes_what_we_compute(tmp_path, spec, grid, scale, recor
     model, params, file = export_branch(tmp_path, spec, transformer)
     latents, t, text, mask = branch_inputs(grid)
     with jax.default_matmul_precision("highest"):
-        want = jax.jit(model.__call__)(params, latents, t, text, mask, scale)
+        prompt = {"text": text, "text_mask": mask}
+        want = jax.jit(model)(params, latents, t, prompt, scale)
+        seen = want.seen["branch"]
 
     channels_first = torch.from_numpy(latents).permute(0, 4, 1, 2, 3)
     inputs = (channels_first, torch.from_numpy(t), torch.from_numpy(text))
@@ -383,14 +385,14 @@ def test_the_example_computes_what_we_compute(tmp_path, spec, grid, scale, recor
     assert (velocity - alone).abs().max() > 0.1  # The branch matters.
 
     expected = {
-        "semantic": None if spec["semantic"] is None else jax.nn.softmax(want.routing.semantic_logits),
-        "refinement": want.routing.refinement,
-        "alignment": want.routing.alignment,
+        "semantic": None if spec["semantic"] is None else jax.nn.softmax(seen.semantic_logits),
+        "refinement": seen.refinement,
+        "alignment": seen.alignment,
     }
     expected = {name: value for name, value in expected.items() if value is not None}
     assert routing.keys() == expected.keys()
     got = {"velocity": velocity.permute(0, 2, 3, 4, 1), **routing}
-    for name, value in {"velocity": want.velocity, **expected}.items():
+    for name, value in {"velocity": want.prediction, **expected}.items():
         difference = np.abs(got[name].numpy() - np.asarray(value)).max()
         record_property(name, float(difference))
         # fp32 sums in another order: 2e-6 measured, at velocities up to 5.

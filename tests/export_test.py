@@ -23,7 +23,6 @@ from convert import leaves as lv
 from convert import t5 as convert_t5
 from convert import wan as convert_wan
 from prophy_jax import models
-from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -37,6 +36,7 @@ SPECS = {
     ),
 }
 BRANCH = dict(
+    module="prophy",
     layers=[0, 2],
     semantic=dict(basis_grid=[2, 4, 6], experts=5, hidden=12),
     refinement=dict(experts=3, top_k=2, categories=7, align_hidden=6),
@@ -86,9 +86,9 @@ def save_random(folder, part: str, naming="official", dtype=np.float32):
 
 def random_branch(spec=BRANCH):
     """Random values for every parameter, those included that start at zero."""
-    model = ProPhy(models.build(SPECS["transformer"]), BranchConfig.from_dict(spec))
-    backbone = jax.eval_shape(model.backbone.init, jax.random.key(0))
-    shapes = jax.eval_shape(model.init_branch, jax.random.key(0), backbone)
+    backbone, part = models.build(SPECS["transformer"]), models.build({"module": "prophy"} | spec)
+    frozen = jax.eval_shape(backbone.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key, frozen: part.init(key, backbone, frozen), jax.random.key(0), frozen)
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: random(rng, leaf.shape), shapes)
 
@@ -302,7 +302,7 @@ def test_branch_layouts_and_metadata(tmp_path):
     manifest = json.loads((tmp_path / "branch" / "manifest.json").read_text())
     assert metadata.pop("tree_sha256") == manifest["sha256"]
     config = json.loads(metadata.pop("branch"))
-    assert config == json.loads(json.dumps(dataclasses.asdict(BranchConfig.from_dict(BRANCH))))
+    assert config == json.loads(json.dumps(dataclasses.asdict(models.build(BRANCH))))
     assert config["semantic"]["basis_space"] == "latent"  # a default of ours, written out
     assert metadata == {"format": "pt", "names": "diffusers", "backbone_sha256": "of the frozen backbone"}
 
@@ -328,7 +328,9 @@ def test_the_documented_keys_are_those_of_the_file(tmp_path, naming, space):
 
 @pytest.mark.parametrize("absent", [["semantic"], ["refinement"], ["semantic", "refinement"]])
 def test_parts_that_a_branch_lacks_have_no_keys(tmp_path, absent):
-    save_branch(tmp_path / "branch", {**BRANCH, **dict.fromkeys(absent)})
+    spec = {**BRANCH, **dict.fromkeys(absent)}
+    del spec["module"]  # as older versions wrote it
+    save_branch(tmp_path / "branch", spec)
     convert_export.export(str(tmp_path / "branch"), "official", str(tmp_path / "out"))
     tops = {name.split(".")[0] for name in load_file(tmp_path / "out" / "prophy_branch.safetensors")}
     assert tops == {"blocks", "exits", "semantic", "refinement"} - set(absent)
