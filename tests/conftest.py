@@ -17,6 +17,8 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+import types  # noqa: E402
+
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,6 +31,22 @@ def get_config(arg: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)
+
+
+def build_run(config, devices=None) -> types.SimpleNamespace:
+    """What `config` describes, built on all devices or on those given."""
+    from prophy_jax import build
+
+    mesh = build.build_mesh(config.mesh, build.microbatch(config), devices)
+    model, objective = build.build_model(config, mesh), build.build_objective(config)
+    return types.SimpleNamespace(
+        config=config,
+        mesh=mesh,
+        model=model,
+        objective=objective,
+        chosen=build.build_losses(config, model),
+        layout=build.place(model, mesh, config.frozen_dtype, config.optimizer.groups),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,9 @@ def get_config(arg: str = "demo_data") -> ConfigDict:
     config = _load("wan.py").get_config(arg)
 
     config.backbone.text_len = config.text_encoder.length = LENGTH
-    config.branch.semantic.basis_grid = (3, 6, 10)
-    config.data.update(dir="", side=dict(alignment=""), height=48, width=80, frames=9, buckets=())
+    config.parts.branch.semantic.basis_grid = (3, 6, 10)
+    config.data.update(dir="", height=48, width=80, frames=9, buckets=())
+    config.data.side.alignment = ""
     config.samples.update(solver="unipc-diffusers", steps=8, shift=3.0, guidance=5.0, clips=1)
     config.steps, config.batch_size = 3, 2
     config.optimizer.warmup = 1
@@ -46,7 +47,7 @@ def cogvideox(variant: str = "") -> ConfigDict:
     config.codec.update(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, tile=None)
     text = dict(vocab_size=256, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
     config.text_encoder.update(**text, length=LENGTH, dtype="float32")
-    config.branch, config.losses, config.batch_size = None, {}, 0
+    config.parts, config.losses, config.batch_size = {}, {}, 0
     config.optimizer.groups = (("backbone/", None),)
     config.data.update(height=24, width=40, frames=17 if "lead" in config.codec else 9)
     config.samples.steps = 8
