@@ -29,7 +29,11 @@ if "slow" in sys.argv:
     parallel.put_batch = lambda *arguments: (time.sleep(0.1), put(*arguments))[1]
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
-MODEL = ("--config=configs/wan.py:tiny", "--config.backbone.num_layers=1", "--config.branch.layers=(0,)")
+MODEL = (
+    "--config=configs/wan.py:tiny",
+    "--config.backbone.num_layers=1",
+    "--config.parts.branch.layers=(0,)",
+)
 STEPS = 40
 
 

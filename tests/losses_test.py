@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import losses
+from prophy_jax.losses import prophy
+from prophy_jax.models.beside.prophy import router_statistics
 
 # fp32 sums of a few hundred products, compared with float64.
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)
@@ -67,39 +68,39 @@ def test_relative_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
     category = jnp.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # cosine 1 / sqrt(2)
     expected = (2 / np.sqrt(5) - 1 / np.sqrt(2)) ** 2
-    np.testing.assert_allclose(losses.relative(logits, category), expected, rtol=1e-5)
+    np.testing.assert_allclose(prophy.relative(logits, category), expected, rtol=1e-5)
 
 
 def test_alignment_by_hand():
     predicted = jnp.array([[[0.5, 0.9], [0.1, 0.2]]])
     target = jnp.array([[[1.0, 1.0], [-0.3, 0.5]]])
     present = jnp.array([[1.0, 0.0]])
-    mask = losses.alignment_mask(target, present)
+    mask = prophy.alignment_mask(target, present)
     np.testing.assert_array_equal(mask, [[[True, False], [False, False]]])
-    np.testing.assert_allclose(losses.alignment(predicted, target, mask, mask.sum()), 0.25)
-    gradient = jax.grad(losses.alignment)(predicted, target, mask, 1.0)
+    np.testing.assert_allclose(prophy.alignment(predicted, target, mask, mask.sum()), 0.25)
+    gradient = jax.grad(prophy.alignment)(predicted, target, mask, 1.0)
     np.testing.assert_allclose(gradient, [[[2 * (0.5 - 1.0), 0], [0, 0]]], rtol=1e-6)
-    everywhere = losses.alignment_mask(target, present, positive=False)
+    everywhere = prophy.alignment_mask(target, present, positive=False)
     np.testing.assert_array_equal(everywhere, [[[True, False], [True, False]]])
     np.testing.assert_allclose(
-        losses.alignment(predicted, target, everywhere, 2.0), (0.25 + 0.16) / 2, rtol=1e-6
+        prophy.alignment(predicted, target, everywhere, 2.0), (0.25 + 0.16) / 2, rtol=1e-6
     )
 
 
 def test_balance_by_hand():
     # Two tokens, both choose expert 0: f = (1, 0), p = (0.75, 0.25), E f.p = 1.5.
     rho = jnp.array([[[0.9, 0.1], [0.6, 0.4]]])
-    np.testing.assert_allclose(losses.balance(rho, 1), 1.5, rtol=1e-6)
-    np.testing.assert_allclose(losses.balance(rho, 2), 1.0, rtol=1e-6)  # all chosen: even load
+    np.testing.assert_allclose(prophy.balance(rho, 1), 1.5, rtol=1e-6)
+    np.testing.assert_allclose(prophy.balance(rho, 2), 1.0, rtol=1e-6)  # all chosen: even load
     # dL/d rho = E f / tokens: only the loaded expert is pushed down.
-    gradient = jax.grad(losses.balance)(rho, 1)
+    gradient = jax.grad(prophy.balance)(rho, 1)
     np.testing.assert_allclose(gradient, [[[1.0, 0.0], [1.0, 0.0]]], rtol=1e-6)
 
 
 def test_bce_by_hand():
     logits, category = jnp.zeros((1, 17)), jnp.zeros((1, 17)).at[0, 3].set(1.0)
-    np.testing.assert_allclose(losses.bce(logits, category), np.log(2), rtol=1e-6)
-    gradient = jax.grad(losses.bce)(logits, category)
+    np.testing.assert_allclose(prophy.bce(logits, category), np.log(2), rtol=1e-6)
+    gradient = jax.grad(prophy.bce)(logits, category)
     np.testing.assert_allclose(gradient[0, 3], -0.5 / 17, rtol=1e-6)
     np.testing.assert_allclose(gradient[0, 4], 0.5 / 17, rtol=1e-6)
 
@@ -113,7 +114,7 @@ def test_relative_against_float64(batch):
     logits = rng.normal(size=(batch, 17))
     category = (rng.random((batch, 17)) < 0.2).astype(np.float64)
     category[0] = 0  # one clip without labels
-    value, gradient = jax.value_and_grad(losses.relative)(jnp.float32(logits), jnp.float32(category))
+    value, gradient = jax.value_and_grad(prophy.relative)(jnp.float32(logits), jnp.float32(category))
     np.testing.assert_allclose(value, relative64(logits, category), **TOLERANCE)
     expected = numerical_gradient(lambda x: relative64(x, category), logits)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)  # fp32, many cancelling terms
@@ -123,9 +124,9 @@ def test_alignment_against_float64():
     rng = np.random.default_rng(0)
     predicted, target = rng.normal(size=(2, 2, 5, 17))
     present = (rng.random((2, 17)) < 0.4).astype(np.float64)
-    mask = losses.alignment_mask(jnp.float32(target), jnp.float32(present))
+    mask = prophy.alignment_mask(jnp.float32(target), jnp.float32(present))
     count = float(mask.sum())
-    value, gradient = jax.value_and_grad(losses.alignment)(
+    value, gradient = jax.value_and_grad(prophy.alignment)(
         jnp.float32(predicted), jnp.float32(target), mask, count
     )
     np.testing.assert_allclose(value, alignment64(predicted, target, present, count), **TOLERANCE)
@@ -136,7 +137,7 @@ def test_alignment_against_float64():
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_balance_against_float64(k):
     rho = softmax64(np.random.default_rng(k).normal(size=(2, 9, 8)))
-    value, gradient = jax.value_and_grad(losses.balance)(jnp.float32(rho), k)
+    value, gradient = jax.value_and_grad(prophy.balance)(jnp.float32(rho), k)
     np.testing.assert_allclose(value, balance64(rho, k), **TOLERANCE)
     # The choices do not move under so small a step, so the difference quotient sees p_e alone.
     expected = numerical_gradient(lambda x: balance64(x, k), rho)
@@ -156,7 +157,7 @@ def test_balance_against_float64(k):
 )
 def test_relative_without_pairs_is_zero_with_zero_gradient(category):
     logits = jnp.float32(np.random.default_rng(0).normal(size=(len(category), 17)))
-    value, gradient = jax.value_and_grad(losses.relative)(logits, jnp.float32(category))
+    value, gradient = jax.value_and_grad(prophy.relative)(logits, jnp.float32(category))
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
 
@@ -164,17 +165,17 @@ def test_relative_without_pairs_is_zero_with_zero_gradient(category):
 def test_relative_one_category_pulls_routers_together():
     logits = jnp.float32(np.random.default_rng(0).normal(size=(2, 17)))
     category = jnp.ones((2, 1)) * jnp.eye(17)[4]
-    value, gradient = jax.value_and_grad(losses.relative)(logits, category)
+    value, gradient = jax.value_and_grad(prophy.relative)(logits, category)
     cosine = cosine64(softmax64(np.float64(logits)))[0, 1]
     np.testing.assert_allclose(value, (cosine - 1) ** 2, rtol=1e-4)
-    assert losses.relative(logits - gradient, category) < value
+    assert prophy.relative(logits - gradient, category) < value
 
 
 def test_relative_reduction_mean_divides_by_the_pairs():
     logits = jnp.float32(np.random.default_rng(0).normal(size=(4, 17)))
     category = jnp.eye(17)[:4].at[3].set(0)  # 3 labelled clips: 3 pairs
     np.testing.assert_allclose(
-        losses.relative(logits, category, "mean"), losses.relative(logits, category) / 3, rtol=1e-6
+        prophy.relative(logits, category, "mean"), prophy.relative(logits, category) / 3, rtol=1e-6
     )
 
 
@@ -184,8 +185,8 @@ def test_alignment_of_an_empty_mask_is_zero_with_zero_gradient():
         (jnp.ones((2, 4, 17)), jnp.zeros((2, 17))),  # no labels
         (-jnp.ones((2, 4, 17)), jnp.ones((2, 17))),  # labels, nothing significant
     ]:
-        mask = losses.alignment_mask(target, present)
-        value, gradient = jax.value_and_grad(losses.alignment)(predicted, target, mask, mask.sum())
+        mask = prophy.alignment_mask(target, present)
+        value, gradient = jax.value_and_grad(prophy.alignment)(predicted, target, mask, mask.sum())
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
 
@@ -193,7 +194,7 @@ def test_alignment_of_an_empty_mask_is_zero_with_zero_gradient():
 def test_extreme_logits_stay_finite():
     logits = jnp.array([[1e4] + [-1e4] * 16, [-1e4] * 16 + [1e4]])
     category = jnp.eye(17)[:2]
-    for loss in (losses.relative, losses.bce):
+    for loss in (prophy.relative, prophy.bce):
         value, gradient = jax.value_and_grad(loss)(logits, category)
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
@@ -206,9 +207,9 @@ def test_router_statistics_at_their_ends():
         (collapsed, 0, 0, 1),
         (spread, 0, 1, 1 / 8),
     ]:
-        values = losses.router_statistics("r", rho)
+        values = router_statistics("r", rho)
         got = [values["r/entropy"], values["r/mean_entropy"], values["r/load_0"]]
         np.testing.assert_allclose(got, [entropy, mean_entropy, first_load], atol=1e-6)
         assert sum(values[f"r/load_{e}"] for e in range(8)) == pytest.approx(1)
-    top_2 = losses.router_statistics("r", jnp.array([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]), 2)
+    top_2 = router_statistics("r", jnp.array([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]), 2)
     np.testing.assert_allclose([top_2[f"r/load_{e}"] for e in range(3)], [0.5, 0.25, 0.25])

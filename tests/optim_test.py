@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from prophy_jax.run import optim
 from prophy_jax.run.errors import UserError
@@ -14,7 +15,7 @@ PARAMS = {
     "backbone": {"head": {"kernel": jnp.ones(5)}},
 }
 GROUPS = (("branch/blocks/", 1e-2), ("branch/", 1e-1), ("backbone/", None))
-ADAM = dict(steps=100, warmup=4, clip=1e9, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
+ADAM = dict(groups=GROUPS, warmup=4, decay="constant", clip=1e9, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
 
 
 def test_first_matching_pattern_claims():
@@ -38,9 +39,13 @@ def test_split_and_merge_are_inverse():
     assert jax.tree.structure(optim.merge(trainable, frozen)) == jax.tree.structure(PARAMS)
 
 
+def make(trainable, **changes):
+    return optim.make_optimizer(trainable, 100, ConfigDict(ADAM | changes))
+
+
 def run(steps, **changes):
     trainable, _ = optim.split(PARAMS, GROUPS)
-    optimizer = optim.make_optimizer(trainable, GROUPS, **(ADAM | changes))
+    optimizer = make(trainable, **changes)
     state, moves = optimizer.init(trainable), []
     gradient = jax.tree.map(jnp.ones_like, trainable)
     for _ in range(steps):
@@ -66,8 +71,8 @@ def test_cosine_ends_at_zero_and_unknown_decay_is_refused():
 def test_clipping_is_by_the_norm_over_all_groups():
     trainable, _ = optim.split(PARAMS, GROUPS)
     gradient = jax.tree.map(jnp.ones_like, trainable)  # norm sqrt(10)
-    clipped = optim.make_optimizer(trainable, GROUPS, **(ADAM | dict(clip=1.0, eps=1e3)))
-    free = optim.make_optimizer(trainable, GROUPS, **(ADAM | dict(eps=1e3)))
+    clipped = make(trainable, clip=1.0, eps=1e3)
+    free = make(trainable, eps=1e3)
     # With a huge eps Adam is linear in the gradient, so clipping shows as a factor.
     a, _ = clipped.update(gradient, clipped.init(trainable), trainable)
     b, _ = free.update(gradient, free.init(trainable), trainable)

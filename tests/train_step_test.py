@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import experiment, losses, train
+from prophy_jax import build, train
+from prophy_jax.losses import prophy
 from prophy_jax.run import optim, parallel
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, get_config
+from tests.conftest import ROOT, build_run, get_config
 
 BATCH, TOKENS = 8, 3 * 4 * 4
 
@@ -19,7 +20,7 @@ BATCH, TOKENS = 8, 3 * 4 * 4
 def tiny(**changes):
     config = get_config("tiny")
     config.backbone.update(dim=24, num_heads=2, ffn_dim=32, text_dim=8, text_len=6, freq_dim=16)
-    config.branch.semantic.hidden = 8
+    config.parts.branch.semantic.hidden = 8
     config.optimizer.groups = (("branch/blocks/", 2e-3), ("branch/", 1e-2), ("backbone/", None))
     config.optimizer.warmup = 1
     config.batch_size = BATCH
@@ -42,11 +43,17 @@ def make_batch(seed=0, size=BATCH):
     }
 
 
+def init(run):
+    """(trainable, frozen) parameters at step 0."""
+    params = build.init_params(run.config, run.model, run.layout)
+    return optim.split(params, run.config.optimizer.groups)
+
+
 def run_steps(config, devices=None, steps=2, batch=None):
     """Metrics of each step, trained parameters, frozen parameters. Exits start away from zero."""
-    run = experiment.build(config, devices)
+    run = build_run(config, devices)
     with jax.set_mesh(run.mesh):
-        trainable, frozen = experiment.init_params(run)
+        trainable, frozen = init(run)
         if "branch" in trainable:
             exits = trainable["branch"]["exits"]
             exits["kernel"] = exits["kernel"] + 0.05 * jax.random.normal(
@@ -54,10 +61,10 @@ def run_steps(config, devices=None, steps=2, batch=None):
             )
         head = (frozen if "backbone" in frozen else trainable)["backbone"]["head"]["out"]
         head["kernel"] = head["kernel"] + 0.1 * jax.random.normal(jax.random.key(8), head["kernel"].shape)
-        adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
-        optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
+        optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
         state = train.place_state(trainable, optimizer, run.mesh)
-        step = jax.jit(train.make_train_step(run.model, run.objective, optimizer, config))
+        step = train.make_train_step(run.model, run.objective, run.chosen, optimizer, config)
+        step = jax.jit(step)
         empty = {"text": jnp.zeros((6, 8)), "text_mask": jnp.arange(6) < 1}
         placed = parallel.put_batch(batch or make_batch(), run.mesh)
         history = []
@@ -94,8 +101,7 @@ def test_losses_and_parameters_are_equal_on_every_mesh(whole, mesh, monkeypatch)
 
 def test_fsdp_splits_the_trained_parameters(monkeypatch):
     monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
-    run = experiment.build(tiny(mesh=dict(data=1, fsdp=8, context=1)))
-    trainable, frozen = experiment.init_params(run)
+    trainable, frozen = init(build_run(tiny(mesh=dict(data=1, fsdp=8, context=1))))
     kernel = trainable["branch"]["blocks"]["ffn"]["up"]["kernel"]  # (2, 24, 32)
     assert kernel.addressable_shards[0].data.shape == (2, 24, 4)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(frozen))
@@ -119,12 +125,10 @@ def test_accumulation_is_exact(reduction):
 
 def test_coarse_loss_is_of_the_whole_batch_however_it_is_split(whole):
     batch = make_batch()
-    run = experiment.build(tiny(), jax.devices()[:1])
-    trainable, frozen = experiment.init_params(run)
-    logits = run.model.semantic_logits(
-        optim.merge(trainable, frozen), jnp.asarray(batch["text"]), jnp.asarray(batch["text_mask"])
-    )
-    expected = float(losses.relative(logits, jnp.asarray(batch["category"])))
+    run = build_run(tiny(), jax.devices()[:1])
+    trainable, _ = init(run)
+    logits = run.model.parts["branch"].read(trainable["branch"], jax.tree.map(jnp.asarray, batch))
+    expected = float(prophy.relative(logits, jnp.asarray(batch["category"])))
     assert expected > 0.1
     sharded, _, _ = run_steps(tiny(mesh=dict(data=8, fsdp=1, context=1)), steps=1)
     split, _, _ = run_steps(tiny(accumulation=4), jax.devices()[:1], steps=1)
@@ -134,7 +138,7 @@ def test_coarse_loss_is_of_the_whole_batch_however_it_is_split(whole):
 
 def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(whole):
     _, state, frozen = whole
-    before = experiment.init_params(experiment.build(tiny(), jax.devices()[:1]))[1]
+    before = init(build_run(tiny(), jax.devices()[:1]))[1]
     before["backbone"]["head"] = frozen["backbone"]["head"]  # moved by the test itself
     for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -145,7 +149,7 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(whole):
 
 
 def test_every_part_of_the_branch_moves(whole):
-    start = experiment.init_params(experiment.build(tiny(), jax.devices()[:1]))[0]["branch"]
+    start = init(build_run(tiny(), jax.devices()[:1]))[0]["branch"]
     for name, part in whole[1].params["branch"].items():
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), part, start[name])
         assert max(jax.tree.leaves(moved)) > 1e-4, name
@@ -171,7 +175,7 @@ def test_a_step_depends_on_its_number_and_the_seed_alone(whole):
 def test_caption_dropout_replaces_text_and_mask_but_not_for_the_coarse_loss(whole):
     batch = {name: jnp.asarray(value) for name, value in make_batch().items()}
     empty = {"text": jnp.full((6, 8), 7.0), "text_mask": jnp.arange(6) < 1}
-    objective = experiment.build(tiny(), jax.devices()[:1]).objective
+    objective = build.build_objective(tiny())
     key = jax.random.key(0)
     for share, rows in ((0.0, batch["text"]), (1.0, jnp.full((BATCH, 6, 8), 7.0))):
         drawn = train.draw_inputs(key, objective, batch, empty, share)
@@ -190,8 +194,8 @@ def test_ablations_lack_the_parts_and_losses_they_name(ablation):
     config = get_config(f"tiny,{ablation}")
     reference = tiny()
     config.backbone, config.batch_size = reference.backbone, BATCH
-    if config.branch.semantic:
-        config.branch.semantic.hidden = 8
+    if config.parts.branch.semantic:
+        config.parts.branch.semantic.hidden = 8
     history, state, _ = run_steps(config, jax.devices()[:1], steps=1)
     parts = {"blocks", "exits"}
     parts |= set() if ablation in ("pb", "pb+reb") else {"semantic"}
@@ -241,14 +245,13 @@ def test_the_paper_run_fits_together_at_its_real_size():
     """configs/wan.py itself, by shapes: no weights, no data, no memory."""
     config = get_config("")
     config.batch_size = 2
-    run = experiment.build(config, jax.devices()[:1])
+    run = build_run(config, jax.devices()[:1])
     latent, text = (21, 60, 104, 16), (512, 4096)
     tokens = 21 * 30 * 52
-    trainable, frozen = optim.split(experiment.abstract_params(run), config.optimizer.groups)
+    trainable, frozen = optim.split(run.layout, config.optimizer.groups)
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
     assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) == 1_418_996_800
-    adam = {name: value for name, value in config.optimizer.items() if name != "ema"}
-    optimizer = optim.make_optimizer(trainable, steps=config.steps, **adam)
+    optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
     state = jax.eval_shape(lambda params: train.new_state(params, optimizer), trainable)
 
     def shape(*sizes, dtype=jnp.float32):
@@ -263,7 +266,7 @@ def test_the_paper_run_fits_together_at_its_real_size():
         "alignment_present": shape(2, 17),
     }
     empty = {"text": shape(*text), "text_mask": shape(512, dtype=bool)}
-    step = train.make_train_step(run.model, run.objective, optimizer, config)
+    step = train.make_train_step(run.model, run.objective, run.chosen, optimizer, config)
     after, metrics = jax.eval_shape(step, state, frozen, empty, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
@@ -280,11 +283,11 @@ def test_configurations_that_do_not_fit_together_are_refused():
     ]
     for changes, word in cases:
         with pytest.raises(UserError, match=word):
-            experiment.build(tiny(**changes))
+            build_run(tiny(**changes))
     config = tiny()
-    config.branch.semantic = None
+    config.parts.branch.semantic = None
     with pytest.raises(UserError, match="branch.semantic is absent"):
-        experiment.build(config)
+        build_run(config)
 
 
 def test_model_and_step_import_with_jax_flax_optax_numpy_alone():

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from prophy_jax import experiment, train
+from prophy_jax import build, train
 from prophy_jax.prepare import prepare
 from prophy_jax.run import checkpoints, metrics
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, SAMPLE, get_config
+from tests.conftest import ROOT, SAMPLE, build_run, get_config
 
 
 def command(workdir, tiny_data, *more, devices=1):
@@ -28,7 +28,7 @@ def command(workdir, tiny_data, *more, devices=1):
             "prophy_jax.train",
             "--config=configs/wan.py:tiny",
             "--config.backbone.num_layers=1",  # half the time to compile
-            "--config.branch.layers=(0,)",
+            "--config.parts.branch.layers=(0,)",
             f"--workdir={workdir}",
             f"--config.data.dir={tiny_data}",
             "--config.steps=60",
@@ -160,9 +160,9 @@ def test_workdir_of_another_configuration_is_refused(uninterrupted, tiny_data, t
 def test_checkpoint_of_another_shape_is_refused(uninterrupted, tiny_config):
     tiny_config.backbone.dim = 24
     tiny_config.backbone_params = os.path.join(uninterrupted, "backbone")
-    run = experiment.build(tiny_config, jax.devices()[:1])
+    run = build_run(tiny_config, jax.devices()[:1])
     with pytest.raises(UserError, match=r"backbone does not fit .* is \(\(1, 48\)"):
-        experiment.init_params(run)
+        build.init_params(run.config, run.model, run.layout)
 
 
 def test_not_finite_loss_names_step_clips_and_checkpoint(tmp_path, tiny_config):
