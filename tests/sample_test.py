@@ -1,6 +1,5 @@
 """The sample command: what it writes, that it goes on where it was, meshes, guidance, bad input."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 
 from benchmarks import measure
-from prophy_jax import experiment, models, sample
+from prophy_jax import build, models, sample
 from prophy_jax.data.sources import video
-from prophy_jax.diffusion import v_prediction
+from prophy_jax.diffusion import generate, solvers, v_prediction
 from prophy_jax.run import checkpoints, parallel
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, get_config
+from tests.conftest import ROOT, build_run, get_config
 
 PROMPTS = ["a red ball bounces on the left", "orange flames burn on logs", "blue ink spreads in water"]
 
@@ -42,10 +41,10 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     config = small_config()
     config.batch_size = 0
-    layout = experiment.abstract_params(experiment.build(config))
+    layout = build_run(config).layout
     backbone, branch = str(folder / "backbone"), str(folder / "branch")
     digest = checkpoints.save_params(backbone, random_like(layout["backbone"], 0), {})
-    about = {"backbone_sha256": digest}
+    about = {"part": "branch", "backbone_sha256": digest}
     checkpoints.save_params(branch, random_like(layout["branch"], 1), about)
     return backbone, branch
 
@@ -118,7 +117,10 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
     [
         (["--checkpoint=nowhere"], "no checkpoint at nowhere"),
         (["--checkpoint={backbone}", "--branch=nowhere"], "no checkpoint at nowhere"),
-        (["--checkpoint={backbone}", "--branch={backbone}"], "does not fit"),
+        (
+            ["--checkpoint={backbone}", "--branch={branch}", "--config.parts.branch.layers=(0,)"],
+            "not fit the",
+        ),
         (["--checkpoint={backbone}", "--baseline"], "--branch"),
         (["--checkpoint={backbone}", "--config.data.frames=8"], "4n + 1"),
         (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8"),
@@ -137,15 +139,26 @@ def test_bad_input_is_one_line_before_anything_is_written(weights, tmp_path, arg
 
 
 def test_a_branch_of_another_backbone_is_refused(weights, tmp_path):
-    config, (backbone, branch) = small_config(), weights
-    config.batch_size, config.backbone_params = 0, str(tmp_path / "other")
-    run = experiment.build(config)
-    layout = experiment.abstract_params(run)
-    checkpoints.save_params(config.backbone_params, random_like(layout["backbone"], 2), {})
+    config, other, (backbone, branch) = small_config(), str(tmp_path / "other"), weights
+    config.batch_size = 0
+    layout = build_run(config).layout
+    checkpoints.save_params(other, random_like(layout["backbone"], 2), {})
     with pytest.raises(UserError, match="another backbone"):
-        experiment.check_params(run, branch)
-    config.backbone_params = backbone
-    assert set(experiment.check_params(run, branch)) == {"backbone_sha256", "branch_sha256"}
+        build.check_params(config, layout, {"backbone": other, "branch": branch})
+    hashes = build.check_params(config, layout, {"backbone": backbone, "branch": branch})
+    assert set(hashes) == {"backbone_sha256", "branch_sha256"}
+
+
+def test_folders_are_of_the_parts_that_the_configuration_names(weights):
+    config, (backbone, branch) = small_config(), weights
+    assert sample.find_parts(config, [branch]) == {"branch": branch} and sample.find_parts(config, []) == {}
+    for folders, message in (
+        ([backbone], "is of the part ''; config.parts names \\['branch'\\]"),
+        ([branch, branch], "the part 'branch' twice"),
+        (["nowhere"], "no checkpoint at nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.find_parts(config, folders)
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
@@ -158,23 +171,27 @@ def make(config, weights, devices=1, clips=4):
     """(model, mesh, a function of scale and whatever else `generate` takes) of `clips` clips."""
     encoder, codec = models.build(config.text_encoder), models.build(config.codec)
     text, mask = encoder([*PROMPTS, "smoke rises", ""])
-    run = experiment.build(config, jax.devices()[:devices])
-    params = experiment.load_params(run, *weights)
-    noise = sample.make_noise(0, np.arange(clips), codec.latent_shape(9, 32, 32))
-    inputs = {"noise": np.asarray(noise), "text": text[:clips], "text_mask": mask[:clips]}
-    inputs = parallel.put_batch(inputs, run.mesh)
+    run = build_run(config, jax.devices()[:devices])
+    params = load(run, weights)
+    noise = generate.make_noise(0, np.arange(clips), codec.latent_shape(9, 32, 32))
+    prompt = parallel.put_batch({"text": text[:clips], "text_mask": mask[:clips]}, run.mesh)
+    noise = parallel.put_batch({"noise": np.asarray(noise)}, run.mesh)["noise"]
     negative = {"text": text[-1], "text_mask": mask[-1]}
-    generate = sample.make_generator(run.model, config)
-    return run, functools.partial(generate, params, **inputs, negative=negative)
+    make_clips = generate.make_generator(run.model, run.objective, config.samples)
+    return run, functools.partial(make_clips, params, noise=noise, prompt=prompt, negative=negative)
+
+
+def load(run, weights):
+    return build.load_params(run.config, run.layout, dict(zip(("backbone", "branch"), weights, strict=True)))
 
 
 def test_a_sampler_split_over_devices_equals_one_device(weights):
     config, results = small_config(), []
     for shape in ({"data": 1}, {"data": 4}, {"data": 2, "context": 2}):
         config.mesh, config.batch_size = {"data": 1, "fsdp": 1, "context": 1, **shape}, 4
-        run, generate = make(config, weights, config.mesh["data"] * config.mesh["context"])
+        run, make_clips = make(config, weights, config.mesh["data"] * config.mesh["context"])
         with jax.set_mesh(run.mesh):
-            latents = generate()
+            latents = make_clips()
             assert len({str(shard.index) for shard in latents.addressable_shards}) == config.mesh["data"]
         results.append(np.asarray(latents))
     for other in results[1:]:
@@ -185,10 +202,10 @@ def test_a_single_guided_clip_takes_two_devices(weights):
     config, results = small_config(), []
     config.batch_size = 0
     for devices in (1, 2):
-        run, generate = make(config, weights, devices, clips=1)
+        run, make_clips = make(config, weights, devices, clips=1)
         with jax.set_mesh(run.mesh):
-            results.append(np.asarray(generate()))
-            begin, loop = sample.make_sampler(run.model, config)
+            results.append(np.asarray(make_clips()))
+            begin, loop = generate.make_sampler(run.model, run.objective, config.samples)
             arguments = abstract_arguments(run, frames=5)
             prompt, state = jax.eval_shape(functools.partial(begin, rows=32), *arguments)
             program = loop.lower(arguments[0], state, prompt, 1.0, 0, 3).compile().as_text()
@@ -200,37 +217,38 @@ def test_a_single_guided_clip_takes_two_devices(weights):
 
 def abstract_arguments(run, frames=3):
     """What `begin` takes, of one clip, without values."""
-    params, config = experiment.abstract_params(run), run.config
+    params, config = run.layout, run.config
     length, width = config.text_encoder.length, config.text_encoder.dim
     text, mask = jax.ShapeDtypeStruct((length, width), "float32"), jax.ShapeDtypeStruct((length,), "bool")
     noise = jax.ShapeDtypeStruct((1, frames, 8, 8, 16), "float32")
     one = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in (("text", text), ("mask", mask))}
-    return params, noise, one["text"], one["mask"], {"text": text, "text_mask": mask}
+    prompt = {"text": one["text"], "text_mask": one["mask"]}
+    return params, noise, prompt, {"text": text, "text_mask": mask}
 
 
 def test_one_program_makes_every_clip_whole_or_in_pieces(weights):
     config, done = small_config(), []
     config.samples.steps = 23  # ten pieces of two lengths
-    run, generate = make(config, weights, devices=2)
-    noise = np.asarray(generate.keywords["noise"])
+    run, make_clips = make(config, weights, devices=2)
+    noise = np.asarray(make_clips.keywords["noise"])
     other_noise = parallel.put_batch({"noise": noise + 1}, run.mesh)["noise"]
     with jax.set_mesh(run.mesh), measure.count_compiles() as compiled:
-        whole = np.asarray(generate())
+        whole = np.asarray(make_clips())
         assert len(compiled) >= 2  # `begin` and `loop`
         compiled.clear()
-        pieces = np.asarray(generate(after_steps=done.append))
-        other = np.asarray(generate(scale=0.5, noise=other_noise))
+        pieces = np.asarray(make_clips(after_steps=done.append))
+        other = np.asarray(make_clips(scale=0.5, noise=other_noise))
         assert not compiled
     np.testing.assert_array_equal(whole, pieces)
-    assert sum(done) == 23 and len(done) == sample.PIECES
+    assert sum(done) == 23 and len(done) == generate.PIECES
     assert np.abs(other - whole).max() > 1e-2
-    np.testing.assert_array_equal(noise, generate.keywords["noise"])  # the loop donates a copy of it
+    np.testing.assert_array_equal(noise, make_clips.keywords["noise"])  # the loop donates a copy of it
 
 
 def test_the_program_holds_the_network_once_and_no_parameters(weights):
     config = small_config()
-    run = experiment.build(config, jax.devices()[:1])
-    begin, loop = sample.make_sampler(run.model, config)
+    run = build_run(config, jax.devices()[:1])
+    begin, loop = generate.make_sampler(run.model, run.objective, config.samples)
     arguments = abstract_arguments(run)
     prompt, state = jax.eval_shape(functools.partial(begin, rows=32), *arguments)
     traced = loop.trace(arguments[0], state, prompt, 1.0, 0, 3)
@@ -249,19 +267,20 @@ def test_the_program_holds_the_network_once_and_no_parameters(weights):
 def test_skipped_steps_are_those_of_the_solver(weights):
     config = small_config()
     config.samples.steps = 6
-    _, generate = make(config, weights, clips=1)
-    every = np.asarray(generate())
+    _, make_clips = make(config, weights, clips=1)
+    every = np.asarray(make_clips())
     config.samples.skip = (2, 4)
-    _, generate = make(config, weights, clips=1)
-    two_skipped = np.asarray(generate())
+    _, make_clips = make(config, weights, clips=1)
+    two_skipped = np.asarray(make_clips())
     apart = np.linalg.norm(two_skipped - every) / np.linalg.norm(every)
     assert 1e-4 < apart < 0.5
-    np.testing.assert_array_equal(two_skipped, generate(after_steps=lambda n: None))
+    np.testing.assert_array_equal(two_skipped, make_clips(after_steps=lambda n: None))
 
 
 def stochastic_config():
     """As CogVideoX-5B samples: noise in every step, and a guidance that changes from step to step."""
     config = small_config()
+    config.objective = dict(module="v_prediction", snr_shift=1.0)
     config.samples.update(solver="cogvideox-dpm", steps=4, shift=1.0, guidance_schedule="dynamic")
     return config
 
@@ -270,10 +289,10 @@ def test_clips_of_a_stochastic_solver_are_their_own(weights):
     config, results = stochastic_config(), []
     for devices, clips in ((4, 4), (1, 1)):
         config.mesh, config.batch_size = {"data": devices, "fsdp": 1, "context": 1}, clips
-        run, generate = make(config, weights, devices, clips)
+        run, make_clips = make(config, weights, devices, clips)
         with jax.set_mesh(run.mesh):
-            results.append(np.asarray(generate()))
-            np.testing.assert_array_equal(results[-1], generate(after_steps=lambda n: None))
+            results.append(np.asarray(make_clips()))
+            np.testing.assert_array_equal(results[-1], make_clips(after_steps=lambda n: None))
     spread, alone = results
     assert np.abs(np.diff(spread, axis=0)).max() > 0.5
     np.testing.assert_allclose(alone, spread[:1], rtol=0, atol=1e-4)  # fp32, four guided steps
@@ -281,22 +300,26 @@ def test_clips_of_a_stochastic_solver_are_their_own(weights):
 
 def test_stochastic_generator_equals_the_model_called_step_by_step(weights):
     config = stochastic_config()
-    run, generate = make(config, weights, clips=1)
-    params, noise = generate.args[0], generate.keywords["noise"]
+    run, make_clips = make(config, weights, clips=1)
+    params, noise = make_clips.args[0], make_clips.keywords["noise"]
     text, mask = models.build(config.text_encoder)([PROMPTS[0], ""])
-    table, model = sample.solvers.cogvideox_dpm(4, 1.0), jax.jit(run.model)
-    state = sample.solvers.start(table, noise)
+
+    def row(i):
+        return {"text": text[[i]], "text_mask": mask[[i]]}
+
+    table, model = v_prediction.cogvideox_dpm(4, 1.0), jax.jit(run.model)
+    state = solvers.start(table, noise)
     for i, t in enumerate((999, 749, 499, 249)):
         factor = 1 + config.samples.guidance * (1 - np.cos(np.pi * ((4 - t) / 4) ** 5)) / 2
 
         def velocity(x, t, factor=factor):
             t = jnp.broadcast_to(t, (1,))
-            without, with_prompt = (model(params, x, t, text[[i]], mask[[i]]).velocity for i in (1, 0))
+            without, with_prompt = (model(params, x, t, row(i)).prediction for i in (1, 0))
             return without + factor * (with_prompt - without)
 
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
-        state = sample.solvers.step(row, state, velocity, sample.solvers.step_noise(state, i))
-    np.testing.assert_allclose(generate(), state.x, rtol=0, atol=1e-4)  # fp32, four guided steps
+        weighed = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
+        state = solvers.step(weighed, state, velocity, solvers.step_noise(state, i))
+    np.testing.assert_allclose(make_clips(), state.x, rtol=0, atol=1e-4)  # fp32, four guided steps
 
 
 @pytest.mark.parametrize(
@@ -307,48 +330,49 @@ def test_settings_that_a_stochastic_sampler_cannot_take(settings, message):
     config = stochastic_config()
     config.samples.update(**settings)
     with pytest.raises(UserError, match=message):
-        sample.make_sampler(None, config)
+        generate.make_sampler(None, build.build_objective(config), config.samples)
 
 
-def test_the_localiser_noises_as_much_in_every_family(weights):
+def test_the_observer_noises_as_much_in_every_family(weights):
     config = small_config()
-    run, generate = make(config, weights, clips=1)
-    params, inputs, model = generate.args[0], generate.keywords, jax.jit(run.model)
-    latents, text, mask = inputs["noise"], inputs["text"], inputs["text_mask"]
-    family = v_prediction.VPrediction(1.0)
-    maps = sample.make_localiser(run.model, family)(params, latents, text, mask)
+    run, make_clips = make(config, weights, clips=1)
+    params, inputs, model = make_clips.args[0], make_clips.keywords, jax.jit(run.model)
+    latents, prompt = inputs["noise"], inputs["prompt"]
+    family, branch = v_prediction.VPrediction(1.0), run.model.parts["branch"]
+    maps = branch.token_maps(generate.make_observer(run.model, family)(params, latents, prompt)["branch"])
     # alpha^2 of timestep 56, whose share of noise is the nearest to 0.2
     alpha, sigma = (np.float32(np.sqrt(a)) for a in (0.941307, 1 - 0.941307))
     assert abs(sigma / (alpha + sigma) - 0.2) < 1e-3  # levels are 1.7e-3 apart there
     noisy = alpha * latents + sigma * jax.random.normal(jax.random.key(0), latents.shape)
-    expected, other = (model(params, noisy, jnp.full(1, t), text, mask) for t in (56.0, 200.0))
-    np.testing.assert_allclose(maps, expected.routing.alignment, rtol=0, atol=1e-4)  # alpha^2 to six digits
-    assert np.abs(maps - other.routing.alignment).max() > 1e-3
+    expected, other = (model(params, noisy, jnp.full(1, t), prompt).seen["branch"] for t in (56.0, 200.0))
+    np.testing.assert_allclose(maps, expected.alignment, rtol=0, atol=1e-4)  # alpha^2 to six digits
+    assert np.abs(maps - other.alignment).max() > 1e-3
 
 
 def test_generator_equals_the_model_called_step_by_step(weights):
     config = small_config()
     config.batch_size = 0
-    run = experiment.build(config, jax.devices()[:1])
-    params = experiment.load_params(run, *weights)
+    run = build_run(config, jax.devices()[:1])
+    params = load(run, weights)
     text, mask = models.build(config.text_encoder)([PROMPTS[0], ""])
-    assert sample.text_rows(mask) == 32 < mask.shape[1]  # the padding is shortened here
-    noise = sample.make_noise(0, np.arange(1), (3, 8, 8, 16))
-    negative = {"text": text[1], "text_mask": mask[1]}
-    latents = sample.make_generator(run.model, config)(params, noise, text[:1], mask[:1], negative)
-
-    solver = sample.solvers.solver("unipc", 3, config.samples.shift)
+    assert generate.text_rows(mask) == 32 < mask.shape[1]  # the padding is shortened here
+    noise = generate.make_noise(0, np.arange(1), (3, 8, 8, 16))
+    prompt, negative = {"text": text[:1], "text_mask": mask[:1]}, {"text": text[1], "text_mask": mask[1]}
+    make_clips = generate.make_generator(run.model, run.objective, config.samples)
+    latents, model = make_clips(params, noise, prompt, negative), jax.jit(run.model)
 
     def velocity(x, t):
         t = jnp.broadcast_to(t, (1,))
-        without, with_prompt = (run.model(params, x, t, text[[i]], mask[[i]]).velocity for i in (1, 0))
+        empty = jax.tree.map(lambda leaf: leaf[None], negative)
+        without, with_prompt = (model(params, x, t, one).prediction for one in (empty, prompt))
         return without + config.samples.guidance * (with_prompt - without)
 
-    expected = sample.solvers.sample(solver, velocity, noise)
+    solver = run.objective.solver("unipc", 3, config.samples.shift)
+    expected = solvers.advance(solver, velocity, solvers.start(solver, noise), 0, 3).x
     np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-4)
-    alone = dataclasses.replace(run.model, branch=None)
-    backbone = sample.make_generator(alone, config)(params, noise, text[:1], mask[:1], negative)
-    silent = sample.make_generator(run.model, config)(params, noise, text[:1], mask[:1], negative, scale=0.0)
+    alone = generate.make_generator(run.model.without(), run.objective, config.samples)
+    backbone = alone(params, noise, prompt, negative)
+    silent = make_clips(params, noise, prompt, negative, scale=0.0)
     np.testing.assert_array_equal(backbone, silent)
     assert np.abs(backbone - latents).max() > 1e-2
 
@@ -356,7 +380,7 @@ def test_generator_equals_the_model_called_step_by_step(weights):
 def test_the_configuration_of_14b():
     config = get_config("14b")
     config.batch_size = 0
-    layout = experiment.abstract_params(experiment.build(config, jax.devices()[:1]))
+    layout = build_run(config, jax.devices()[:1]).layout
     sizes = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in layout.items()}
     assert sizes["backbone"] == 14_288_491_584 and sizes["branch"] > 10 / 40 * sizes["backbone"] * 0.9
     assert (config.samples.guidance, config.samples.shift) == (5.0, 5.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax.diffusion import solvers, v_prediction
+from prophy_jax.diffusion import flow, solvers, v_prediction
 
 _REASON = "parity tests need the test extra on Python 3.11"
 torch = pytest.importorskip("torch", reason=_REASON)
@@ -58,14 +58,14 @@ def test_unipc(num_steps, shift):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     scheduler.set_timesteps(num_steps)
-    assert_same(solvers.unipc(num_steps, shift, grid="diffusers"), scheduler)
+    assert_same(flow.unipc(num_steps, shift, grid="diffusers"), scheduler)
 
 
 @pytest.mark.parametrize(("num_steps", "shift"), SETTINGS)
 def test_unipc_update_on_the_official_grid(num_steps, shift):
     # diffusers no longer builds this grid, so its scheduler is given ours: this compares the
     # updates alone.
-    table = solvers.unipc(num_steps, shift)
+    table = flow.unipc(num_steps, shift)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
@@ -79,7 +79,7 @@ def test_unipc_update_on_the_official_grid(num_steps, shift):
 def test_dpmpp_update(num_steps, shift):
     # diffusers starts this solver at 0.999 before the shift, the Wan reference code at 1: the grid
     # is ours again.
-    table = solvers.dpmpp_2m(num_steps, shift)
+    table = flow.dpmpp_2m(num_steps, shift)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
@@ -93,7 +93,7 @@ def test_dpmpp_update(num_steps, shift):
 def test_euler(num_steps, shift):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(num_steps)
-    assert_same(solvers.euler(num_steps, shift, grid="diffusers"), scheduler)
+    assert_same(flow.euler(num_steps, shift, grid="diffusers"), scheduler)
 
 
 # ---- CogVideoX -----------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def our_noisy_trajectory(table, noises):
 def test_ddim(num_steps, snr_shift):
     scheduler = cog_scheduler(diffusers.CogVideoXDDIMScheduler, snr_shift)
     scheduler.set_timesteps(num_steps)
-    table = solvers.ddim(num_steps, snr_shift)
+    table = v_prediction.ddim(num_steps, snr_shift)
     np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
     x, states = torch.from_numpy(NOISE), []
     for t in scheduler.timesteps:
@@ -140,7 +140,7 @@ def test_cogvideox_dpm(num_steps, snr_shift, monkeypatch):
     noises = np.random.RandomState(1).standard_normal((num_steps, *NOISE.shape)).astype(np.float32)
     scheduler = cog_scheduler(diffusers.CogVideoXDPMScheduler, snr_shift)
     scheduler.set_timesteps(num_steps)
-    table = solvers.cogvideox_dpm(num_steps, snr_shift)
+    table = v_prediction.cogvideox_dpm(num_steps, snr_shift)
     np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
     x, data, states, back = torch.from_numpy(NOISE), None, [], None
     for t, noise in zip(scheduler.timesteps, noises, strict=True):

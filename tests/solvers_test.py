@@ -1,18 +1,31 @@
 """Solvers against golden schedules, golden coefficients and golden end points of a toy equation."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax.diffusion import solvers, v_prediction
+from prophy_jax.diffusion import flow, guided, solvers, v_prediction
 from prophy_jax.run.errors import UserError
 
 NAMES = ("unipc", "unipc-diffusers", "dpm++", "euler", "euler-diffusers")
 V_NAMES = ("ddim", "cogvideox-dpm")  # of v-prediction
 START = np.array([1.0, -0.5, 2.0], np.float32)
+
+
+def choose(name, num_steps, shift):
+    """The solver of the family that has it, as a configuration names it."""
+    if name in V_NAMES:
+        return v_prediction.VPrediction(shift).solver(name, num_steps)
+    return flow.FlowMatching().solver(name, num_steps, shift)
+
+
+def sample(table, velocity, noise):
+    """From noise to data in one loop, with at most one network call per step."""
+    return solvers.advance(table, velocity, solvers.start(table, noise), 0, table.num_steps).x
 
 
 def toy_velocity(x, t):
@@ -45,7 +58,7 @@ TIMESTEPS = {
 def test_integer_timesteps(name, shift):
     golden = [int(t) for t in TIMESTEPS[name, shift].split()]
     assert len(golden) == 50
-    np.testing.assert_array_equal(solvers.solver(name, 50, shift).timesteps, golden)
+    np.testing.assert_array_equal(choose(name, 50, shift).timesteps, golden)
 
 
 @pytest.mark.parametrize(
@@ -59,24 +72,24 @@ def test_integer_timesteps(name, shift):
     ],
 )
 def test_first_and_last_sigma(name, first, last):
-    sigmas = solvers.solver(name, 50, 8.0).sigmas
+    sigmas = choose(name, 50, 8.0).sigmas
     assert sigmas.shape == (51,) and sigmas.dtype == np.float32 and sigmas[-1] == 0
     # The golden values carry 8 digits; a float32 near 1 is good to 6e-8.
     np.testing.assert_allclose(sigmas[[0, -2]], [first, last], rtol=0, atol=6e-8)
 
 
 def test_euler_hands_the_network_fractional_times_and_dpmpp_starts_at_1000():
-    linear = solvers.euler(50, 8.0)
+    linear = flow.euler(50, 8.0)
     # 1000 sigma in float32: relative rounding 6e-8.
     np.testing.assert_allclose(linear.timesteps, 1000 * linear.sigmas[:-1], rtol=1e-7)
-    assert solvers.dpmpp_2m(50, 8.0).timesteps[0] == 1000
+    assert flow.dpmpp_2m(50, 8.0).timesteps[0] == 1000
 
 
 # ---- coefficients --------------------------------------------------------------------------------
 
 
 def test_unipc_coefficients_at_five_steps():
-    table = solvers.unipc(5, 8.0)
+    table = flow.unipc(5, 8.0)
     corrector = [  # of x, x_c', m, m', m''
         [1, 0, 0, 0, 0],
         [0, 0.9696712, 0.0151644, 0.0151644, 0],
@@ -100,7 +113,7 @@ def test_unipc_coefficients_at_five_steps():
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 20, 50, 200, 1000])
 def test_coefficients_are_finite_and_keep_a_constant(name, num_steps):
     for shift in (0.5, 1.0, 3.0, 12.0, 20.0):
-        table = solvers.solver(name, num_steps, shift)
+        table = choose(name, num_steps, shift)
         steps = table.steps
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(table))
         # A perfect prediction m of a point is a fixed point: every row's weights sum to 1.
@@ -114,11 +127,11 @@ def test_coefficients_are_finite_and_keep_a_constant(name, num_steps):
 
 @pytest.mark.parametrize("name", V_NAMES)
 def test_timesteps_of_v_prediction(name):
-    np.testing.assert_array_equal(solvers.solver(name, 50, 1.0).timesteps, np.arange(999, 0, -20))
-    uneven = solvers.solver(name, 28, 1.0).timesteps
+    np.testing.assert_array_equal(choose(name, 50, 1.0).timesteps, np.arange(999, 0, -20))
+    uneven = choose(name, 28, 1.0).timesteps
     np.testing.assert_array_equal(uneven[[0, 1, 2, -1]], [999, 963, 928, 35])
     for num_steps in (48, 61, 1000):  # spaced by halves; by a step whose range is one too long; all
-        timesteps = solvers.solver(name, num_steps, 1.0).timesteps
+        timesteps = choose(name, num_steps, 1.0).timesteps
         assert len(timesteps) == num_steps and timesteps[0] == 999 and timesteps[-1] >= 0
         assert np.all(np.diff(timesteps) < 0)
 
@@ -138,7 +151,7 @@ def test_timesteps_of_v_prediction(name):
     ],
 )
 def test_coefficients_of_cogvideox_dpm(snr_shift, i, x, data, noise, ratio):
-    steps = solvers.cogvideox_dpm(50, snr_shift).steps
+    steps = v_prediction.cogvideox_dpm(50, snr_shift).steps
     expected = [x, data * (1 + 0.5 / ratio), -data * 0.5 / ratio]  # ratio of the step behind to the one ahead
     # Eight digits were recorded, and float32 is good to 6e-8 near 1.
     np.testing.assert_allclose(steps.predictor[i], expected, rtol=0, atol=6.5e-8)
@@ -160,7 +173,7 @@ def test_coefficients_of_cogvideox_dpm(snr_shift, i, x, data, noise, ratio):
     ],
 )
 def test_coefficients_of_ddim(snr_shift, i, x, data):
-    predictor = solvers.ddim(50, snr_shift).steps.predictor
+    predictor = v_prediction.ddim(50, snr_shift).steps.predictor
     np.testing.assert_allclose(predictor[i], [x, data, 0.0], rtol=0, atol=6.5e-8)  # as above
 
 
@@ -169,7 +182,7 @@ def test_coefficients_of_ddim(snr_shift, i, x, data):
 def test_a_step_of_v_prediction_ends_at_its_level(num_steps, snr_shift):
     squared = v_prediction.signal(snr_shift)
     for name in V_NAMES:
-        table = solvers.solver(name, num_steps, snr_shift)
+        table = choose(name, num_steps, snr_shift)
         steps, timesteps = table.steps, table.timesteps.astype(int)
         ends = timesteps - 1000 // num_steps
         here, there = squared[timesteps], np.where(ends < 0, 1.0, squared[ends])
@@ -186,7 +199,7 @@ def test_a_step_of_v_prediction_ends_at_its_level(num_steps, snr_shift):
 
 
 def test_ddim_is_the_textbook_step():
-    table = solvers.ddim(20, 3.0)
+    table = v_prediction.ddim(20, 3.0)
     squared, x = v_prediction.signal(3.0), START.astype(np.float64)
     for t in range(999, 0, -50):
         v = np.asarray(toy_velocity(x, t), np.float64)
@@ -194,12 +207,12 @@ def test_ddim_is_the_textbook_step():
         data, noise = alpha * x - sigma * v, alpha * v + sigma * x
         there = squared[t - 50] if t > 50 else 1.0
         x = np.sqrt(there) * data + np.sqrt(1 - there) * noise
-    np.testing.assert_allclose(solvers.sample(table, toy_velocity, START), x, rtol=0, atol=2e-6)  # 20 steps
+    np.testing.assert_allclose(sample(table, toy_velocity, START), x, rtol=0, atol=2e-6)  # 20 steps
 
 
 @pytest.mark.parametrize("name", V_NAMES)
 def test_one_step_of_v_prediction_is_minus_the_first_prediction(name):
-    end = solvers.sample(solvers.solver(name, 1, 1.0), toy_velocity, START)
+    end = sample(choose(name, 1, 1.0), toy_velocity, START)
     np.testing.assert_allclose(end, -toy_velocity(START, 999.0), atol=5e-7)  # float32 rounding
 
 
@@ -207,14 +220,14 @@ def test_one_step_of_v_prediction_is_minus_the_first_prediction(name):
 @pytest.mark.parametrize("num_steps", [7, 50])
 def test_v_prediction_reaches_a_point_mass_from_any_noise(name, num_steps):
     # Data at one point c: the noise in x is (x - alpha c) / sigma, and v follows.
-    table, squared = solvers.solver(name, num_steps, 3.0), jnp.float32(v_prediction.signal(3.0))
+    table, squared = choose(name, num_steps, 3.0), jnp.float32(v_prediction.signal(3.0))
 
     def velocity(x, t):
         alpha = jnp.sqrt(squared[t.astype(int)])
         sigma = jnp.sqrt(1 - squared[t.astype(int)])
         return alpha * (x - alpha * 0.3) / sigma - sigma * 0.3
 
-    end = solvers.sample(table, velocity, START)
+    end = sample(table, velocity, START)
     if num_steps == 50:
         np.testing.assert_allclose(end, np.full(3, 0.3), atol=2e-6)  # float32 rounding
     else:  # 1000 // 7 leaves the level of timestep 0
@@ -229,7 +242,7 @@ def many(shape, seed=0):
 
 
 def test_a_step_adds_the_noise_that_it_is_given():
-    table = solvers.cogvideox_dpm(50, 1.0)
+    table = v_prediction.cogvideox_dpm(50, 1.0)
     row = jax.tree.map(lambda leaf: leaf[25], table.steps)
     state = solvers.start(table, many((2, 100)))
     noise = many((2, 100), 1)
@@ -238,7 +251,7 @@ def test_a_step_adds_the_noise_that_it_is_given():
 
 
 def test_noise_of_a_step_is_standard_normal_and_new_for_every_clip_and_step():
-    state = solvers.start(solvers.cogvideox_dpm(50, 1.0), many((3, 40, 50)))
+    state = solvers.start(v_prediction.cogvideox_dpm(50, 1.0), many((3, 40, 50)))
     draw = jax.jit(solvers.step_noise)
     draws = np.stack([draw(state, i) for i in range(5)])
     assert draws.shape == (5, 3, 40, 50) and draws.dtype == np.float32
@@ -249,7 +262,7 @@ def test_noise_of_a_step_is_standard_normal_and_new_for_every_clip_and_step():
 
 
 def test_noise_of_a_clip_depends_on_what_it_starts_from_alone():
-    table, noise = solvers.cogvideox_dpm(50, 1.0), many((4, 3, 5, 16))
+    table, noise = v_prediction.cogvideox_dpm(50, 1.0), many((4, 3, 5, 16))
 
     @jax.jit
     def draw(noise):
@@ -268,8 +281,8 @@ def test_noise_of_a_clip_depends_on_what_it_starts_from_alone():
 
 
 def test_a_stochastic_sample_is_the_same_alone_and_in_a_batch():
-    table, noise = solvers.cogvideox_dpm(12, 3.0), many((4, 2, 3, 8))
-    run = jax.jit(lambda noise: solvers.sample(table, toy_velocity, noise))
+    table, noise = v_prediction.cogvideox_dpm(12, 3.0), many((4, 2, 3, 8))
+    run = jax.jit(lambda noise: sample(table, toy_velocity, noise))
     whole = np.asarray(run(noise))
     assert np.abs(np.diff(whole, axis=0)).max() > 0.1
     for rows in ([1], [3, 1]):
@@ -279,13 +292,13 @@ def test_a_stochastic_sample_is_the_same_alone_and_in_a_batch():
 
 def test_deterministic_solvers_draw_nothing():
     for name in (*NAMES, "ddim"):
-        table = solvers.solver(name, 5, 3.0)
+        table = choose(name, 5, 3.0)
         state = solvers.start(table, many((2, 3)))
         assert not table.stochastic and state.keys is None and solvers.step_noise(state, 1) is None
-        program = jax.make_jaxpr(lambda noise, table=table: solvers.sample(table, toy_velocity, noise))
+        program = jax.make_jaxpr(lambda noise, table=table: sample(table, toy_velocity, noise))
         assert "random" not in str(program(many((2, 3)))) and "threefry" not in str(program(many((2, 3))))
-    table = solvers.cogvideox_dpm(5, 3.0)
-    assert "random" in str(jax.make_jaxpr(lambda z: solvers.sample(table, toy_velocity, z))(many((2, 3))))
+    table = v_prediction.cogvideox_dpm(5, 3.0)
+    assert "random" in str(jax.make_jaxpr(lambda z: sample(table, toy_velocity, z))(many((2, 3))))
 
 
 # ---- trajectories --------------------------------------------------------------------------------
@@ -301,26 +314,26 @@ END_POINTS = {  # at N=5 shift 8, and at N=20 shift 3
 @pytest.mark.parametrize("name", END_POINTS)
 @pytest.mark.parametrize(("setting", "num_steps", "shift"), [(0, 5, 8.0), (1, 20, 3.0)])
 def test_end_points_of_the_toy_equation(name, setting, num_steps, shift):
-    end = solvers.sample(solvers.solver(name, num_steps, shift), toy_velocity, START)
+    end = sample(choose(name, num_steps, shift), toy_velocity, START)
     # Golden values are float32 runs of the reference code: both sides round every step, 20 steps of
     # 6e-8.
     np.testing.assert_allclose(end, END_POINTS[name][setting], rtol=0, atol=1.5e-6)
 
 
 def test_euler_is_the_textbook_step():
-    table = solvers.euler(20, 3.0)
+    table = flow.euler(20, 3.0)
     x, s = START.astype(np.float64), table.sigmas.astype(np.float64)
     for i, t in enumerate(table.timesteps):
         x = x + (s[i + 1] - s[i]) * np.asarray(toy_velocity(x, t), np.float64)
-    end = solvers.sample(table, toy_velocity, START)
+    end = sample(table, toy_velocity, START)
     np.testing.assert_allclose(end, x, rtol=0, atol=2e-6)  # 20 float32 steps
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("unipc", 6, 32), ("dpm++", 6, 32), ("euler", 3, 6)])
 def test_order_of_convergence(name, low, high):
     def end(num_steps):
-        table = solvers.solver(name, num_steps, 1.0)
-        return np.asarray(solvers.sample(table, lambda x, t: jnp.sin(2 * x) + 0.5, START))
+        table = choose(name, num_steps, 1.0)
+        return np.asarray(sample(table, lambda x, t: jnp.sin(2 * x) + 0.5, START))
 
     # The official UniPC grid starts at 0.999, so each solver is compared with its own fine limit.
     limit = end(1280)
@@ -332,8 +345,8 @@ def test_order_of_convergence(name, low, high):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_is_the_predicted_sample(name):
-    table = solvers.solver(name, 1, 8.0)
-    end = solvers.sample(table, toy_velocity, START)
+    table = choose(name, 1, 8.0)
+    end = sample(table, toy_velocity, START)
     expected = START - table.sigmas[0] * toy_velocity(START, table.timesteps[0])
     np.testing.assert_allclose(end, expected, atol=5e-7)  # float32 rounding
 
@@ -341,11 +354,11 @@ def test_one_step_is_the_predicted_sample(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_are_two_euler_steps(name):
     # Both steps have order 1, and the corrector of the last step cannot reach the result.
-    table = solvers.solver(name, 2, 8.0)
+    table = choose(name, 2, 8.0)
     s = table.sigmas
     x = START + (s[1] - s[0]) * toy_velocity(START, table.timesteps[0])
     x = x + (s[2] - s[1]) * toy_velocity(x, table.timesteps[1])
-    end = solvers.sample(table, toy_velocity, START)
+    end = sample(table, toy_velocity, START)
     np.testing.assert_allclose(end, x, atol=1e-6)  # float32 rounding
 
 
@@ -353,9 +366,9 @@ def test_two_steps_are_two_euler_steps(name):
 def test_a_point_mass_is_reached_from_any_noise(name):
     # Data at one point c: v = (x - c) / sigma, and the path is a straight line that every solver
     # follows.
-    table = solvers.solver(name, 7, 5.0)
+    table = choose(name, 7, 5.0)
     if name in ("euler", "euler-diffusers"):  # fractional times are 1000 sigma
-        end = solvers.sample(table, lambda x, t: (x - 0.3) * 1000 / t, START)
+        end = sample(table, lambda x, t: (x - 0.3) * 1000 / t, START)
         np.testing.assert_allclose(end, np.full(3, 0.3), atol=2e-6)  # float32 rounding
     # Truncated times are off by up to 1, so there sigma is looked up beside the time.
     sigma_of = dict(zip(table.timesteps.tolist(), table.sigmas.tolist(), strict=False))
@@ -368,20 +381,20 @@ def test_a_point_mass_is_reached_from_any_noise(name):
 
 
 def test_repeated_timesteps_are_separate_steps():
-    table = solvers.unipc(100, 12.0)
+    table = flow.unipc(100, 12.0)
     assert len(np.unique(table.timesteps)) < 100  # truncation makes some equal
     assert np.all(np.diff(table.sigmas) < 0)  # the steps are not
     # With fractional times nothing repeats. Times move by less than 1, so the toy velocity by less
     # than 0.001 x; a skipped or a doubled step would move the end by more.
     fractional = table.steps._replace(timestep=1000 * table.sigmas[:-1])
-    end = solvers.sample(table, toy_velocity, START)
-    unique = solvers.sample(dataclasses.replace(table, steps=fractional), toy_velocity, START)
+    end = sample(table, toy_velocity, START)
+    unique = sample(dataclasses.replace(table, steps=fractional), toy_velocity, START)
     np.testing.assert_allclose(end, unique, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES + V_NAMES)
 def test_scan_equals_the_loop_over_one_compiled_step(name):
-    table = solvers.solver(name, 12, 5.0)
+    table = choose(name, 12, 5.0)
     traces = []
 
     @jax.jit
@@ -392,7 +405,7 @@ def test_scan_equals_the_loop_over_one_compiled_step(name):
     state = solvers.start(table, START)
     for i in range(table.num_steps):
         state = advance(jax.tree.map(lambda leaf, i=i: leaf[i], table.steps), state, i)
-    scanned = jax.jit(lambda table, noise: solvers.sample(table, toy_velocity, noise))(table, START)
+    scanned = jax.jit(lambda table, noise: sample(table, toy_velocity, noise))(table, START)
     # XLA may fuse the two programs differently: 12 steps of float32 rounding.
     np.testing.assert_allclose(scanned, state.x, rtol=0, atol=1e-6)
     assert len(traces) == 1
@@ -404,10 +417,10 @@ def test_solvers_of_equal_length_share_one_program():
     @jax.jit
     def run(table, noise):
         traces.append(table)
-        return solvers.sample(table, toy_velocity, noise)
+        return sample(table, toy_velocity, noise)
 
     for name in (*NAMES, "ddim"):
-        run(solvers.solver(name, 6, 3.0), START)
+        run(choose(name, 6, 3.0), START)
     assert len(traces) == 1
 
 
@@ -415,7 +428,7 @@ def test_solvers_of_equal_length_share_one_program():
 
 
 def test_a_skipped_step_takes_the_line_through_the_last_two_that_ran():
-    table = solvers.euler(8, 3.0)
+    table = flow.euler(8, 3.0)
     skip, s, x, ran = (2, 3, 5, 7), table.sigmas.astype(np.float64), START.astype(np.float64), []
     for i, t in enumerate(table.timesteps):
         if i in skip:
@@ -425,13 +438,13 @@ def test_a_skipped_step_takes_the_line_through_the_last_two_that_ran():
             data = x - s[i] * np.asarray(toy_velocity(x, t), np.float64)
             ran.append((i, data))
         x = s[i + 1] / s[i] * x + (1 - s[i + 1] / s[i]) * data
-    end = solvers.sample(solvers.skipping(table, skip), toy_velocity, START)
+    end = sample(solvers.skipping(table, skip), toy_velocity, START)
     np.testing.assert_allclose(end, x, rtol=0, atol=2e-6)  # 8 float32 steps
 
 
 def test_the_second_step_takes_the_data_of_the_first():
-    table = solvers.skipping(solvers.euler(2, 3.0), (1,))
-    end = solvers.sample(table, toy_velocity, START)
+    table = solvers.skipping(flow.euler(2, 3.0), (1,))
+    end = sample(table, toy_velocity, START)
     once = START - table.sigmas[0] * toy_velocity(START, table.timesteps[0])
     np.testing.assert_allclose(end, once, rtol=0, atol=5e-7)  # float32 rounding
 
@@ -445,8 +458,8 @@ def test_a_skipped_step_does_not_call_the_network(name):
         return toy_velocity(x, t)
 
     skip = (2, 5, 6)
-    table = solvers.skipping(solvers.solver(name, 9, 3.0), skip)
-    jax.block_until_ready(jax.jit(lambda noise: solvers.sample(table, velocity, noise))(START))
+    table = solvers.skipping(choose(name, 9, 3.0), skip)
+    jax.block_until_ready(jax.jit(lambda noise: sample(table, velocity, noise))(START))
     jax.effects_barrier()
     assert sorted(calls) == sorted(np.delete(table.timesteps, skip).tolist())
 
@@ -454,11 +467,11 @@ def test_a_skipped_step_does_not_call_the_network(name):
 @pytest.mark.parametrize("skip", [(0,), (8,), (-1,), (3, 3), (2.5,)])
 def test_steps_that_cannot_be_skipped(skip):
     with pytest.raises(UserError, match="from 1 .* to 7"):
-        solvers.skipping(solvers.unipc(8, 3.0), skip)
+        solvers.skipping(flow.unipc(8, 3.0), skip)
 
 
 def test_skipping_in_v_prediction_is_exact_where_the_data_moves_evenly_with_the_share_of_noise():
-    table, squared = solvers.ddim(10, 1.0), v_prediction.signal(1.0)
+    table, squared = v_prediction.ddim(10, 1.0), v_prediction.signal(1.0)
     alpha, share = jnp.float32(np.sqrt(squared)), jnp.float32(v_prediction.noise_share(squared))
     sigma = jnp.float32(np.sqrt(1 - squared))
 
@@ -466,15 +479,15 @@ def test_skipping_in_v_prediction_is_exact_where_the_data_moves_evenly_with_the_
         t = t.astype(int)
         return (alpha[t] * x - (0.3 + 0.5 * share[t])) / sigma[t]  # so that m = 0.3 + 0.5 share
 
-    every = solvers.sample(table, velocity, START)
-    skipped = solvers.sample(solvers.skipping(table, (3, 4, 7, 9)), velocity, START)
+    every = sample(table, velocity, START)
+    skipped = sample(solvers.skipping(table, (3, 4, 7, 9)), velocity, START)
     np.testing.assert_allclose(skipped, every, rtol=0, atol=2e-6)  # float32 rounding
-    held = solvers.sample(solvers.skipping(table, (1, 2, 3, 4, 5, 6, 7, 8, 9)), velocity, START)
+    held = sample(solvers.skipping(table, (1, 2, 3, 4, 5, 6, 7, 8, 9)), velocity, START)
     assert np.abs(held - every).max() > 0.1
 
 
 def test_a_stochastic_solver_skips_nothing():
-    table = solvers.cogvideox_dpm(8, 1.0)
+    table = v_prediction.cogvideox_dpm(8, 1.0)
     assert solvers.skipping(table, ()) is table
     with pytest.raises(UserError, match=r"samples.skip=\(2,\): .* such as ddim"):
         solvers.skipping(table, (2,))
@@ -484,9 +497,7 @@ def test_a_stochastic_solver_skips_nothing():
 
 
 def test_state_stays_float32_with_a_half_precision_network():
-    end = solvers.sample(
-        solvers.unipc(4, 5.0), lambda x, t: x.astype(jnp.bfloat16), START.astype(jnp.bfloat16)
-    )
+    end = sample(flow.unipc(4, 5.0), lambda x, t: x.astype(jnp.bfloat16), START.astype(jnp.bfloat16))
     assert end.dtype == jnp.float32 and np.all(np.isfinite(end))
 
 
@@ -505,8 +516,8 @@ def _model(calls, text):
 def test_guidance_batches_both_halves_and_extrapolates():
     x = jnp.array([[1.0] * 3, [2.0] * 3])
     cond, uncond = jnp.array([[2.0] * 3, [4.0] * 3]), jnp.full(3, 0.5)
-    calls, text = [], solvers.pair_prompts(cond, uncond, 5.0)
-    v = solvers.guided(_model(calls, text), 5.0)(x, jnp.float32(500))
+    calls, text = [], guided.pair_prompts(cond, uncond, 5.0)
+    v = guided.guided(_model(calls, text), 5.0)(x, jnp.float32(500))
     assert calls == [4]
     np.testing.assert_allclose(v[:, 0], [0.5 + 0.5 + 5 * 1.5, 1.0 + 0.5 + 5 * 3.5], atol=1e-6)
 
@@ -514,18 +525,18 @@ def test_guidance_batches_both_halves_and_extrapolates():
 @pytest.mark.parametrize("guidance", [1.0, 0.0])
 def test_guidance_of_one_or_less_runs_the_conditional_half_alone(guidance):
     x, calls = jnp.ones((2, 3)), []
-    text = solvers.pair_prompts(jnp.full((2, 3), 2.0), jnp.zeros(3), guidance)
-    v = solvers.guided(_model(calls, text), guidance)(x, jnp.float32(500))
+    text = guided.pair_prompts(jnp.full((2, 3), 2.0), jnp.zeros(3), guidance)
+    v = guided.guided(_model(calls, text), guidance)(x, jnp.float32(500))
     assert calls == [2]
     np.testing.assert_allclose(v, 2.5)
 
 
 def test_guided_sampling_runs_inside_the_scan():
-    text = solvers.pair_prompts(jnp.ones((1, 3)), jnp.zeros(3), 3.0)
-    velocity = solvers.guided(_model([], text), 3.0)
-    table = solvers.unipc(8, 5.0)
-    end = solvers.sample(table, velocity, START[None])
-    alone = solvers.sample(table, lambda x, t: x * 0.001 * t + 3.0, START[None])
+    text = guided.pair_prompts(jnp.ones((1, 3)), jnp.zeros(3), 3.0)
+    velocity = guided.guided(_model([], text), 3.0)
+    table = flow.unipc(8, 5.0)
+    end = sample(table, velocity, START[None])
+    alone = sample(table, lambda x, t: x * 0.001 * t + 3.0, START[None])
     np.testing.assert_allclose(end, alone, atol=2e-6)  # float32 rounding of 0 + 3 (1 - 0)
 
 
@@ -538,8 +549,8 @@ DYNAMIC = """2.291487 2.543503 6.974352 6.420358 2.788098 4.271942 1.037598 4.17
 
 
 def test_dynamic_guidance():
-    schedule = solvers.guidance_schedule("dynamic", 6.0, 50)
-    times = solvers.cogvideox_dpm(50, 1.0).timesteps.astype(int)
+    schedule = guided.guidance_schedule("dynamic", 6.0, 50)
+    times = v_prediction.cogvideox_dpm(50, 1.0).timesteps.astype(int)
     # Six decimals were recorded; the cosine's argument, up to 8e6, is good to 1e-9 in float64.
     np.testing.assert_allclose(schedule[times], np.float64(DYNAMIC.split()), rtol=0, atol=1e-6)
     assert schedule.shape == (1001,) and schedule.min() >= 1 and schedule.max() <= 7
@@ -549,17 +560,17 @@ def test_dynamic_guidance():
 
 
 def test_constant_guidance_is_the_number_and_a_number_of_one_is_none():
-    assert solvers.guidance_schedule("constant", 6, 50) == 6.0
-    assert solvers.guidance_schedule("dynamic", 1.0, 50) == 1.0
+    assert guided.guidance_schedule("constant", 6, 50) == 6.0
+    assert guided.guidance_schedule("dynamic", 1.0, 50) == 1.0
     with pytest.raises(UserError, match="'linear'.*'constant' or 'dynamic'"):
-        solvers.guidance_schedule("linear", 6.0, 50)
+        guided.guidance_schedule("linear", 6.0, 50)
 
 
 def test_guidance_of_a_schedule_is_that_of_the_time_and_always_runs_both_halves():
     x, calls = jnp.array([[1.0] * 3, [2.0] * 3]), []
-    schedule = solvers.guidance_schedule("dynamic", 6.0, 50)
-    text = solvers.pair_prompts(jnp.array([[2.0] * 3, [4.0] * 3]), jnp.full(3, 0.5), schedule)
-    velocity = jax.jit(solvers.guided(_model(calls, text), schedule))
+    schedule = guided.guidance_schedule("dynamic", 6.0, 50)
+    text = guided.pair_prompts(jnp.array([[2.0] * 3, [4.0] * 3]), jnp.full(3, 0.5), schedule)
+    velocity = jax.jit(guided.guided(_model(calls, text), schedule))
     for t, factor in ((999.0, 2.291487), (959.0, 6.974352), (59.0, 1.000001)):
         expected = np.array([1.0, 2.0]) * t / 1000 + 0.5 + factor * np.array([1.5, 3.5])
         np.testing.assert_allclose(velocity(x, jnp.float32(t))[:, 0], expected, rtol=1e-6)
@@ -568,9 +579,9 @@ def test_guidance_of_a_schedule_is_that_of_the_time_and_always_runs_both_halves(
 
 def test_a_guided_run_takes_the_guidance_of_each_step():
     text, uncond = jnp.ones((1, 3)), jnp.full(3, -0.5)
-    schedule, table = solvers.guidance_schedule("dynamic", 6.0, 10), solvers.ddim(10, 1.0)
-    paired = solvers.pair_prompts(text, uncond, schedule)
-    end = solvers.sample(table, solvers.guided(_model([], paired), schedule), START[None])
+    schedule, table = guided.guidance_schedule("dynamic", 6.0, 10), v_prediction.ddim(10, 1.0)
+    paired = guided.pair_prompts(text, uncond, schedule)
+    end = sample(table, guided.guided(_model([], paired), schedule), START[None])
     state = solvers.start(table, START[None])
     for i, t in enumerate(range(999, 0, -100)):
         factor = 1 + 6 * (1 - np.cos(np.pi * ((10 - t) / 10) ** 5)) / 2
@@ -583,9 +594,32 @@ def test_a_guided_run_takes_the_guidance_of_each_step():
 
 
 def test_unknown_solver_lists_the_names():
-    with pytest.raises(UserError) as error:
-        solvers.solver("heun", 10, 3.0)
-    assert all(name in str(error.value) for name in NAMES + V_NAMES)
+    for family, names in ((flow.FlowMatching(), NAMES), (v_prediction.VPrediction(), V_NAMES)):
+        with pytest.raises(UserError, match="samples.solver='heun'") as error:
+            family.solver("heun", 10)
+        assert str(error.value).partition("choose one of ")[2].split(", ") == list(names)
+
+
+def test_solvers_of_another_family_are_refused():
+    for family, others in ((flow.FlowMatching(), V_NAMES), (v_prediction.VPrediction(), NAMES)):
+        for name in others:
+            with pytest.raises(
+                UserError, match=f"samples.solver='{re.escape(name)}' is not for this objective"
+            ):
+                family.solver(name, 10)
+
+
+def test_the_shift_of_a_solver():
+    family = flow.FlowMatching(shift=2.0)  # a sampler of flow matching may have its own
+    for shift, expected in ((None, 2.0), (8.0, 8.0)):
+        np.testing.assert_array_equal(family.solver("unipc", 9, shift).sigmas, flow.unipc(9, expected).sigmas)
+    family = v_prediction.VPrediction(3.0)  # one of v-prediction has that of training
+    for shift in (None, 3.0):
+        np.testing.assert_array_equal(
+            family.solver("ddim", 9, shift).sigmas, v_prediction.ddim(9, 3.0).sigmas
+        )
+    with pytest.raises(UserError, match="samples.shift=1.0 is not objective.snr_shift=3.0"):
+        family.solver("ddim", 9, 1.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -594,7 +628,7 @@ def test_unknown_solver_lists_the_names():
 )
 def test_bad_steps_and_shift(name, num_steps, shift):
     with pytest.raises(UserError, match="step|shift"):
-        solvers.solver(name, num_steps, shift)
+        choose(name, num_steps, shift)
 
 
 @pytest.mark.parametrize("name", V_NAMES)
@@ -603,4 +637,4 @@ def test_bad_steps_and_shift(name, num_steps, shift):
 )
 def test_bad_steps_and_shift_of_v_prediction(name, num_steps, shift):
     with pytest.raises(UserError, match="step|shift"):
-        solvers.solver(name, num_steps, shift)
+        choose(name, num_steps, shift)
