@@ -15,11 +15,12 @@ transformers = pytest.importorskip("transformers", reason="parity tests need the
 from diffusers.schedulers import scheduling_dpm_cogvideox  # noqa: E402
 
 from convert import cogvideox as convert_cogvideox  # noqa: E402
-from prophy_jax import experiment, sample  # noqa: E402
-from prophy_jax.diffusion import solvers  # noqa: E402
+from prophy_jax import build, sample  # noqa: E402
+from prophy_jax.diffusion import generate, solvers  # noqa: E402
 from prophy_jax.run import encoders  # noqa: E402
 from tests import tiny_pipeline  # noqa: E402
 from tests.cogvideox_vae_parity_test import model_of  # noqa: E402
+from tests.conftest import build_run  # noqa: E402
 from tests.tiny_models import randomise  # noqa: E402
 from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
 
@@ -119,7 +120,7 @@ def sample_theirs(whole, config, noise, noises, monkeypatch):
         return {}
 
     monkeypatch.setattr(scheduling_dpm_cogvideox, "randn_tensor", draw)
-    whole.scheduler = scheduler_of(config.samples.solver, config.samples.shift)
+    whole.scheduler = scheduler_of(config.samples.solver, config.objective.snr_shift)
     settings, data = config.samples, config.data
     frames = whole(
         prompt=PROMPT, negative_prompt=settings.negative_prompt, height=data.height, width=data.width,
@@ -142,11 +143,11 @@ def test_latents_and_frames(pipeline, changes, monkeypatch):
     config = config.copy_and_resolve_references()
     config.samples.update(changes)
     settings = config.samples
-    run = experiment.build(config, jax.devices()[:1])
+    run = build_run(config, jax.devices()[:1])
     codec = encoders.load_codec(config, run.mesh)
     shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
-    noise = np.asarray(sample.make_noise(3, np.arange(1), shape))
-    table = solvers.solver(settings.solver, settings.steps, settings.shift)
+    noise = np.asarray(generate.make_noise(3, np.arange(1), shape))
+    table = run.objective.solver(settings.solver, settings.steps, settings.shift)
     noises = []
     if table.stochastic:
         state = solvers.start(table, noise)
@@ -156,9 +157,12 @@ def test_latents_and_frames(pipeline, changes, monkeypatch):
     assert frames.std() > 0.1  # and not a grey screen
 
     text, mask = encoders.load_text_encoder(config)([PROMPT, settings.negative_prompt])
-    assert sample.text_rows(mask) == 32  # of 48: what shortens padding for Wan is of no effect here
-    ours = sample.make_generator(run.model, config)(
-        experiment.load_params(run), noise, text[:1], mask[:1], {"text": text[1], "text_mask": mask[1]}
+    assert generate.text_rows(mask) == 32  # of 48: what shortens padding for Wan is of no effect here
+    ours = generate.make_generator(run.model, run.objective, settings)(
+        build.load_params(config, run.layout, {"backbone": config.backbone_params}),
+        noise,
+        {"text": text[:1], "text_mask": mask[:1]},
+        {"text": text[1], "text_mask": mask[1]},
     )
     ours = np.asarray(ours)
     decoded = codec.decode(ours[0])

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from configs import cogvideox
-from prophy_jax import evaluate, experiment, models, sample, train
+from prophy_jax import build, evaluate, models, train
 from prophy_jax.data import loader, records
 from prophy_jax.data.sources import video
-from prophy_jax.evaluation import report
+from prophy_jax.evaluation import report, validation
 from prophy_jax.prepare import list_buckets, list_grids, prepare
 from prophy_jax.run import checkpoints, metrics
 from prophy_jax.run.errors import UserError
+from tests.conftest import build_run
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 LENGTH, WIDTH = 120, 32  # rows of text: room for some captions, letter by letter
@@ -33,7 +34,7 @@ def get_config(folder):
     config.text_encoder_params = str(folder / "text_encoder")
     config.backbone_params = str(folder / "backbone")
     config.backbone.update(text_dim=WIDTH, text_len=LENGTH, num_layers=1)
-    config.branch.layers = (0,)
+    config.parts.branch.layers = (0,)
     config.data.update(dir=str(folder / "data"), height=40, width=40)
     config.data.sandbox = dict(train=8, val=2, test=4, seed=0)
     config.optimizer.update(groups=(("branch/", 1e-2), ("backbone/", None)), warmup=1)
@@ -48,9 +49,9 @@ def get_config(folder):
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """Of the simulated ones: it is compiled in half the time."""
-    build = experiment.build
+    build_mesh = build.build_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "build", lambda config: build(config, jax.devices()[:1]))
+        patch.setattr(build, "build_mesh", lambda shape, rows=0: build_mesh(shape, rows, jax.devices()[:1]))
         yield
 
 
@@ -92,7 +93,8 @@ def test_records_and_labels_have_the_tokens_of_the_backbone(variant):
     grids = list_grids(config, models.build(config.codec), list_buckets(config.data))
     shapes, tokens = zip(*grids.values(), strict=True)
     assert tokens == ((13, 30, 45), (11, 30, 45))
-    assert shapes[0][:3] == config.branch.semantic.basis_grid and config.data.fps == 8
+    assert tokens == tuple(models.build(config.backbone).grid(shape) for shape in shapes)
+    assert shapes[0][:3] == config.parts.branch.semantic.basis_grid and config.data.fps == 8
 
 
 def test_every_row_of_text_reaches_the_batch(finished):
@@ -123,8 +125,8 @@ def test_run_resumes_to_the_same_bits(finished, monkeypatch):
     shutil.rmtree(again / "branch")
     # Neither has a say in what is trained, and both take long to compile.
     validated = []
-    monkeypatch.setattr(train, "make_validation", lambda run: lambda params: validated.append(1) or {})
-    monkeypatch.setattr(sample, "make_validation_clips", lambda run: lambda params, path: None)
+    monkeypatch.setattr(validation, "make_validation", lambda *_: lambda params: validated.append(1) or {})
+    monkeypatch.setattr(validation, "make_validation_clips", lambda *_: lambda params, path: None)
     train.train(config, str(again))
     first, second = (checkpoints.read_manifest(str(folder / "branch"), "") for folder in (workdir, again))
     assert first["sha256"] == second["sha256"]
@@ -171,5 +173,6 @@ def test_sampled_with_the_branch_and_without(finished, measured):
 def test_data_of_another_token_grid_is_refused(finished):
     config = finished[0].copy_and_resolve_references()
     config.backbone.patch_size = (1, 1, 1)
-    with pytest.raises(UserError, match=r"labels for \[3, 5, 5\] tokens .* the backbone has \[3, 10, 10\]"):
-        experiment.check_data(experiment.build(config))
+    with pytest.raises(UserError, match=r"prepared for \[3, 5, 5\] tokens .* the backbone has \[3, 10, 10\]"):
+        run = build_run(config)
+        build.check_data(config, run.model, run.chosen)

@@ -13,13 +13,9 @@ from flax import traverse_util
 
 from prophy_jax.models import attention, cogvideox, layers
 from prophy_jax.models import build as build_model
-from prophy_jax.models.beside.prophy import (
-    BranchConfig,
-    ProPhy,
-    RefinementConfig,
-    SemanticConfig,
-    cast_kernels,
-)
+from prophy_jax.models.beside.part import Model
+from prophy_jax.models.beside.prophy import ProPhy, RefinementConfig, SemanticConfig, cast_kernels
+from prophy_jax.plan import flops
 from prophy_jax.run import optim
 from prophy_jax.run.errors import UserError
 from tests.counting import attention_calls, equations
@@ -252,11 +248,18 @@ def test_public_sizes_have_the_public_parameter_counts(variant, parameters, tens
         ("1.5-5b", (22, 96, 170, 16), 44880, 1479.2),
     ],
 )
-def test_forward_flops_equal_counted_ones(variant, latents, tokens, tera):
+def test_forward_flops_have_the_recorded_values(variant, latents, tokens, tera):
     model = cogvideox.build(variant)
     assert math.prod(model.grid(latents)) == tokens
-    assert round(model.forward_flops(tokens) / 1e12, 1) == tera
-    assert model.forward_flops(tokens, batch=3) == 3 * model.forward_flops(tokens)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def count(batch):
+        text = (226, model.config.text_dim)
+        shapes = [jax.ShapeDtypeStruct((batch, *shape), "float32") for shape in (latents, (), text)]
+        return flops.model_flops(model, params, *shapes)
+
+    assert round(count(1) / 1e12, 1) == tera
+    assert count(3) == 3 * count(1)
 
 
 def test_attention_by_hand():
@@ -390,15 +393,24 @@ def products(jaxpr) -> list[tuple[int, int]]:
     return found
 
 
-def flops(jaxpr) -> int:
-    return sum(size * times for size, times in products(jaxpr))
-
-
 def test_flops_are_those_of_the_program(tiny, embedded):
+    """Counted by `plan.flops`, by the products that this file finds, and by hand."""
     model, params, *inputs = tiny
     stream, cond = embedded
-    tokens = stream.video.shape[1]
-    assert flops(jax.make_jaxpr(model)(params, *inputs)) == model.forward_flops(tokens, batch=2)
+    c, grid = model.config, stream.video.shape[1]
+    length, width, hidden, time = inputs[2].shape[1], c.dim, c.ffn_dim, c.time_dim
+    rows = length + grid  # of text and video
+    block = 8 * rows * width**2 + 4 * rows * width * hidden + 4 * rows**2 * width + 24 * time * width
+    frozen = 8 * rows * width**2 + 4 * rows * width * hidden + 8 * rows**2 * width
+    patch = c.patch_volume * c.in_channels * width
+    ends = 4 * grid * patch + 2 * length * c.text_dim * width + 2 * time * (3 * width + time)
+
+    def counted(function, *arguments):
+        found = sum(size * times for size, times in products(jax.make_jaxpr(function)(*arguments)))
+        assert flops.model_flops(function, *arguments) == found
+        return found
+
+    assert counted(model, params, *inputs) == 2 * (3 * block + ends)
 
     def blocks(stream):
         return model.blocks(params["blocks"], stream, cond)
@@ -406,10 +418,9 @@ def test_flops_are_those_of_the_program(tiny, embedded):
     def pull(stream, cotangent):
         return jax.vjp(blocks, stream)[1](cotangent)
 
-    forward = flops(jax.make_jaxpr(blocks)(stream))
-    assert forward == 3 * model.block_flops(tokens, batch=2)
-    both = flops(jax.make_jaxpr(pull)(stream, stream))
-    assert both - forward == 3 * model.frozen_backward_flops(tokens, batch=2)
+    forward = counted(blocks, stream)
+    assert forward == 2 * 3 * block
+    assert counted(pull, stream, stream) - forward == 2 * 3 * frozen
 
 
 def test_remat_policies_change_the_work_and_not_the_gradient(tiny, embedded):
@@ -600,13 +611,15 @@ def branched(layers=(0, 2), **sizes):
     """(model, parameters, inputs) of a backbone of four blocks beside a branch at its beginning."""
     backbone = cogvideox.build(**SIZES | dict(num_layers=4) | sizes)
     latent = (2, *LATENT[1:]) if backbone.config.patch_size[0] == 2 else LATENT
-    model = ProPhy(backbone, BranchConfig(layers, SemanticConfig(latent[:3], hidden=8), RefinementConfig()))
+    branch = ProPhy(layers, SemanticConfig(latent[:3], hidden=8), RefinementConfig())
+    model = Model(backbone, {"branch": branch})
     params = {"backbone": randomised(jax.eval_shape(backbone.init, jax.random.key(0)))}
-    params["branch"] = jax.jit(model.init_branch)(jax.random.key(1), params["backbone"])
+    init = functools.partial(model.init_part, "branch")
+    params["branch"] = jax.jit(init)(jax.random.key(1), params["backbone"])
     rng = np.random.default_rng(2)
     x, text = (rng.standard_normal((2, *shape), np.float32) for shape in (latent, TEXT))
     mask = np.arange(TEXT[0]) < np.array([[3], [5]])
-    return model, params, (x, jnp.array([37, 800]), text * mask[..., None], mask)
+    return model, params, (x, jnp.array([37, 800]), {"text": text * mask[..., None], "text_mask": mask})
 
 
 def moved(tree, seed=3):
@@ -624,10 +637,10 @@ def moved(tree, seed=3):
     ],
 )
 def test_beside_a_branch_step_zero_is_the_backbone_bit_for_bit(fields):
-    model, params, (x, t, text, mask) = branched(**fields)
-    run = jax.jit(lambda p: model(p, x, t, text, mask).velocity)
+    model, params, (x, t, prompt) = branched(**fields)
+    run = jax.jit(lambda p: model(p, x, t, prompt).prediction)
     with_branch = run(params)
-    alone = jax.jit(lambda p: model.backbone(p, x, t, text))(params["backbone"])
+    alone = jax.jit(lambda p: model.backbone(p, x, t, prompt["text"]))(params["backbone"])
     assert np.asarray(with_branch).tobytes() == np.asarray(alone).tobytes()
     # The same comparison must be able to fail: a hint that is not zero changes the output.
     params["branch"]["exits"]["bias"] += 1e-1
@@ -637,15 +650,15 @@ def test_beside_a_branch_step_zero_is_the_backbone_bit_for_bit(fields):
 def test_copies_carry_their_own_text_and_hints_reach_the_video_alone():
     """Against the blocks one by one; and a prompt read ahead is the same prompt."""
     layers = (1, 2)
-    model, params, (x, t, text, mask) = branched(layers, num_layers=3)
+    model, params, (x, t, prompt) = branched(layers, num_layers=3)
     params["branch"] = moved(params["branch"])
     backbone, branch, frozen = model.backbone, params["branch"], params["backbone"]
 
     @jax.jit
-    def one_by_one(x, t, text, mask):
-        tokens = backbone.embed_text(frozen, text)
+    def one_by_one(x, t, prompt):
+        tokens = backbone.embed_text(frozen, prompt["text"])
         stream, cond = backbone.embed(frozen, x, t, tokens)
-        rho = jax.nn.softmax(model.semantic_logits(params, text, mask))
+        rho = jax.nn.softmax(model.parts["branch"].read(branch, prompt))
         prior = jnp.tensordot(rho, branch["semantic"]["basis"], axes=1)
         hidden = backbone.embed(frozen, x + prior, t, tokens)[0]
 
@@ -670,13 +683,12 @@ def test_copies_carry_their_own_text_and_hints_reach_the_video_alone():
             stream = stream.replace(video=stream.video + hints.get(layer, 0.0))
         return backbone.head(frozen, stream, cond)
 
-    want = one_by_one(x, t, text, mask)
-    got = jax.jit(model)(params, x, t, text, mask).velocity
+    want = one_by_one(x, t, prompt)
+    got = jax.jit(model)(params, x, t, prompt).prediction
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)  # outputs of about 3, sums in another order
-    alone = jax.jit(backbone)(frozen, x, t, text)
+    alone = jax.jit(backbone)(frozen, x, t, prompt["text"])
     assert np.abs(want - alone).max() > 1e-2
-    prompt = model.read_ahead(params, text, mask, rows=4)
-    ahead = jax.jit(model.predict)(params, x, t, prompt).velocity
+    ahead = jax.jit(model.predict)(params, x, t, model.read_ahead(params, prompt, rows=4)).prediction
     np.testing.assert_allclose(ahead, got, rtol=0, atol=1e-6)  # the same program but for the text's Dense
 
 
@@ -688,7 +700,7 @@ def test_every_branch_parameter_and_every_expert_gets_gradient():
     @jax.grad
     def gradient(branch):
         output = model({**params, "branch": branch}, *inputs)
-        return (output.velocity**2).mean() + (output.routing.alignment**2).mean()
+        return (output.prediction**2).mean() + (output.seen["branch"].alignment ** 2).mean()
 
     tree = gradient(params["branch"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -712,13 +724,16 @@ def test_attention_runs_as_often_as_it_must(layers, remat):
     kernel = functools.partial(attention.attention, backend="blockwise")
     backbone = dataclasses.replace(backbone, attention=kernel)
     latent = (3, 8, 12, 4)
-    model = ProPhy(backbone, BranchConfig(layers, SemanticConfig(latent[:3], hidden=8), RefinementConfig()))
+    model = Model(
+        backbone, {"branch": ProPhy(layers, SemanticConfig(latent[:3], hidden=8), RefinementConfig())}
+    )
     params = {"backbone": jax.eval_shape(backbone.init, jax.random.key(0))}
-    params["branch"] = jax.eval_shape(model.init_branch, jax.random.key(0), params["backbone"])
+    init = functools.partial(model.init_part, "branch")
+    params["branch"] = jax.eval_shape(init, jax.random.key(0), params["backbone"])
 
-    def loss(branch, frozen, *args):
-        output = model({"branch": branch, "backbone": frozen}, *args)
-        return (output.velocity**2).mean() + output.routing.alignment.mean()
+    def loss(branch, frozen, x, t, text, mask):
+        output = model({"branch": branch, "backbone": frozen}, x, t, {"text": text, "text_mask": mask})
+        return (output.prediction**2).mean() + output.seen["branch"].alignment.mean()
 
     shapes = [(1, *latent), (1,), (1, words, 8), (1, words)]
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -736,7 +751,7 @@ def test_frozen_parameters_get_no_gradient_and_are_not_copied():
 
     def loss(trainable):
         output = model(optim.merge(trainable, frozen), *inputs)
-        return (output.velocity**2).mean() + output.routing.alignment.mean()
+        return (output.prediction**2).mean() + output.seen["branch"].alignment.mean()
 
     weights = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen["backbone"]["blocks"]) if leaf.ndim > 2}
     stacks = {True: set(), False: set()}
@@ -757,11 +772,23 @@ def test_only_matrices_of_large_products_are_cast():
 
 
 def test_train_flops_by_hand():
-    model, _, _ = branched()  # layers 0, 2 of 4; 8 experts and 2 exits
+    """Trained products count three times, but for those whose input needs no gradient."""
+    model, params, inputs = branched()  # layers 0, 2 of 4; 8 experts and 2 exits
+    frozen_params = {"backbone": params.pop("backbone")}
+    one = jax.tree.map(lambda leaf: leaf[:1], inputs)
     n, s, d, f, e = 18, 23, 32, 48, 12
     block = 8 * s * d * d + 4 * s * d * f + 4 * s * s * d + 24 * e * d
     frozen = 8 * s * d * d + 4 * s * d * f + 8 * s * s * d
-    small = 2 * n * 4 * d * 8 + 2 * 5 * 8 * d + 2 * d * e + 2 * e * e + 4 * e * d
-    assert model.backbone.forward_flops(n) == 4 * block + small
-    expected = 4 * block + small + 3 * frozen + 3 * 2 * block + 3 * 10 * 2 * n * d * d
-    assert model.train_flops(n) == expected
+    patch = 2 * n * 4 * 4 * d  # of the embedding, and of the head
+    forward = 4 * block + 2 * patch + 2 * 5 * 8 * d + 2 * d * e + 2 * e * e + 4 * e * d
+    assert flops.model_flops(model.backbone, frozen_params["backbone"], *one[:2], one[2]["text"]) == forward
+
+    def loss(trained):
+        output = model({**frozen_params, **trained}, *one)
+        return (output.prediction**2).mean() + (output.seen["branch"].alignment ** 2).mean()
+
+    blocks = forward + 3 * frozen + patch + 3 * 2 * block - 2 * 24 * e * d + 3 * 2 * 2 * n * d * d
+    experts = 3 * 8 * 2 * n * d * d + 3 * 2 * n * 8 * d  # kernels, biases
+    routing = 3 * 2 * n * (d * 8 + 8 * 64 + 64 * 17)  # router, then P'_r
+    semantic = 2 * (2 * 8 * 8 + 3 * 8 * 17) + 3 * 2 * 17 * 3 * 4 * 6 * 4 + 2 * patch
+    assert flops.model_flops(jax.grad(loss), params) == blocks + experts + routing + semantic

@@ -21,10 +21,11 @@ diffusers = pytest.importorskip("diffusers", reason="parity tests need the test 
 from safetensors.torch import save_file  # noqa: E402
 
 from convert import t5, wan  # noqa: E402
-from prophy_jax import experiment, models, sample  # noqa: E402
+from prophy_jax import build, models, sample  # noqa: E402
+from prophy_jax.diffusion import generate  # noqa: E402
 from prophy_jax.run import checkpoints, encoders  # noqa: E402
 from tests import tiny_models, tiny_pipeline  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
+from tests.conftest import ROOT, build_run  # noqa: E402
 
 PROMPT = "A red ball falls on the blue box &amp; rolls  into it."
 NEGATIVE = "静态，画面模糊, a box"
@@ -133,17 +134,16 @@ def test_latents_and_frames(checkpoint, expected):
     noise, latents, frames = expected
     config = tiny_pipeline.get_config()
     config.samples.negative_prompt = NEGATIVE
-    config.branch, config.losses, config.batch_size = None, {}, 0
+    config.parts, config.losses, config.batch_size = {}, {}, 0
     config.optimizer.groups = (("backbone/", None),)
     sample.use_checkpoint(config, str(checkpoint))
     with jax.default_matmul_precision("highest"):
-        built = experiment.build(config, jax.devices()[:1])
+        built = build_run(config, jax.devices()[:1])
         text, mask = encoders.load_text_encoder(config)([PROMPT, NEGATIVE])
-        ours = sample.make_generator(built.model, config)(
-            experiment.load_params(built),
+        ours = generate.make_generator(built.model, built.objective, config.samples)(
+            build.load_params(config, built.layout, {"backbone": config.backbone_params}),
             noise.transpose(0, 2, 3, 4, 1),
-            text[:1],
-            mask[:1],
+            {"text": text[:1], "text_mask": mask[:1]},
             {"text": text[1], "text_mask": mask[1]},
         )
         # fp32 on both sides; guidance multiplies each step's rounding by up to 9.
