@@ -26,6 +26,7 @@ from prophy_jax.labels.questions import BACKGROUND, QUESTIONS  # noqa: E402
 from prophy_jax.run.errors import UserError  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
+from tests.videos import read_clip, read_video  # noqa: E402
 
 BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
 SIZES = {
@@ -166,7 +167,7 @@ def test_maps_are_of_the_phenomena_in_the_order_of_the_taxonomy(prepared, labels
     source, data = prepared
     model = vlm.load(model_folder, "cpu", "float32")
     settings = get_config().label
-    frames = video.read_clip(source / "clip4.mp4", 5, FPS, 48, 32)
+    frames = read_clip(source / "clip4.mp4", 5, FPS, 48, 32)
     view = asking.View((2, 6, 4), [0, 0, 2, 3], (3, 2), 0.5)
     _, maps = read_labels(labels[0], data)["clip4"]
     names = sorted(CLIPS[4][0], key=taxonomy.PHENOMENA.index)
@@ -259,7 +260,7 @@ def test_preview(prepared, model_folder, tmp_path):
     found = sorted(path.name for path in (tmp_path / "p").iterdir())
     # Of the seven in the order bucket, split, record: 0 1 3 5, then 2 4, then 6; of each third, the first.
     assert len(found) == 6 and found[:2] == ["train-clip0.mp4", "train-clip0.txt"]
-    frames, fps = video.read_video(tmp_path / "p" / "train-clip0.mp4")
+    frames, fps = read_video(tmp_path / "p" / "train-clip0.mp4")
     assert frames.shape == (9, 32, 96, 3) and fps == FPS
     text = (tmp_path / "p" / "train-clip0.txt").read_text()
     assert QUESTIONS["melting"] in text and BACKGROUND in text
