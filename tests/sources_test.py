@@ -628,4 +628,4 @@ def test_80_000_clips_are_listed_in_bounded_time_and_memory(tmp_path):
     # the text of the file, which is held as bytes and as a string while it is decoded.
     assert kept < 3_000 * count
     assert peak < 3_000 * count + 2 * text
-    assert modules == "[]"  # labels are made beside PyTorch: listing loads no JAX
+    assert modules == "[]"  # labels are made with PyTorch: listing loads no JAX

@@ -82,9 +82,8 @@ def test_colours_survive(tmp_path, colour):
     frames = np.full((3, 48, 64, 3), colour, np.uint8)
     video.write_mp4(tmp_path / "clip.mp4", frames, 16)
     for back in (read_video(tmp_path / "clip.mp4")[0], read_clip(tmp_path / "clip.mp4", 3, 16, 48, 64)):
-        assert (
-            np.abs(back.astype(int) - frames).max() <= LEVELS
-        )  # a wrong YUV matrix moves green by 20 and more
+        # A wrong YUV matrix moves green by 20 and more.
+        assert np.abs(back.astype(int) - frames).max() <= LEVELS
 
 
 def test_odd_sizes_are_padded_by_their_edge(tmp_path):
@@ -96,7 +95,7 @@ def test_odd_sizes_are_padded_by_their_edge(tmp_path):
     assert abs(int(back[1, -1, -1, 0]) - 200) <= LEVELS and back[1, 5, -1, 0] <= LEVELS
 
 
-def test_writing_replaces_whole_and_leaves_nothing_beside(tmp_path):
+def test_writing_replaces_whole_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
     video.write_mp4(path, counting_clip(3), 16)
@@ -209,7 +208,7 @@ def test_reading_ends_with_the_last_whole_frame(tmp_path, num_frames):
 def test_last_frame_stays_nearest_for_half_a_frame(tmp_path):
     path = tmp_path / "clip.mp4"
     encode(path, counting_clip(4), rate=8)
-    # At 18 fps, frame 7 lies at 0.389 s; the last of 4 frames at 8 fps lies at 0.375 s.
+    # At 18 fps, frame 7 is at 0.389 s; the last of 4 frames at 8 fps is at 0.375 s.
     assert indices(read_clip(path, 8, 18, 48, 64)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -220,7 +219,7 @@ def test_reading_stops_decoding_early(tmp_path):
     broken = cut(path, tmp_path / "broken.mp4", 0.6)
     with pytest.raises(UserError):
         read_clip(broken, 60, 30, 24, 24)  # the damage is real,
-    assert len(read_clip(broken, 5, 30, 24, 24)) == 5  # and lies behind what is needed
+    assert len(read_clip(broken, 5, 30, 24, 24)) == 5  # and comes after what is needed
 
 
 def test_reading_follows_presentation_times(tmp_path):

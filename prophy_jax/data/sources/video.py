@@ -249,7 +249,7 @@ def _frames(video: Video, container, stream, rate: Fraction) -> Iterator:
     # FFmpeg often ends a shortened file without an error, but its index still points past the end.
     size = _size(video)
     if any(entry.pos + entry.size > size for entry in stream.index_entries):
-        raise UserError(f"{_name(video)}: the video is cut short: its index goes on after the file ends")
+        raise UserError(f"{_name(video)}: the video is cut short: its index continues after the file ends")
 
 
 def _to_rgb(frame) -> np.ndarray:
