@@ -2,10 +2,10 @@
 
     python -m prophy_jax.label --vlm=Qwen2.5-VL-7B-Instruct --data=DATA_DIR --out=LABELS_DIR
 
-Of every phenomenon that a clip shows, it asks where and how it shows (`prophy_jax.labels.questions`). The
+The model is asked where and how each phenomenon of a clip shows (`prophy_jax.labels.questions`). The
 attention of the answer onto the video, less that of the answer to a general prompt, becomes the target on
 the token grid of the diffusion model (`prophy_jax.labels.targets`). The frames are those that the records
-were made of, from the same videos; --source says where these have moved. LABELS_DIR holds a data set in the
+were made of, from the same videos; --source says where these are now. LABELS_DIR holds a data set in the
 order of the records.
 
     --check      labels clips of the physics sandbox, whose masks are exact, and reports for every band of
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from prophy_jax.labels.vlm import Reading, Vlm
 
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "pillow", "av")  # these shape the labels
-TRIED = 8  # clips that must not all be unreadable
-LOOKED_AT = 20  # of a part of the data, to find a clip with a phenomenon
+PROBED = 8  # clips that must not all be unreadable
+SEARCHED = 20  # clips of a part of the data, to find one with a phenomenon
 PANEL = 416  # pixels: wider panels of a preview are halved
 
 
@@ -69,12 +69,12 @@ def label(
         config: with `label`.
         model_folder: a Qwen2.5-VL model.
         data: prepared records.
-        out: the folder to make, or to go on with.
+        out: the folder to make, or to resume.
         process: (i, P), which of how many processes this is.
         sources: where the sources of the records are now; none: where they were.
 
     Returns:
-        The manifest, as in `out`/manifest.json; None when other processes are still at work.
+        The manifest, as in `out`/manifest.json; None when other processes still work.
 
     Raises:
         UserError: no data, no such model, a setting that does not exist, videos that cannot be found, or
@@ -85,10 +85,12 @@ def label(
     from prophy_jax.data.job import Job
 
     # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
-    asking = import_asking(config)
-    prepared = Prepared(data, sources)
+    labelling = import_labelling(config)
+    prepared = PreparedClips(data, sources)
     model, described = open_model(model_folder, config, process[0])
-    reading = asking.make_reading(config.label, asking.choose_layers(config.label.layers, model.num_layers))
+    reading = labelling.make_reading(
+        config.label, labelling.choose_layers(config.label.layers, model.num_layers)
+    )
     plan = {
         "data_fingerprint": prepared.manifest["fingerprint"],
         **run_identity(config, "labels"),
@@ -96,28 +98,28 @@ def label(
         "questions_sha256": hashlib.sha256(json.dumps([BACKGROUND, QUESTIONS]).encode()).hexdigest(),
         "program": prophy_jax.__version__,
     }
-    pieces = prepared.pieces
-    job = Job(out, plan, {split: len(own) for split, own in pieces.items()}, process)
-    mine = [pieces[split][index] for split, index in job.missing(mine=True)]
+    files = prepared.files
+    job = Job(out, plan, {split: len(own) for split, own in files.items()}, process)
+    mine = [files[split][index] for split, index in job.missing(mine=True)]
     views = prepared.views(config)
-    for bucket in dict.fromkeys(piece.bucket for piece in mine):
+    for bucket in dict.fromkeys(file.bucket for file in mine):
         print_view(bucket, views[bucket], model, config)
 
-    # 2. The shards of this process. A thread reads the next clips while the model looks at these.
-    clips = sum(piece.count for piece in mine)
+    # 2. The shards of this process. A thread reads the next clips while the model answers.
+    clips = sum(file.count for file in mine)
     with (
         tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips) as bar,
         ThreadPoolExecutor(1) as reader,
     ):
-        for piece in mine:
-            batches = read_ahead(reader, prepared, piece, config.label.batch)
-            with job.shard(piece.split, piece.index) as shard:
-                sizes = prepared.sizes[piece.bucket]
+        for file in mine:
+            batches = read_ahead(reader, prepared, file, config.label.batch)
+            with job.shard(file.split, file.index) as shard:
+                sizes = prepared.sizes[file.bucket]
                 label_shard(
-                    shard, model, batches, piece.bucket, sizes, views[piece.bucket], reading, config, bar
+                    shard, model, batches, file.bucket, sizes, views[file.bucket], reading, config, bar
                 )
 
-    # 3. The last process to be done puts the folder together.
+    # 3. The last process to finish puts the folder together.
     manifest = job.finish(lambda reports: describe(reports, prepared, views, reading, plan))
     if manifest is not None:
         print_summary(out, manifest)
@@ -134,27 +136,29 @@ def preview(
 ) -> None:
     """Draws the labels of `count` clips from all over the data into the folder `out`: an mp4 and a text each.
 
-    An mp4 shows the clip, and beside it one panel for each phenomenon with its positive labels over the clip.
+    An mp4 shows the clip, and on its right one panel for each phenomenon, its positive labels over the clip.
     Raises UserError as `label` does.
     """
     from prophy_jax.data.sources import video
 
-    asking = import_asking(config)
-    prepared = Prepared(data, sources)
+    labelling = import_labelling(config)
+    prepared = PreparedClips(data, sources)
     model, _ = open_model(model_folder, config, 0)
-    reading = asking.make_reading(config.label, asking.choose_layers(config.label.layers, model.num_layers))
+    reading = labelling.make_reading(
+        config.label, labelling.choose_layers(config.label.layers, model.num_layers)
+    )
     views = prepared.views(config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for piece, clip in prepared.spread(count):
+    for file, clip in prepared.sample_evenly(count):
         if clip.frames is None:
             print(f"{clip.id} cannot be read: {clip.problem}")
             continue
-        view = views[piece.bucket]
-        [answers] = asking.ask(model, [clip.frames], [clip.category], view, reading)
-        maps = asking.make_targets(answers, view, config.label)
+        view = views[file.bucket]
+        [answers] = labelling.ask(model, [clip.frames], [clip.category], view, reading)
+        maps = labelling.make_targets(answers, view, config.label)
         names = [PHENOMENA[e] for e in np.flatnonzero(clip.category)]
-        path = out / f"{piece.split}-{clip.id}.mp4"
+        path = out / f"{file.split}-{clip.id}.mp4"
         video.write_mp4(path, draw(clip.frames, names, maps, view.grid), prepared.fps)
         questions = [*(QUESTIONS[name] for name in names), BACKGROUND]
         lines = [f"{q}\n    {answer.text}\n" for q, answer in zip(questions, answers, strict=True)]
@@ -169,11 +173,11 @@ def check(config: "ConfigDict", model_folder: str | Path, out: str | Path) -> di
     """
     import tqdm
 
-    asking = import_asking(config)
+    labelling = import_labelling(config)
     from prophy_jax.labels import check as checking
 
     model, described = open_model(model_folder, config, 0)
-    asking.choose_layers(config.label.layers, model.num_layers)  # before the progress bar, if it is wrong
+    labelling.choose_layers(config.label.layers, model.num_layers)  # before the progress bar, if it is wrong
     with tqdm.tqdm(total=config.label_check.clips, unit="clip", dynamic_ncols=True) as bar:
         results = checking.measure(model, config.label, config.label_check, bar.update)
     print(checking.table(results))
@@ -189,14 +193,14 @@ def check(config: "ConfigDict", model_folder: str | Path, out: str | Path) -> di
 # --- The model -------------------------------------------------------------------------------------
 
 
-def import_asking(config: "ConfigDict"):
-    """The module `labels.asking`. UserError when its packages are missing, or a setting does not exist."""
+def import_labelling(config: "ConfigDict"):
+    """The module `labels.labelling`. UserError when its packages are missing, or a setting does not exist."""
     try:
-        from prophy_jax.labels import asking
+        from prophy_jax.labels import labelling
     except ImportError as error:
         raise UserError(f'{error}: the labels need more packages: pip install "prophy_jax[label]"') from error
-    asking.check_settings(config.label)
-    return asking
+    labelling.check_settings(config.label)
+    return labelling
 
 
 def open_model(folder: str | Path, config: "ConfigDict", process: int) -> tuple["Vlm", dict[str, str]]:
@@ -235,8 +239,8 @@ def print_view(bucket: str, view: "View", model: "Vlm", config: "ConfigDict") ->
 # --- The records and their videos ------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    """The examples of one file of the records: one shard of the labels."""
+class RecordFile(NamedTuple):
+    """The examples of one file of the records: those of one shard of the labels."""
 
     bucket: str
     split: str
@@ -254,7 +258,7 @@ class Clip(NamedTuple):
     problem: str = ""
 
 
-class Prepared:
+class PreparedClips:
     """Prepared records, and the videos that they were made of.
 
     Args:
@@ -274,10 +278,10 @@ class Prepared:
         self.sizes = {bucket: Sizes.of(self.manifest, bucket) for bucket in self.manifest["buckets"]}
         self._source = self._open_source(moved)
         self._open: dict[tuple[str, str], Sequence] = {}
-        self.pieces = self._list_pieces()
-        tried = list(self.spread(TRIED))
-        if tried and all(clip.frames is None for _, clip in tried):
-            clip = tried[0][1]
+        self.files = self._list_files()
+        probed = list(self.sample_evenly(PROBED))
+        if probed and all(clip.frames is None for _, clip in probed):
+            clip = probed[0][1]
             raise UserError(
                 f"the videos of {data} cannot be read ({clip.id}: {clip.problem}); if they have moved, say "
                 "where: --source=DIR"
@@ -303,28 +307,38 @@ class Prepared:
         except UserError as error:
             raise UserError(f"{error}; if the source has moved, say where it is: --source=DIR") from error
 
-    def _list_pieces(self) -> dict[str, list[Piece]]:
-        """Split -> one piece for each file of the records, bucket by bucket."""
+    def _list_files(self) -> dict[str, list[RecordFile]]:
+        """Split -> files of the records, bucket by bucket."""
         from prophy_jax.data import records
 
-        pieces: dict[str, list[Piece]] = {}
+        files: dict[str, list[RecordFile]] = {}
         for bucket in self.manifest["buckets"]:
             splits = records.open_info(self.data, "records", bucket).splits
             for split in splits:
-                own = pieces.setdefault(split, [])
+                own = files.setdefault(split, [])
                 lengths = splits[split].shard_lengths
                 for first, count in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
-                    own.append(Piece(bucket, split, len(own), first, count))
-        return pieces
+                    own.append(RecordFile(bucket, split, len(own), first, count))
+        return files
 
     def views(self, config: "ConfigDict") -> dict[str, "View"]:
         """How the clips of each bucket are shown to the model."""
-        from prophy_jax.labels import asking
+        from prophy_jax.data.sources.video import Bucket
+        from prophy_jax.labels import labelling
 
         every, cell = config.label.every, config.label.cell
+        lead = self.manifest["codec"].get("lead", 0)
         return {
-            bucket: asking.View.of(found["token_grid"], self.fps, every, cell)
-            for bucket, found in self.manifest["buckets"].items()
+            bucket: labelling.View.of(
+                sizes.token_grid,
+                sizes.latent_shape[0],
+                Bucket.parse(bucket).frames,
+                self.fps,
+                every,
+                cell,
+                lead,
+            )
+            for bucket, sizes in self.sizes.items()
         }
 
     def read(self, bucket: str, split: str, index: int) -> Clip:
@@ -349,34 +363,31 @@ class Prepared:
             return Clip(name, category, None, str(error))
         return Clip(name, category, sample.frames)
 
-    def spread(self, count: int) -> Iterator[tuple[Piece, Clip]]:
+    def sample_evenly(self, count: int) -> Iterator[tuple[RecordFile, Clip]]:
         """The first clip with a phenomenon in each of `count` parts of the data; it may be unreadable."""
         examples = [
-            (piece, piece.first + i)
-            for own in self.pieces.values()
-            for piece in own
-            for i in range(piece.count)
+            (file, file.first + i) for own in self.files.values() for file in own for i in range(file.count)
         ]
         starts = np.unique(np.linspace(0, len(examples), count, endpoint=False).astype(int))
         for begin, end in itertools.pairwise([*starts, len(examples)]):
-            for piece, index in examples[begin : min(end, begin + LOOKED_AT)]:
-                clip = self.read(piece.bucket, piece.split, index)
+            for file, index in examples[begin : min(end, begin + SEARCHED)]:
+                clip = self.read(file.bucket, file.split, index)
                 if clip.category.any():
-                    yield piece, clip
+                    yield file, clip
                     break
 
 
 def read_ahead(
-    reader: ThreadPoolExecutor, prepared: Prepared, piece: Piece, batch: int
+    reader: ThreadPoolExecutor, prepared: PreparedClips, file: RecordFile, batch: int
 ) -> Iterator[list[Clip]]:
-    """Yields the clips of a piece in order, `batch` at a time, with the next ones being read meanwhile."""
+    """Yields the clips of a file in order, `batch` at a time, with the next ones being read meanwhile."""
 
     def read(first: int) -> list[Clip]:
-        stop = min(first + batch, piece.first + piece.count)
-        return [prepared.read(piece.bucket, piece.split, index) for index in range(first, stop)]
+        stop = min(first + batch, file.first + file.count)
+        return [prepared.read(file.bucket, file.split, index) for index in range(first, stop)]
 
     waiting = None
-    for first in range(piece.first, piece.first + piece.count, batch):
+    for first in range(file.first, file.first + file.count, batch):
         reading = reader.submit(read, first)
         if waiting is not None:
             yield waiting.result()
@@ -401,18 +412,18 @@ def label_shard(
 ) -> None:
     """Asks about the clips of one shard and writes their labels; a clip without a video gets none."""
     from prophy_jax.data import records
-    from prophy_jax.labels import asking
+    from prophy_jax.labels import labelling
 
     features = records.features("alignment", sizes)
     nothing = np.zeros(NUM_PHENOMENA, np.float32), np.zeros((0, sizes.tokens), np.float16)
     unreadable, questions, begin = [], 0, time.perf_counter()
     for clips in batches:
-        seen = [clip for clip in clips if clip.frames is not None]
-        frames, categories = [clip.frames for clip in seen], [clip.category for clip in seen]
-        answers = asking.ask(model, frames, categories, view, reading)
+        shown = [clip for clip in clips if clip.frames is not None]
+        frames, categories = [clip.frames for clip in shown], [clip.category for clip in shown]
+        answers = labelling.ask(model, frames, categories, view, reading)
         labels = {
-            clip.id: (clip.category, asking.make_targets(own, view, config.label))
-            for clip, own in zip(seen, answers, strict=True)
+            clip.id: (clip.category, labelling.make_targets(own, view, config.label))
+            for clip, own in zip(shown, answers, strict=True)
         }
         for clip in clips:
             present, maps = labels.get(clip.id, nothing)
@@ -437,7 +448,7 @@ def peak_bytes() -> int:
 def draw(
     frames: np.ndarray, names: Sequence[str], maps: np.ndarray, grid: tuple[int, int, int]
 ) -> np.ndarray:
-    """frames (F, H, W, 3), and beside them the positive part of each of maps (P, N) over them, named.
+    """frames (F, H, W, 3), and next to them the positive part of each of maps (P, N) over them, named.
 
     Full colour is the 99th percentile of a map's positive part: single tokens stand far out.
     """
@@ -461,7 +472,11 @@ def draw(
 
 
 def describe(
-    reports: list[dict[str, Any]], prepared: Prepared, views: Mapping[str, "View"], reading: "Reading", plan
+    reports: list[dict[str, Any]],
+    prepared: PreparedClips,
+    views: Mapping[str, "View"],
+    reading: "Reading",
+    plan,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`."""
     from prophy_jax.data import records
@@ -528,7 +543,7 @@ if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
     flags.DEFINE_string("vlm", None, "Folder of a Qwen2.5-VL model.")
     flags.DEFINE_string("data", None, "Folder of prepared records; default: config.data.dir.")
-    flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.side.alignment.")
+    flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.side.alignment.")
     flags.DEFINE_multi_string(
         "source", [], "Where a source of the records is now, one for each; default: as it was."
     )

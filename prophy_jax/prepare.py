@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from prophy_jax.data.sources.video import Bucket
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
-THREADS = 8  # that decode; each video is decoded by several threads of FFmpeg besides
+THREADS = 8  # that decode; FFmpeg decodes each video with several threads of its own
 
 
 def prepare(
@@ -58,7 +58,7 @@ def prepare(
     Args:
         config: with `data`, `codec` and `text_encoder`.
         sources: folders or files of captioned videos; none draws the sandbox.
-        out: the folder to make, or to go on with; None is `config.data.dir`.
+        out: the folder to make, or to resume; None is `config.data.dir`.
         process: (i, P), which of how many processes this is.
         dry_run: only list the clips and print statistics.
 
@@ -489,7 +489,7 @@ def main(config: "ConfigDict") -> None:
 if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
     flags.DEFINE_multi_string("source", [], "Folder or file of captioned videos; without it, the sandbox.")
-    flags.DEFINE_string("out", None, "Folder to make, or to go on with; default: config.data.dir.")
+    flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
     flags.DEFINE_bool("dry_run", False, "Only list the clips and print statistics.")
     cli.run(main, __doc__, distributed=True)

@@ -13,13 +13,13 @@ import pytest
 from configs import cogvideox
 from prophy_jax import build, evaluate, models, train
 from prophy_jax.data import loader, records
-from prophy_jax.data.sources import video
 from prophy_jax.evaluation import report, validation
 from prophy_jax.prepare import list_buckets, list_grids, prepare
 from prophy_jax.run import checkpoints, metrics
 from prophy_jax.run.errors import UserError
 from tests.conftest import build_run
 from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.videos import read_video
 
 LENGTH, WIDTH = 120, 32  # rows of text: room for some captions, letter by letter
 STEPS, STOP = 4, 2
@@ -140,7 +140,7 @@ def test_run_resumes_to_the_same_bits(finished, monkeypatch):
 
 def test_clips_of_the_last_step(finished):
     config, workdir = finished
-    clips, _ = video.read_video(workdir / "samples" / f"step_{STEPS:07d}.mp4")
+    clips, _ = read_video(workdir / "samples" / f"step_{STEPS:07d}.mp4")
     assert clips.shape == (9, 2 * 40, 2 * 40, 3)  # samples above real clips, side by side
     assert clips[:, :40].std() > 1
 

@@ -21,11 +21,12 @@ from prophy_jax.data.job import Job  # noqa: E402
 from prophy_jax.data.sandbox.clip import make_clip  # noqa: E402
 from prophy_jax.data.sources import source as sources  # noqa: E402
 from prophy_jax.data.sources import video  # noqa: E402
-from prophy_jax.labels import asking, check, vlm  # noqa: E402
+from prophy_jax.labels import check, labelling, vlm  # noqa: E402
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS  # noqa: E402
 from prophy_jax.run.errors import UserError  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
+from tests.videos import read_clip, read_video  # noqa: E402
 
 BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
 SIZES = {
@@ -106,6 +107,7 @@ def make_records(listing, source, data):
         "sandbox": None,
         "video": {"fps": FPS},
         "max_upscale": 1.0,
+        "codec": {},
         "text_length": 1,
         "text_dim": 4,
         "buckets": {
@@ -166,16 +168,16 @@ def test_maps_are_of_the_phenomena_in_the_order_of_the_taxonomy(prepared, labels
     source, data = prepared
     model = vlm.load(model_folder, "cpu", "float32")
     settings = get_config().label
-    frames = video.read_clip(source / "clip4.mp4", 5, FPS, 48, 32)
-    view = asking.View((2, 6, 4), [0, 0, 2, 3], (3, 2), 0.5)
+    frames = read_clip(source / "clip4.mp4", 5, FPS, 48, 32)
+    view = labelling.View((2, 6, 4), [0, 0, 2, 3], (3, 2), 0.5)
     _, maps = read_labels(labels[0], data)["clip4"]
     names = sorted(CLIPS[4][0], key=taxonomy.PHENOMENA.index)
     assert names == ["gas motion", "combustion", "reflection"]
     for name, found in zip(names, maps, strict=True):
-        [answers] = asking.ask(
-            model, [frames], [taxonomy.multi_hot([name])], view, asking.make_reading(settings, (2, 3))
+        [answers] = labelling.ask(
+            model, [frames], [taxonomy.multi_hot([name])], view, labelling.make_reading(settings, (2, 3))
         )
-        [expected] = asking.make_targets(answers, view, settings)
+        [expected] = labelling.make_targets(answers, view, settings)
         # Float16 of values up to 1, and float32 sums in another order, for the padding.
         np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=2e-3)
 
@@ -195,7 +197,7 @@ def test_manifest_says_how_the_labels_were_made(prepared, labels, model_folder):
 def test_two_processes_and_interruptions_give_the_same_bytes(
     prepared, labels, model_folder, tmp_path, monkeypatch
 ):
-    out, whole, ask = tmp_path / "labels", labels[0], asking.ask
+    out, whole, ask = tmp_path / "labels", labels[0], labelling.ask
     run = lambda process: label.label(get_config(), model_folder, prepared[1], out, process)  # noqa: E731
     calls = []
 
@@ -205,10 +207,10 @@ def test_two_processes_and_interruptions_give_the_same_bytes(
             raise KeyboardInterrupt
         return ask(*args)
 
-    monkeypatch.setattr(asking, "ask", stop_at_second)
+    monkeypatch.setattr(labelling, "ask", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         run((0, 2))
-    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.setattr(labelling, "ask", ask)
     with pytest.raises(UserError, match="not finished"):
         records.read_manifest(out)
     assert run((1, 2)) is None
@@ -216,7 +218,7 @@ def test_two_processes_and_interruptions_give_the_same_bytes(
     assert run((0, 2))["clips"] == 7
     assert made > 2  # the plan, and more than one shard that was not made twice
     assert digests(out) == digests(whole)
-    monkeypatch.setattr(asking, "ask", None)  # nothing is left to ask
+    monkeypatch.setattr(labelling, "ask", None)  # nothing is left to ask
     assert run((0, 1)) == records.read_manifest(out)
 
 
@@ -259,7 +261,7 @@ def test_preview(prepared, model_folder, tmp_path):
     found = sorted(path.name for path in (tmp_path / "p").iterdir())
     # Of the seven in the order bucket, split, record: 0 1 3 5, then 2 4, then 6; of each third, the first.
     assert len(found) == 6 and found[:2] == ["train-clip0.mp4", "train-clip0.txt"]
-    frames, fps = video.read_video(tmp_path / "p" / "train-clip0.mp4")
+    frames, fps = read_video(tmp_path / "p" / "train-clip0.mp4")
     assert frames.shape == (9, 32, 96, 3) and fps == FPS
     text = (tmp_path / "p" / "train-clip0.txt").read_text()
     assert QUESTIONS["melting"] in text and BACKGROUND in text
@@ -361,19 +363,31 @@ def test_check_writes_its_results(model_folder, tmp_path, capsys):
 # --- How a clip is shown ---------------------------------------------------------------------------
 
 
-def test_frame_pairs():
+def test_frames_that_are_shown():
     """Of latent k, frames 4k-3 to 4k, the two in the middle."""
-    assert vlm.frame_pairs(4) == [0, 0, 2, 3, 6, 7, 10, 11]
-    assert vlm.frame_pairs(6, every=2) == [0, 0, 6, 7, 14, 15]
+
+    def shown(times, latents, frames, every=1, lead=0):
+        return labelling.View.of((times, 1, 1), latents, frames, 8, every, 1, lead).frames
+
+    assert shown(4, 4, 13) == [0, 0, 2, 3, 6, 7, 10, 11]
+    assert shown(6, 6, 21, every=2) == [0, 0, 6, 7, 14, 15]
+    # CogVideoX1.5: the first of two latents in a token is one more of frame 0; then 8 frames a token.
+    assert shown(2, 4, 9, lead=1) == [0, 0, 4, 5]
+    assert shown(11, 22, 81, lead=1)[-2:] == [76, 77]
+    # Two latents in a token of any other codec: frames 0 to 4, then 5 to 12.
+    assert shown(2, 4, 13) == [1, 2, 8, 9]
+    assert shown(1, 1, 1) == [0, 0]
 
 
 def test_views():
-    view = asking.View.of((21, 30, 52), 16, every=1, cell=2)  # Wan at 480p
+    view = labelling.View.of((21, 30, 52), 21, 81, 16, every=1, cell=2)  # Wan at 480p
     assert view.shown == (21, 15, 26) and view.seconds == 0.25 and max(view.frames) == 79
-    odd = asking.View.of((13, 30, 45), 8, every=1, cell=2)  # CogVideoX at 480p
+    odd = labelling.View.of((13, 30, 45), 13, 49, 8, every=1, cell=2)  # CogVideoX at 480p
     assert odd.shown == (13, 15, 23) and odd.seconds == 0.5 and odd.frames[-2:] == [46, 47]
-    assert asking.View.of((13, 30, 45), 8, every=2, cell=2).shown == (7, 15, 23)
-    assert asking.View.of((2, 1, 1), 8, every=1, cell=4).shown == (2, 1, 1)
+    assert labelling.View.of((13, 30, 45), 13, 49, 8, every=2, cell=2).shown == (7, 15, 23)
+    assert labelling.View.of((2, 1, 1), 2, 5, 8, every=1, cell=4).shown == (2, 1, 1)
+    later = labelling.View.of((11, 48, 85), 22, 81, 16, every=1, cell=2, lead=1)  # CogVideoX1.5
+    assert later.shown == (11, 24, 43) and later.seconds == 0.5
 
 
 def test_patches_are_in_the_order_of_cells():
@@ -389,13 +403,13 @@ def test_patches_are_in_the_order_of_cells():
 
 
 def test_layers():
-    assert asking.choose_layers((0.5, 0.85), 28) == tuple(range(14, 24))
-    assert asking.choose_layers((0.5, 0.85), 64) == tuple(range(32, 55))
-    assert asking.choose_layers((0.0, 1.0), 3) == (0, 1, 2)
-    assert asking.choose_layers((22,), 28) == (22,) and asking.choose_layers((5, 1), 28) == (1, 5)
+    assert labelling.choose_layers((0.5, 0.85), 28) == tuple(range(14, 24))
+    assert labelling.choose_layers((0.5, 0.85), 64) == tuple(range(32, 55))
+    assert labelling.choose_layers((0.0, 1.0), 3) == (0, 1, 2)
+    assert labelling.choose_layers((22,), 28) == (22,) and labelling.choose_layers((5, 1), 28) == (1, 5)
     for wrong in ((), (28,), (-1,), (0.5,), (0.8, 0.2), (0.5, 1.5), (1, 0.5)):
         with pytest.raises(UserError, match="config.label.layers"):
-            asking.choose_layers(wrong, 28)
+            labelling.choose_layers(wrong, 28)
 
 
 # --- Bad input -------------------------------------------------------------------------------------
@@ -505,7 +519,7 @@ def test_bad_data(prepared, labels, model_folder, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest | {"sources": [str(tmp_path / "gone")]}))
     with pytest.raises(UserError, match="gone.*if the source has moved, say where it is: --source=DIR"):
         label.label(config, model_folder, other, tmp_path / "labels")
-    assert label.Prepared(other, [str(source)]).read("9x32x48", "train", 0).frames is not None
+    assert label.PreparedClips(other, [str(source)]).read("9x32x48", "train", 0).frames is not None
     with pytest.raises(UserError, match="has 1 sources and 2 are named"):
         label.label(config, model_folder, other, tmp_path / "labels", sources=[source, source])
     # It is there, and nothing in it can be read.

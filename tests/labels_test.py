@@ -85,7 +85,7 @@ def test_cells_that_do_not_divide_the_tokens():
     """45 columns in 23 cells: a token across a border has of each cell the share that it covers."""
     out = targets.resample(np.arange(23.0).reshape(1, 1, 23), (1, 1, 45))[0, 0]
     # Token j covers j/45 to (j + 1)/45. The first border, 1/23, is 22/23 of a token into token 1.
-    # The middle token lies in the middle cell, whose borders are at 21.5 and 23.5 tokens.
+    # The middle token is in the middle cell, whose borders are at 21.5 and 23.5 tokens.
     np.testing.assert_allclose(out[[0, 1, 2, 22, 43, 44]], [0, 1 / 23, 1, 11, 21 + 22 / 23, 22], atol=1e-13)
     np.testing.assert_allclose(out + out[::-1], 22, atol=1e-13)
 

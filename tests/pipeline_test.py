@@ -18,6 +18,7 @@ from prophy_jax.run import checkpoints, encoders
 from tests import tiny_pipeline
 from tests.conftest import ROOT
 from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.videos import read_clip
 
 CONFIG = "--config=tests/tiny_pipeline.py"
 PROMPT = "A red ball falls into the blue box."
@@ -110,7 +111,7 @@ def trained(place) -> pathlib.Path:
 def test_training_beside_converted_weights(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3 and np.isfinite(lines[-1]["loss/total"])
-    clip = video.read_clip(trained / "samples" / "step_0000003.mp4", 9, 16, 96, 80)  # sample above real
+    clip = read_clip(trained / "samples" / "step_0000003.mp4", 9, 16, 96, 80)  # sample above real
     # The lower half is a clip of the data, encoded and decoded by a VAE that knows nothing: any picture.
     assert clip.std() > 1
 
@@ -169,7 +170,7 @@ def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
     succeed("prophy_jax.sample", *sampled, f"--out={place / 'samples'}", cwd=place)
     files = {f"000{i}{kind}.mp4" for i in range(2) for kind in ("", "_baseline", "_routing")}
     assert set(os.listdir(place / "samples")) == files | {"manifest.json"}
-    assert video.read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80).shape == (9, 48, 80, 3)
+    assert read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80).shape == (9, 48, 80, 3)
     settings = json.loads((place / "samples" / "manifest.json").read_text())["settings"]
     for part, name in (("backbone", "transformer"), ("codec", "vae"), ("text_encoder", "text_encoder")):
         manifest = checkpoints.read_manifest(str(place / "wan" / name), "")
@@ -182,11 +183,9 @@ def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
     try:
         succeed("prophy_jax.sample", *sampled, f"--out={place / 'again'}", cwd=place)
         assert set(os.listdir(place / "again")) == files | {"manifest.json"}
-        other = video.read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80)
+        other = read_clip(place / "samples" / "0000.mp4", 9, 16, 48, 80)
         for name in (f"000{i}{kind}.mp4" for i in range(2) for kind in ("", "_baseline")):
-            first, again = (
-                video.read_clip(place / out / name, 9, 16, 48, 80) for out in ("samples", "again")
-            )
+            first, again = (read_clip(place / out / name, 9, 16, 48, 80) for out in ("samples", "again"))
             assert np.abs(first.astype(int) - again).mean() < 0.25
         assert np.abs(first.astype(int) - other).mean() > 1  # another prompt's
         done = run("prophy_jax.sample", *arguments, "--prompt=New.", f"--out={place / 'new'}", cwd=place)

@@ -127,6 +127,7 @@ def test_sandbox_records_and_alignment(sandbox_dir):
             # Frame-major tokens: (T, G, G, 17) -> (N, 17), then the rows of the categories present.
             np.testing.assert_array_equal(label["maps"], clip.masks.reshape(-1, 17).T[clip.category > 0])
             assert label["maps"].any()
+    assert "tensorflow" not in sys.modules
 
 
 def test_encoded_padding_reaches_the_batch(tmp_path, monkeypatch):

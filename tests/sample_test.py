@@ -14,11 +14,11 @@ import pytest
 
 from benchmarks import measure
 from prophy_jax import build, models, sample
-from prophy_jax.data.sources import video
 from prophy_jax.diffusion import generate, solvers, v_prediction
 from prophy_jax.run import checkpoints, parallel
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, build_run, get_config
+from tests.videos import read_clip
 
 PROMPTS = ["a red ball bounces on the left", "orange flames burn on logs", "blue ink spreads in water"]
 
@@ -85,7 +85,7 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
     assert manifest["settings"]["samples"]["steps"] == 3
     for part, folder in (("backbone", backbone), ("branch", branch)):
         assert manifest["settings"][f"{part}_sha256"] == checkpoints.read_manifest(folder, "")["sha256"]
-    frames = {name: video.read_clip(out / name, 9, 8, 32, 32) for name in clips}
+    frames = {name: read_clip(out / name, 9, 8, 32, 32) for name in clips}
     assert all(np.abs(frames[a].astype(int) - frames[b]).mean() > 1 for a in clips for b in clips if a < b)
 
     # Two files lost, one prompt more: the batches that miss something are made again, bit for bit.

@@ -1,4 +1,4 @@
-"""The sandbox: its laws, masks, captions, determinism and TFDS dataset."""
+"""The sandbox: its laws, masks, captions and determinism."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prophy_jax.data import taxonomy
-from prophy_jax.data.sandbox import builder, captions
+from prophy_jax.data.sandbox import captions
 from prophy_jax.data.sandbox.clip import (
     SCENES,
     SPLITS,
@@ -206,26 +206,3 @@ def test_clips_and_splits_differ():
 def test_bad_requests_raise(arguments):
     with pytest.raises(UserError, match="sandbox"):
         make_clip(0, *arguments)
-
-
-def test_dataset_holds_the_clips_in_order(tmp_path):
-    built = builder.build(str(tmp_path), size=32, frames=5, train=18, val=2, test=2)
-    assert {name: info.num_examples for name, info in built.info.splits.items()} == {
-        "train": 18,
-        "val": 2,
-        "test": 2,
-    }
-    for split, index in (("train", 17), ("test", 1)):
-        record = built.as_data_source(split)[index]
-        clip = make_clip(0, split, index, 32, 5)
-        assert record["id"].decode() == clip.id
-        assert record["caption"].decode() == clip.caption
-        assert json.loads(record["state"]) == clip.state
-        for name in ("frames", "masks", "category"):
-            np.testing.assert_array_equal(record[name], getattr(clip, name))
-            assert record[name].dtype == getattr(clip, name).dtype
-    assert "tensorflow" not in sys.modules
-    again = builder.build(str(tmp_path), size=32, frames=5, train=18, val=2, test=2)
-    assert again.data_dir == built.data_dir
-    with pytest.raises(UserError, match="4n"):
-        builder.build(str(tmp_path), frames=12)

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from prophy_jax.data import taxonomy
 from prophy_jax.data.sandbox.clip import make_clip
-from prophy_jax.data.sources import captioned_videos, video, video_files
 from prophy_jax.data.sources import source as sources
+from prophy_jax.data.sources import video, video_files
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.run.errors import UserError
 from tests.conftest import SAMPLE
@@ -228,7 +228,8 @@ def test_zip_members_read_as_files(tmp_path, method):
         samples = list(threads.map(lambda clip: source.read(clip, [bucket], 8), source.clips * 4))
     for i, sample in enumerate(samples):
         assert sample.bucket == bucket and sample.masks is sample.caption is sample.category is None
-        np.testing.assert_array_equal(sample.frames, video.read_clip(tmp_path / f"{i % 3}.mp4", 5, 8, 24, 32))
+        expected, _ = video.read_bucket(tmp_path / f"{i % 3}.mp4", [bucket], 8)
+        np.testing.assert_array_equal(sample.frames, expected)
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
@@ -249,10 +250,30 @@ def test_damaged_member_is_one_line(tmp_path):
 
 
 def test_zip_of_another_compression(tmp_path):
-    zipped(tmp_path / "videos" / "0.zip", {"a.mp4": b"1" * 1000}, zipfile.ZIP_BZIP2)
+    path = tmp_path / "videos" / "0.zip"
+    zipped(path, {"a.mp4": b"1" * 1000}, zipfile.ZIP_BZIP2)
     source = sources.read_sources(wisa(tmp_path, [record("a.mp4")], {}))
-    with pytest.raises(UserError, match="0.zip:a.mp4: compressed by method 12"):
+    with pytest.raises(UserError, match="0.zip:a.mp4: cannot be decoded.*not a video"):  # it can be read
         source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+    content = path.read_bytes().replace(b"\x0c\x00", b"\x63\x00")  # method 12 becomes 99
+    wisa(tmp_path / "other", [record("a.mp4")], {"0.zip": content})
+    source = sources.read_sources(tmp_path / "other")
+    with pytest.raises(UserError, match="0.zip:a.mp4: cannot be read .*compression"):
+        source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+
+
+def test_what_the_records_mean_is_found_by_their_content(tmp_path):
+    """A JSON list without WISA's answers is a table like any other."""
+    rows = [{"file_name": "a.mp4", "text": "A caption.", "category": "melting", "id": "first"}]
+    write_files(tmp_path, {"a.mp4": b"1"})
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    source = sources.read_sources(tmp_path)
+    assert ids(source) == ["first"] and source.clips[0].video == "a.mp4"
+    np.testing.assert_array_equal(source.clips[0].category, taxonomy.multi_hot(["melting"]))
+    (tmp_path / "list.json").unlink()
+    (tmp_path / "list.jsonl").write_text(json.dumps(record("a.mp4")))  # WISA's videos are below "videos"
+    with pytest.raises(UserError, match="missing: no video a.mp4.*under .*videos"):
+        sources.read_sources(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
@@ -534,27 +555,18 @@ def test_config_without_a_sandbox():
         sources.draw_sandbox(data)
 
 
-# ---- as a TFDS data set --------------------------------------------------------------------------
+# ---- raw records ----------------------------------------------------------------------------------
 
 
-def test_tfds_builder(tmp_path):
+def test_each_clip_with_its_raw_record(tmp_path):
     rows = [["video", "caption", "extra"], ["c.mp4", "C", "kept"]]
     one = odd(tmp_path / "one")
     two = plain(tmp_path / "two", rows, {"c.mp4": b"cc"})
-    builder = captioned_videos.build([one, two], tmp_path / "tfds")
-    stored = builder.as_data_source("train")
-    clips = sources.read_sources([one, two]).clips
-    assert len(stored) == len(clips) == 6
-    for clip, example in zip(clips, stored, strict=True):
-        assert example["id"].decode() == clip.id and example["caption"].decode() == clip.caption
-        assert example["video"].decode() == clip.video and example["source"] == clip.source
-        np.testing.assert_array_equal(example["category"], clip.category)
-    assert json.loads(stored[1]["annotation"]) == ODD[4]
-    assert json.loads(stored[5]["annotation"]) == {"video": "c.mp4", "caption": "C", "extra": "kept"}
-    again = captioned_videos.build([one, two], tmp_path / "tfds")
-    assert again.data_dir == builder.data_dir
-    plain(tmp_path / "two", [rows[0], ["c.mp4", "C", "changed"]], {})
-    assert captioned_videos.build([one, two], tmp_path / "tfds").data_dir != builder.data_dir
+    source = sources.read_sources([one, two])
+    found = list(source.annotations())
+    assert [clip for clip, _ in found] == source.clips and len(found) == 6
+    assert found[1][1] == ODD[4]
+    assert found[5][1] == {"video": "c.mp4", "caption": "C", "extra": "kept"}
 
 
 # ---- real clips, and many ------------------------------------------------------------------------
@@ -616,4 +628,4 @@ def test_80_000_clips_are_listed_in_bounded_time_and_memory(tmp_path):
     # the text of the file, which is held as bytes and as a string while it is decoded.
     assert kept < 3_000 * count
     assert peak < 3_000 * count + 2 * text
-    assert modules == "[]"  # labels are made beside PyTorch: listing loads no JAX
+    assert modules == "[]"  # labels are made with PyTorch: listing loads no JAX

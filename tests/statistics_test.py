@@ -105,6 +105,6 @@ def test_picture(tmp_path):
     for group, colour in statistics.GROUP_COLOURS.items():
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         area[group] = int((pixels == rgb).all(1).sum())
-    # Bars of 2 + 1, 1 and 1 clips, beside equal squares of the legend.
+    # Bars of 2 + 1, 1 and 1 clips, next to equal squares of the legend.
     assert area["thermodynamics"] == pytest.approx(area["optics"], rel=0.1) and area["optics"] > 1000
     assert area["dynamics"] == pytest.approx(3 * area["optics"], rel=0.1)

@@ -9,6 +9,7 @@ import pytest
 
 from prophy_jax.data.sources import video
 from prophy_jax.run.errors import UserError
+from tests.videos import read_clip, read_video
 
 av = pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
 
@@ -60,7 +61,7 @@ def test_round_trip_keeps_frames_size_rate_and_order(tmp_path):
     path = tmp_path / "clip.mp4"
     frames = counting_clip(12)
     video.write_mp4(path, frames, 16)
-    back, fps = video.read_video(path)
+    back, fps = read_video(path)
     assert back.shape == frames.shape and back.dtype == np.uint8 and fps == 16
     assert indices(back) == list(range(12))
     assert np.abs(back.astype(int) - frames).max() <= LEVELS
@@ -73,31 +74,32 @@ def test_round_trip_keeps_frames_size_rate_and_order(tmp_path):
 @pytest.mark.parametrize("fps", [8, 16.0, 23.976, 29.97])
 def test_rate_survives(tmp_path, fps):
     video.write_mp4(tmp_path / "clip.mp4", counting_clip(5), fps)
-    assert video.read_video(tmp_path / "clip.mp4")[1] == pytest.approx(fps, rel=1e-4)  # 24000/1001
+    assert read_video(tmp_path / "clip.mp4")[1] == pytest.approx(fps, rel=1e-4)  # 24000/1001
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 200, 90)])
 def test_colours_survive(tmp_path, colour):
     frames = np.full((3, 48, 64, 3), colour, np.uint8)
     video.write_mp4(tmp_path / "clip.mp4", frames, 16)
-    back = video.read_video(tmp_path / "clip.mp4")[0].astype(int)
-    assert np.abs(back - frames).max() <= LEVELS  # a wrong YUV matrix moves green by 20 and more
+    for back in (read_video(tmp_path / "clip.mp4")[0], read_clip(tmp_path / "clip.mp4", 3, 16, 48, 64)):
+        # A wrong YUV matrix moves green by 20 and more.
+        assert np.abs(back.astype(int) - frames).max() <= LEVELS
 
 
 def test_odd_sizes_are_padded_by_their_edge(tmp_path):
     frames = np.zeros((3, 47, 63, 3), np.uint8)
     frames[:, 30:, 40:] = 200
     video.write_mp4(tmp_path / "clip.mp4", frames, 16)
-    back = video.read_video(tmp_path / "clip.mp4")[0]
+    back = read_video(tmp_path / "clip.mp4")[0]
     assert back.shape == (3, 48, 64, 3)
     assert abs(int(back[1, -1, -1, 0]) - 200) <= LEVELS and back[1, 5, -1, 0] <= LEVELS
 
 
-def test_writing_replaces_whole_and_leaves_nothing_beside(tmp_path):
+def test_writing_replaces_whole_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
     video.write_mp4(path, counting_clip(3), 16)
-    assert len(video.read_video(path)[0]) == 3
+    assert len(read_video(path)[0]) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
@@ -129,22 +131,24 @@ def test_wrong_frames_are_a_programming_error(tmp_path, bad):
 # ---- rates ---------------------------------------------------------------------------------------
 
 
-def test_nearest_frames_from_30_to_8_fps():
-    frames = counting_clip(30)
-    # k * 30/8 = 0, 3.75, 7.5, 11.25, 15, 18.75, 22.5, 26.25; halves go to the later frame.
-    chosen = video.sample_frames(frames, 30, 8, 8)
-    assert indices(chosen) == [0, 4, 8, 11, 15, 19, 23, 26]
+@pytest.mark.parametrize(
+    ("count", "rate", "num_frames", "fps", "expected"),
+    [
+        # k * 30/8 = 0, 3.75, 7.5, 11.25, 15, 18.75, 22.5, 26.25; halves go to the later frame.
+        (30, 30, 8, 8, [0, 4, 8, 11, 15, 19, 23, 26]),
+        (9, 16, 9, 16, list(range(9))),
+        (9, 8, 5, 16, [0, 1, 1, 2, 2]),  # a higher rate repeats
+    ],
+)
+def test_nearest_frames_at_another_rate(tmp_path, count, rate, num_frames, fps, expected):
+    encode(tmp_path / "clip.mp4", counting_clip(count), rate=rate)
+    assert indices(read_clip(tmp_path / "clip.mp4", num_frames, fps, 48, 64)) == expected
 
 
-def test_same_rate_takes_the_first_frames_and_a_higher_rate_repeats():
-    frames = counting_clip(9)
-    assert indices(video.sample_frames(frames, 16.0, 9, 16)) == list(range(9))
-    assert indices(video.sample_frames(frames, 8, 5, 16)) == [0, 1, 1, 2, 2]
-
-
-def test_too_short_says_needed_and_found():
-    with pytest.raises(UserError, match="needs 31 frames.*found 30"):
-        video.sample_frames(counting_clip(30), 30, 9, 8)
+def test_too_short_says_needed_and_found(tmp_path):
+    encode(tmp_path / "clip.mp4", counting_clip(30))
+    with pytest.raises(UserError, match=r"9 frames at 8 fps needed, 8 found \(30 frames at 30 fps"):
+        read_clip(tmp_path / "clip.mp4", 9, 8, 24, 24)
 
 
 # ---- crop and resize -----------------------------------------------------------------------------
@@ -181,48 +185,49 @@ def test_resizing_is_antialiased_and_the_same_size_is_exact():
     ("rate", "num_frames", "target_fps"),
     [(30, 8, 8), (30, 5, 30), (25, 9, 16), (24, 12, 16), (8, 9, 16), (Fraction(30000, 1001), 8, 8)],
 )
-def test_read_clip_equals_the_three_calls(tmp_path, rate, num_frames, target_fps):
+def test_streaming_equals_choosing_of_all_frames(tmp_path, rate, num_frames, target_fps):
     path = tmp_path / "clip.mp4"
     encode(path, counting_clip(32), rate=rate)
-    frames, fps = video.read_video(path)
-    expected = video.center_crop_resize(video.sample_frames(frames, fps, num_frames, target_fps), 24, 24)
-    np.testing.assert_array_equal(video.read_clip(path, num_frames, target_fps, 24, 24), expected)
+    frames, fps = read_video(path)
+    nearest = np.floor(np.arange(num_frames) * fps / target_fps + 0.5).astype(int)
+    expected = video.center_crop_resize(frames[nearest], 24, 24)
+    np.testing.assert_array_equal(read_clip(path, num_frames, target_fps, 24, 24), expected)
 
 
 @pytest.mark.parametrize("num_frames", [7, 8, 9, 10])
-def test_read_clip_ends_where_sample_frames_ends(tmp_path, num_frames):
+def test_reading_ends_with_the_last_whole_frame(tmp_path, num_frames):
     path = tmp_path / "clip.mp4"
     encode(path, counting_clip(30))  # 8 frames at 8 fps fit, the ninth would be source frame 30
     if num_frames <= 8:
-        assert len(video.read_clip(path, num_frames, 8, 24, 24)) == num_frames
+        assert len(read_clip(path, num_frames, 8, 24, 24)) == num_frames
     else:
         with pytest.raises(UserError, match=rf"clip.mp4.*{num_frames} frames.*8 found \(30"):
-            video.read_clip(path, num_frames, 8, 24, 24)
+            read_clip(path, num_frames, 8, 24, 24)
 
 
 def test_last_frame_stays_nearest_for_half_a_frame(tmp_path):
     path = tmp_path / "clip.mp4"
     encode(path, counting_clip(4), rate=8)
-    # At 18 fps, frame 7 lies at 0.389 s; the last of 4 frames at 8 fps lies at 0.375 s.
-    assert indices(video.read_clip(path, 8, 18, 48, 64)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    # At 18 fps, frame 7 is at 0.389 s; the last of 4 frames at 8 fps is at 0.375 s.
+    assert indices(read_clip(path, 8, 18, 48, 64)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_read_clip_stops_decoding_early(tmp_path):
+def test_reading_stops_decoding_early(tmp_path):
     path = tmp_path / "clip.mp4"
     noise = np.random.RandomState(0).randint(0, 255, (60, 48, 64, 3), np.uint8)
     encode(path, noise, movflags="faststart")
     broken = cut(path, tmp_path / "broken.mp4", 0.6)
     with pytest.raises(UserError):
-        video.read_video(broken)  # the damage is real,
-    assert len(video.read_clip(broken, 5, 30, 24, 24)) == 5  # and lies behind what is needed
+        read_clip(broken, 60, 30, 24, 24)  # the damage is real,
+    assert len(read_clip(broken, 5, 30, 24, 24)) == 5  # and comes after what is needed
 
 
-def test_read_clip_follows_presentation_times(tmp_path):
+def test_reading_follows_presentation_times(tmp_path):
     path = tmp_path / "clip.mp4"
     # 12 frames: six at 30 fps, then six at 10 fps.
     encode(path, counting_clip(12), pts=[0, 1, 2, 3, 4, 5, 8, 11, 14, 17, 20, 23])
     # Every 0.1 s is every 3 ticks: 0 3 6 9 12 15 18 21; nearest of the ticks above, ties late.
-    assert indices(video.read_clip(path, 8, 10, 48, 64)) == [0, 3, 5, 6, 7, 8, 9, 10]
+    assert indices(read_clip(path, 8, 10, 48, 64)) == [0, 3, 5, 6, 7, 8, 9, 10]
 
 
 # ---- buckets -------------------------------------------------------------------------------------
@@ -298,12 +303,10 @@ def test_bucket_of_other_text(text):
 def test_a_file_in_memory_reads_as_the_path(tmp_path, codec):
     path = tmp_path / ("clip.mp4" if codec == "libx264" else "clip.mkv")
     encode(path, counting_clip(20), codec=codec)
-    frames, fps = video.read_video(in_memory(path))
-    assert fps == 30
-    np.testing.assert_array_equal(frames, video.read_video(path)[0])
-    np.testing.assert_array_equal(
-        video.read_clip(in_memory(path), 5, 8, 24, 24), video.read_clip(path, 5, 8, 24, 24)
-    )
+    frames = read_clip(in_memory(path), 20, 30, 48, 64)
+    np.testing.assert_array_equal(frames, read_clip(path, 20, 30, 48, 64))
+    assert indices(frames) == list(range(20))
+    np.testing.assert_array_equal(read_clip(in_memory(path), 5, 8, 24, 24), read_clip(path, 5, 8, 24, 24))
 
 
 # ---- formats -------------------------------------------------------------------------------------
@@ -321,10 +324,13 @@ def test_a_file_in_memory_reads_as_the_path(tmp_path, codec):
 def test_other_formats_decode(tmp_path, name, codec, pix_fmt, height, width):
     frames = counting_clip(10, height, width, step=20)
     encode(tmp_path / name, frames, rate=25, codec=codec, pix_fmt=pix_fmt)
-    back, fps = video.read_video(tmp_path / name)
-    assert back.shape == frames.shape and fps == 25
+    with pytest.raises(UserError, match=f"too small: {height}x{width} pixels"):  # its size and its rate
+        video.read_bucket(tmp_path / name, [video.Bucket(10, 2 * height, width)], 25, max_upscale=1)
+    back = read_clip(tmp_path / name, 10, 25, height, width)
     assert indices(back, step=20) == list(range(10))
-    assert video.read_clip(tmp_path / name, 4, 8, 16, 16).shape == (4, 16, 16, 3)
+    with pytest.raises(UserError, match=r"\(10 frames at 25 fps"):
+        read_clip(tmp_path / name, 11, 25, height, width)
+    assert read_clip(tmp_path / name, 4, 8, 16, 16).shape == (4, 16, 16, 3)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
@@ -332,9 +338,11 @@ def test_rotation_metadata_is_applied(tmp_path, rotation):
     frames = np.zeros((4, 48, 64, 3), np.uint8)
     frames[:, :24, :32] = 255  # the top left quarter as stored
     encode(tmp_path / "phone.mp4", frames, rotation=rotation)
-    back, _ = video.read_video(tmp_path / "phone.mp4")
     expected = np.rot90(frames, rotation // 90, axes=(1, 2))  # counterclockwise
-    assert back.shape == expected.shape
+    height, width = expected.shape[1:3]
+    buckets = [video.Bucket(4, height, width), video.Bucket(4, width, height)]
+    back, bucket = video.read_bucket(tmp_path / "phone.mp4", buckets, 30)
+    assert bucket == buckets[0] and back.shape == expected.shape
     for y, x in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
         at = (2, int(y * back.shape[1]), int(x * back.shape[2]), 0)
         assert abs(int(back[at]) - int(expected[at])) <= LEVELS
@@ -380,18 +388,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("read", [video.read_video, lambda path: video.read_clip(path, 25, 30, 16, 16)])
-def test_bad_files_are_one_line_naming_the_file(tmp_path, capfd, name, read):
+def test_bad_files_are_one_line_naming_the_file(tmp_path, capfd, name):
     make, message = BAD[name]
     make(tmp_path / name)
     capfd.readouterr()
     with pytest.raises(UserError, match=message) as error:
-        read(tmp_path / name)
+        read_clip(tmp_path / name, 25, 30, 16, 16)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
     assert capfd.readouterr().err == ""  # FFmpeg's own log stays quiet
     if (tmp_path / name).is_file():
         with pytest.raises(UserError, match=message) as again:
-            read(in_memory(tmp_path / name))
+            read_clip(in_memory(tmp_path / name), 25, 30, 16, 16)
         assert str(again.value) == str(error.value)
 
 
@@ -402,14 +409,12 @@ def test_damage_behind_the_index_is_found_when_it_is_reached(tmp_path, share):
     encode(whole, noise, movflags="faststart")
     broken = cut(whole, tmp_path / "cut.mp4", share)
     # FFmpeg either reports the last packet as damaged or ends early without a word.
-    with pytest.raises(UserError, match="cut.mp4: .*cut short"):
-        video.read_video(broken)
     for file in (broken, in_memory(broken)):
         with pytest.raises(UserError, match="cut.mp4: .*cut short"):
-            video.read_clip(file, 31, 30, 16, 16)
+            read_clip(file, 31, 30, 16, 16)
 
 
 def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"pip install \"prophy_jax\[video\]\""):
-        video.read_video(tmp_path / "clip.mp4")
+        read_clip(tmp_path / "clip.mp4", 5, 8, 16, 16)

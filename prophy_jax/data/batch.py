@@ -121,16 +121,16 @@ FIELDS: dict[str, Field] = {
         columns={"text": Column(lambda sizes: (None, sizes.text_dim), np.float16)},
         fill=_fill_text,
     ),
+    # Multi-hot, in the order of the taxonomy.
+    "category": Field(
+        _phenomena, np.float32, columns={"category": Column(_phenomena, np.float32, as_bytes=False)}
+    ),
     # True on the words and their end.
     "text_mask": Field(
         lambda sizes: (sizes.text_length,),
         np.bool_,
         columns={"text_mask": Column(lambda sizes: (None,), np.uint8, optional=True)},
         fill=_fill_text_mask,
-    ),
-    # Multi-hot, in the order of the taxonomy.
-    "category": Field(
-        _phenomena, np.float32, columns={"category": Column(_phenomena, np.float32, as_bytes=False)}
     ),
     # Of every token, how much of each phenomenon is there. Stored row i of "maps" is the i-th one present.
     "alignment": Field(

@@ -19,8 +19,8 @@ import numpy as np
 from prophy_jax.data import batch, records
 from prophy_jax.run.errors import UserError
 
-# Threads suffice: reading a record is checking and copying it, in code that runs beside Python. Each reads a
-# whole batch, so the buffer counts batches.
+# Threads suffice: reading a record is checking and copying it, in code that releases Python's lock. Each
+# reads a whole batch, so the buffer counts batches.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 _PLACED_AHEAD = 2  # batches on the devices before they are asked for
 

@@ -23,7 +23,7 @@ import numpy as np
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.evaluation.auc import POSITIVE, roc_auc
-from prophy_jax.labels import asking, targets
+from prophy_jax.labels import labelling, targets
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -49,12 +49,14 @@ def measure(
         What `summarise` does.
     """
     bands = list_bands(settings.layers, model.num_layers)
-    reading = asking.make_reading(settings, tuple(range(model.num_layers)))
+    reading = labelling.make_reading(settings, tuple(range(model.num_layers)))
     cases: Cases = defaultdict(list)
     for index in range(sandbox.clips):
         clip = make_clip(sandbox.seed, "test", index, sandbox.size, sandbox.frames, sandbox.fps)
-        view = asking.View.of(clip.masks.shape[:3], sandbox.fps, every=1, cell=1)
-        [answers] = asking.ask(model, [clip.frames], [clip.category], view, reading)
+        view = labelling.View.of(
+            clip.masks.shape[:3], len(clip.masks), sandbox.frames, sandbox.fps, every=1, cell=1
+        )
+        [answers] = labelling.ask(model, [clip.frames], [clip.category], view, reading)
         for band, layers in bands.items():
             for denoise in targets.DENOISE:
                 for name, kind, value in score(answers, clip.masks, clip.category, layers, denoise):
@@ -68,7 +70,7 @@ def list_bands(configured: tuple, num_layers: int) -> dict[str, list[int]]:
     quarters = [part.tolist() for part in np.array_split(np.arange(num_layers), 4) if part.size]
     bands = {f"{part[0]} to {part[-1]}": part for part in quarters}
     bands[f"0 to {num_layers - 1}"] = list(range(num_layers))
-    return bands | {CONFIGURED: list(asking.choose_layers(configured, num_layers))}
+    return bands | {CONFIGURED: list(labelling.choose_layers(configured, num_layers))}
 
 
 def score(
@@ -163,7 +165,7 @@ def table(results: Mapping[str, Any]) -> str:
                 f"Best {title}: {best['mean']:.3f}, layers {layers[0]} to {layers[-1]}, {best['denoise']}; "
                 f"configured: {own[kind]:.3f}"
             ]
-    lines += ["A high AUC beside a specificity of 0.5 tells where something is, not what."]
+    lines += ["A high AUC with a specificity of 0.5 tells where something is, not what."]
     return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ def overlap(target: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 
 def time_edges(times: int, every: int) -> np.ndarray:
-    """Edges, in latents, of the cells of a video sampled at latents 0, every, 2 every, ... of `times`.
+    """Edges, in tokens, of the cells of a video sampled at token 0, every, 2 every, ... of `times`.
 
     A cell reaches half way to its neighbours, the first and the last to the ends of the clip.
     """
@@ -62,7 +62,7 @@ def time_edges(times: int, every: int) -> np.ndarray:
 def resample(cells: np.ndarray, grid: tuple[int, int, int], every: int = 1) -> np.ndarray:
     """(T', H', W') -> (T, h, w): each token the mean over the area and the time that it covers.
 
-    Both grids span the same frame. T' is the number of latents sampled, every `every`-th of T.
+    Both grids span the same frame. T' is the number of times sampled, every `every`-th of T.
     """
     edges = [(np.arange(grid[0] + 1.0), time_edges(grid[0], every))]
     edges += [
@@ -84,10 +84,12 @@ def target(
     """The target of one phenomenon in one clip.
 
     Args:
-        maps, background: (layers, T', H', W') attention of the answers, raw.
+        maps: (layers, T', H', W') attention of the answer, raw.
+        background: the same of the answer to the background prompt.
         grid: (T, h, w).
-        how, scale: one of DENOISE, one of SCALE.
-        every: latents per temporal cell.
+        how: one of DENOISE.
+        scale: one of SCALE.
+        every: tokens in time per cell.
 
     Returns:
         (N,) float16, flattened t, h, w; in [-1, 1] when the scale is "max".

@@ -75,15 +75,6 @@ class Answer(NamedTuple):
 # --- Video in --------------------------------------------------------------------------------------
 
 
-def frame_pairs(times: int, every: int = 1) -> list[int]:
-    """Frames to show for every `every`-th of `times` latents: the two in the middle of what it covers.
-
-    Latent 0 is frame 0, shown twice; latent k the frames 4k-3 to 4k.
-    """
-    pairs = [(4 * k - 2, 4 * k - 1) if k else (0, 0) for k in range(0, times, every)]
-    return [frame for pair in pairs for frame in pair]
-
-
 def resize(frames: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
     """uint8 (F, H, W, 3) -> (F, 28 H', 28 W', 3) for (H', W') cells, by Pillow's bicubic filter."""
     size = (cells[1] * CELL, cells[0] * CELL)
@@ -123,7 +114,7 @@ class _Probe:
         weights = scores.softmax(-1)[..., self.columns].flatten(1, 2)  # (R, heads, N)
         self.maps[layer] = weights.mean(1) if self.heads == "mean" else weights.amax(1)
 
-    def seen(self) -> Tensor:
+    def attention(self) -> Tensor:
         """(n, R, N) of the last forward pass."""
         device = self.maps[self.layers[0]].device
         return torch.stack([self.maps[layer].to(device) for layer in self.layers])
@@ -186,7 +177,7 @@ class Vlm:
         columns = slice(len(before), len(before) + int(np.prod(grid)))
         positions = [self._positions(*prompt, grid, seconds) for prompt in prompts]  # (3, length) each
         cache = transformers.DynamicCache(config=self._model.config.text_config)
-        prefix = self._embed([before] * len(clips), self._see(clips, grid))  # (B, columns.stop, D)
+        prefix = self._embed([before] * len(clips), self._encode(clips, grid))  # (B, columns.stop, D)
         shared = positions[0][:, None, : columns.stop].expand(-1, len(clips), -1)  # (3, B, columns.stop)
         self._forward(prefix, shared, None, cache, None)
         cache.reorder_cache(torch.tensor(clip_of_row))
@@ -202,32 +193,32 @@ class Vlm:
             mask[row, columns.stop : columns.stop + longest - len(rest)] = 0
         probe = _Probe(reading, columns)
         logits = self._forward(self._embed(ids), place, mask, cache, probe)
-        of_prompt = seen = probe.seen()  # (n, R, N)
+        of_prompt = attention = probe.attention()  # (n, R, N)
 
         # 3. The answers, token by token, until every row has ended.
         tokens: list[list[int]] = [[] for _ in rests]
-        total = seen.new_zeros(2, *seen.shape)  # over all tokens, and over content tokens
-        counted = seen.new_zeros(2, len(rests))
-        going = [True] * len(rests)
+        total = attention.new_zeros(2, *attention.shape)  # over all tokens, and over content tokens
+        counted = attention.new_zeros(2, len(rests))
+        active = [True] * len(rests)
         steps = 0 if reading.rows == "last_prompt" else reading.max_new_tokens
         for _ in range(steps):
             new = logits.argmax(-1)  # (R,)
             for row, token in enumerate(new.tolist()):
-                going[row] = going[row] and token not in self._ends
-                if going[row]:
+                active[row] = active[row] and token not in self._ends
+                if active[row]:
                     tokens[row].append(token)
-            if not any(going):
+            if not any(active):
                 break
-            content = [on and self._is_content(own[-1]) for on, own in zip(going, tokens, strict=True)]
-            weight = seen.new_tensor([going, content])  # (2, R)
+            content = [on and self._is_content(own[-1]) for on, own in zip(active, tokens, strict=True)]
+            weight = attention.new_tensor([active, content])  # (2, R)
             if reading.rows == "predicting":
-                total += weight[:, None, :, None] * seen
+                total += weight[:, None, :, None] * attention
             place = place[:, :, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rests), 1)], 1)
             logits = self._forward(self._embed(new[:, None]), place, mask, cache, probe)
-            seen = probe.seen()
+            attention = probe.attention()
             if reading.rows == "generated":
-                total += weight[:, None, :, None] * seen
+                total += weight[:, None, :, None] * attention
             counted += weight
 
         # 4. Means over the tokens that count; an empty answer has its prompt's last token alone.
@@ -286,13 +277,13 @@ class Vlm:
         )
         return positions[:, 0]
 
-    def _see(self, clips: Sequence[np.ndarray], grid: tuple[int, int, int]) -> Tensor:
+    def _encode(self, clips: Sequence[np.ndarray], grid: tuple[int, int, int]) -> Tensor:
         """(B, N, D) features of the video tokens."""
         patches = torch.from_numpy(np.concatenate([patchify(frames) for frames in clips]))
         thw = torch.tensor([[grid[0], grid[1] * MERGE, grid[2] * MERGE]] * len(clips))
         device = self._model.device
-        seen = self._model.get_video_features(patches.to(device), thw.to(device), return_dict=True)
-        return torch.stack(list(seen.pooler_output))
+        features = self._model.get_video_features(patches.to(device), thw.to(device), return_dict=True)
+        return torch.stack(list(features.pooler_output))
 
     def _embed(self, ids, video: Tensor | None = None) -> Tensor:
         """(rows, length, D) of ids (rows, length), followed by the video's features where given."""
@@ -357,7 +348,7 @@ def load(path: str | os.PathLike, device: str, dtype: str) -> Vlm:
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder} cannot be opened ({reason}); download the whole model again") from error
-    if found["missing_keys"]:  # transformers would go on with random weights
+    if found["missing_keys"]:  # transformers would use random weights
         first = sorted(found["missing_keys"])[0]
         raise UserError(f"{folder} lacks weights, first {first}; download the whole model again")
     if tokenizer.convert_tokens_to_ids("<|video_pad|>") != model.config.video_token_id:
@@ -411,7 +402,7 @@ def describe(path: str | os.PathLike) -> dict[str, str]:
 
 
 def choose_device(folder: str | os.PathLike, process: int) -> str:
-    """GPU number `process` of those seen, cyclically; "auto", all, for a model larger than one; or "cpu"."""
+    """GPU number `process`, cyclically; "auto", all of them, for a model larger than one; or "cpu"."""
     count = torch.cuda.device_count()
     if not count:
         return "cpu"

@@ -3,11 +3,10 @@
 A clip shows one to three phenomena, each at its own station: the left, middle or right third of the
 frame. It is a pure function of (seed, split, index, size, frames, fps), equal in every process.
 
-Legend: F frames, S frame size in pixels, T = (F-1)/4 + 1 latent times, G = S/8 tokens a side.
+Legend: F frames, S frame size in pixels; cells of the masks: T = (F-1)/4 + 1 in time, G = S/8 a side.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA, multi_hot
 from prophy_jax.run.errors import UserError
 
 SPLITS = ("train", "val", "test")
-TOKEN = 8  # pixels a side: spatial stride 4 of the codec times patch 2 of the transformer
+CELL = 8  # pixels a side of a cell of the masks, and
+TIME = 4  # frames of one after the first: the finest tokens that models of such clips have
 
 
 class Scene(NamedTuple):
@@ -32,31 +32,41 @@ class Scene(NamedTuple):
     residual: Callable[[dict[str, Any]], float]
 
 
-def _scene(module: Any, name: str, category: str) -> Scene:
-    return Scene(name, category, *(getattr(module, f"{part}_{name}") for part in Scene._fields[2:]))
-
-
 SCENES = (
-    _scene(mechanics, "bounce", "collision"),
-    _scene(mechanics, "hit", "collision"),
-    _scene(mechanics, "tumble", "rigid body motion"),
-    _scene(mechanics, "spring", "elastic motion"),
-    _scene(continua, "slosh", "liquid motion"),
-    _scene(continua, "smoke", "gas motion"),
-    _scene(mechanics, "press", "deformation"),
-    _scene(continua, "melt", "melting"),
-    _scene(continua, "freeze", "solidification"),
-    _scene(continua, "blast", "explosion"),
-    _scene(continua, "fire", "combustion"),
-    _scene(continua, "mirror", "reflection"),
-    _scene(continua, "beam", "refraction"),
+    Scene("bounce", "collision", mechanics.simulate_bounce, mechanics.draw_bounce, mechanics.residual_bounce),
+    Scene("hit", "collision", mechanics.simulate_hit, mechanics.draw_hit, mechanics.residual_hit),
+    Scene(
+        "tumble",
+        "rigid body motion",
+        mechanics.simulate_tumble,
+        mechanics.draw_tumble,
+        mechanics.residual_tumble,
+    ),
+    Scene(
+        "spring",
+        "elastic motion",
+        mechanics.simulate_spring,
+        mechanics.draw_spring,
+        mechanics.residual_spring,
+    ),
+    Scene("slosh", "liquid motion", continua.simulate_slosh, continua.draw_slosh, continua.residual_slosh),
+    Scene("smoke", "gas motion", continua.simulate_smoke, continua.draw_smoke, continua.residual_smoke),
+    Scene("press", "deformation", mechanics.simulate_press, mechanics.draw_press, mechanics.residual_press),
+    Scene("melt", "melting", continua.simulate_melt, continua.draw_melt, continua.residual_melt),
+    Scene(
+        "freeze", "solidification", continua.simulate_freeze, continua.draw_freeze, continua.residual_freeze
+    ),
+    Scene("blast", "explosion", continua.simulate_blast, continua.draw_blast, continua.residual_blast),
+    Scene("fire", "combustion", continua.simulate_fire, continua.draw_fire, continua.residual_fire),
+    Scene("mirror", "reflection", continua.simulate_mirror, continua.draw_mirror, continua.residual_mirror),
+    Scene("beam", "refraction", continua.simulate_beam, continua.draw_beam, continua.residual_beam),
 )
 _BY_NAME = {scene.name: scene for scene in SCENES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One example. `masks[k, i, j, e]` is the mean coverage of category e in token (k, i, j)."""
+    """One example. `masks[k, i, j, e]` is the mean coverage of category e in cell (k, i, j)."""
 
     id: str
     frames: np.ndarray  # (F, S, S, 3) uint8
@@ -80,24 +90,24 @@ def _plain(value: Any) -> Any:
 
 def check_shape(size: int, frames: int, fps: float) -> None:
     """Raises UserError unless the sandbox can draw clips of this shape."""
-    if size % TOKEN or size < 32:
+    if size % CELL or size < 32:
         raise UserError(f"sandbox: frame size {size} must be a multiple of 8, at least 32")
-    if frames % 4 != 1 or frames < 5:
+    if frames % TIME != 1 or frames < 5:
         raise UserError(f"sandbox: {frames} frames must be 4n + 1, at least 5")
     if fps <= 0:
         raise UserError(f"sandbox: fps {fps} must be positive")
 
 
 def reduce_mask(coverage: np.ndarray) -> np.ndarray:
-    """(F, S, S) pixel coverage -> (T, G, G) mean per token, under causal timing.
+    """(F, S, S) pixel coverage -> (T, G, G) mean per cell, under causal timing.
 
-    Latent time 0 is frame 0 alone, latent time k the frames 4k-3 .. 4k.
+    Cell 0 of time is frame 0 alone, cell k the frames 4k-3 .. 4k.
     """
     frames, size, _ = coverage.shape
-    side = size // TOKEN
-    tokens = coverage.reshape(frames, side, TOKEN, side, TOKEN).mean((2, 4))  # (F, G, G)
-    later = tokens[1:].reshape(-1, 4, side, side).mean(1)  # (T-1, G, G)
-    return np.concatenate([tokens[:1], later])
+    side = size // CELL
+    cells = coverage.reshape(frames, side, CELL, side, CELL).mean((2, 4))  # (F, G, 8, G, 8) -> (F, G, G)
+    later = cells[1:].reshape(-1, TIME, side, side).mean(1)  # (T-1, 4, G, G) -> (T-1, G, G)
+    return np.concatenate([cells[:1], later])
 
 
 def simulate_scene(scene: Scene, rng: np.random.Generator, place: str, times: np.ndarray) -> dict[str, Any]:
@@ -136,8 +146,8 @@ def make_clip(seed: int, split: str, index: int, size: int = 64, frames: int = 1
     places = [captions.PLACES[i] for i in sorted(rng.choice(3, count, replace=False))]
 
     clip = backdrop(frames, size, int(rng.integers(len(BACKDROPS))))
-    side = size // TOKEN
-    masks = np.zeros(((frames - 1) // 4 + 1, side, side, NUM_PHENOMENA), np.float16)
+    side = size // CELL
+    masks = np.zeros(((frames - 1) // TIME + 1, side, side, NUM_PHENOMENA), np.float16)
     states, clauses = [], []
     for category, place in zip(categories, places, strict=True):
         options = [scene for scene in SCENES if scene.category == category]
@@ -160,10 +170,3 @@ def make_clip(seed: int, split: str, index: int, size: int = 64, frames: int = 1
 def law_residual(state: dict[str, Any]) -> float:
     """How far one entry of `state["scenes"]` is from its law: relative, 0 where it holds."""
     return _BY_NAME[state["scene"]].residual(state)
-
-
-def make_example(seed: int, split: str, index: int, size: int, frames: int, fps: float) -> dict[str, Any]:
-    """`make_clip` as a record: a dict of arrays and strings, `state` as JSON."""
-    clip = make_clip(seed, split, index, size, frames, fps)
-    fields = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip)}
-    return fields | {"state": json.dumps(clip.state)}

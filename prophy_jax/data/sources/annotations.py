@@ -5,20 +5,19 @@
     FOLDER/clips.csv       video,caption,category,id      the last two are optional
     FOLDER/clips.jsonl     {"video": "a.mp4", "caption": "...", "category": ["melting"]}
 
-Records are read one at a time: of a list of 80,000, only what the caller keeps stays in memory.
+The ending of the name says how the file is written; what its records mean is found by looking at them. A list
+of another kind needs a row of `FORMATS`.
 """
 
 import csv
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
 from prophy_jax.run.errors import UserError
 
-SUFFIXES = (".json", ".csv", ".jsonl")
 # Names that tables use for a column; the first one present counts.
 VIDEO = ("video", "videopath", "video_name", "file_name")
 CAPTION = ("caption", "captions", "text")
@@ -48,12 +47,12 @@ def find_annotations(source: str | Path) -> Path:
     """
     source = Path(source)
     if source.is_file():
-        if source.suffix.lower() not in SUFFIXES:
+        if source.suffix.lower() not in READERS:
             raise UserError(f"{source} is not a .json, .csv or .jsonl file that lists clips")
         return source
     if not source.is_dir():
         raise UserError(f"no file or folder {source}; --source must name a folder of videos and captions")
-    found = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in source.iterdir() if path.suffix.lower() in READERS and path.is_file())
     if not found:
         what = "has no .json, .csv or .jsonl file" if any(source.iterdir()) else "is empty"
         raise UserError(f"{source} {what}; expected captions (wisa-80k.json, clips.csv) and videos")
@@ -63,81 +62,38 @@ def find_annotations(source: str | Path) -> Path:
     return found[0]
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of an annotation file, in order and unchanged; for CSV, rows by column.
+def read_annotations(path: Path) -> tuple["Format", list[Record]]:
+    """What the records of an annotation file mean, and all of them, unchanged; for CSV, rows by column.
 
     Raises:
         UserError: the file is not of its format, holds no records, or lacks a needed column.
     """
-    kind, read = {
-        ".json": ("JSON", _read_json),
-        ".csv": ("CSV", _read_csv),
-        ".jsonl": ("JSONL", _read_jsonl),
-    }[path.suffix.lower()]
-    count = 0
+    kind, read = READERS[path.suffix.lower()]
     try:
-        for count, record in enumerate(read(path), 1):  # noqa: B007
-            if count == 1 and path.suffix.lower() != ".json":
-                _check_columns(path, record)
-            yield record
+        records = list(read(path))
     except (ValueError, RecursionError, csv.Error) as error:  # ValueError: not UTF-8, or not JSON
         raise UserError(f"{path} is not a {kind} file ({error}); correct it or download it again") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    if not count:
+    if not records:
         raise UserError(f"{path} lists no records; nothing to prepare")
+    found = next(found for found in FORMATS if found.recognises(records))
+    if not found.own_names:
+        _check_columns(path, records[0])
+    return found, records
 
 
-def parse_record(path: Path, record: Mapping[str, Any]) -> Entry:
-    """The entry of one record of `path`."""
-    if path.suffix.lower() == ".json":
-        annotation = record.get("physical_annotation")
-        annotation = annotation if isinstance(annotation, dict) else {}
-        labels = {question: _labels(annotation.get(question)) for question in taxonomy.QUESTIONS}
-        labels["label"] = _labels(record.get("label"))
-        return Entry("", _text(record.get("video_name")), _text(record.get("captions")), labels)
-    columns = {name.strip().lower(): value for name, value in record.items()}
-
-    def column(names: tuple[str, ...]) -> Any:
-        return next((columns[name] for name in names if name in columns), None)
-
-    clip_id = columns.get("id")
-    clip_id = str(clip_id) if isinstance(clip_id, int) else clip_id
-    labels = {"category": _labels(column(CATEGORY))}
-    return Entry(_text(clip_id), _text(column(VIDEO)), _text(column(CAPTION)), labels)
+# --- Files -----------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Iterator[Record]:
-    """The elements of a JSON list, parsed one by one."""
-    text = path.read_text(encoding="utf-8-sig")
-    parse, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-
-    def token(position: int) -> int:
-        return space.match(text, position).end()
-
-    not_a_list = UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
-    at = token(0)
-    if text[at : at + 1] != "[":
-        parse(text, at)  # raises unless it is JSON
-        raise not_a_list
-    at = token(at + 1)
-    while text[at : at + 1] != "]":
-        record, at = parse(text, at)
-        if not isinstance(record, dict):
-            raise not_a_list
-        yield record
-        at = token(at)
-        if text[at : at + 1] == ",":
-            at = token(at + 1)
-            if text[at : at + 1] == "]":
-                raise json.JSONDecodeError("Expecting value", text, at)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    if token(at + 1) != len(text):
-        raise json.JSONDecodeError("Extra data", text, token(at + 1))
+def _read_json(path: Path) -> list[Record]:
+    records = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
+    return records
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path) -> Iterable[Record]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Strict: an unclosed quote is an error, and does not swallow the rest of the file.
         for row in csv.DictReader(file, strict=True):
@@ -145,7 +101,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             yield row
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path) -> Iterable[Record]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -157,6 +113,58 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             if not isinstance(record, dict):
                 raise ValueError(f"line {number} is not an object {{...}}")
             yield record
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Iterable[Record]]]] = {
+    ".json": ("JSON", _read_json),
+    ".csv": ("CSV", _read_csv),
+    ".jsonl": ("JSONL", _read_jsonl),
+}
+
+
+# --- Records ---------------------------------------------------------------------------------------
+
+
+def _parse_wisa(record: Record) -> Entry:
+    annotation = record.get("physical_annotation")
+    annotation = annotation if isinstance(annotation, dict) else {}
+    labels = {question: _labels(annotation.get(question)) for question in taxonomy.QUESTIONS}
+    labels["label"] = _labels(record.get("label"))
+    return Entry("", _text(record.get("video_name")), _text(record.get("captions")), labels)
+
+
+def _parse_row(record: Record) -> Entry:
+    columns = {name.strip().lower(): value for name, value in record.items()}
+
+    def column(names: tuple[str, ...]) -> Any:
+        return next((columns[name] for name in names if name in columns), None)
+
+    clip_id = columns.get("id")
+    clip_id = str(clip_id) if isinstance(clip_id, int) else clip_id
+    labels = {"category": _labels(column(CATEGORY))}
+    return Entry(_text(clip_id), _text(column(VIDEO)), _text(column(CAPTION)), labels)
+
+
+class Format(NamedTuple):
+    """What the records of a file mean.
+
+    Attributes:
+        recognises: whether these records are of this format; the first in `FORMATS` that does is used.
+        parse: the entry of one record.
+        videos: the folder of the videos, below that of the file.
+        own_names: False: the columns must be some of `VIDEO` and `CAPTION`.
+    """
+
+    recognises: Callable[[list[Record]], bool]
+    parse: Callable[[Record], Entry]
+    videos: str = ""
+    own_names: bool = True
+
+
+FORMATS = (
+    Format(lambda records: any("physical_annotation" in record for record in records), _parse_wisa, "videos"),
+    Format(lambda records: True, _parse_row, own_names=False),
+)
 
 
 def _check_columns(path: Path, record: Record) -> None:

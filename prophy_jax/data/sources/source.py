@@ -147,7 +147,7 @@ class CaptionedVideos(Source):
         clips = iter(self.clips)  # in the order of sources, and of records within each
         clip = next(clips)
         for source, path in enumerate(self._paths):
-            for number, record in enumerate(annotations.read_records(path)):
+            for number, record in enumerate(annotations.read_annotations(path)[1]):
                 if (source, number) == (clip.source, clip.record):
                     yield clip, record
                     clip = next(clips, None)
@@ -298,11 +298,11 @@ def _ranked(clips: Sequence[Clip], salt: str) -> list[Clip]:
 
 def _locate(path: Path) -> list[tuple[Entry, VideoFile | str]]:
     """The entries of an annotation file, each with its video or with the reason why it has none."""
-    root = path.parent
-    folder = VideoFolder(root, root / "videos" if path.suffix.lower() == ".json" else root)
+    found_format, records = annotations.read_annotations(path)
+    folder = VideoFolder(path.parent, path.parent / found_format.videos)
     located: list[tuple[Entry, VideoFile | str]] = []
-    for record in annotations.read_records(path):
-        entry = annotations.parse_record(path, record)
+    for record in records:
+        entry = found_format.parse(record)
         if not entry.video:
             found: VideoFile | str = "no video name"
         elif not entry.caption:

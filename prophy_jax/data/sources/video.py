@@ -49,42 +49,6 @@ class Bucket(NamedTuple):
         return bucket
 
 
-def read_video(path: Video) -> tuple[np.ndarray, float]:
-    """Decodes a whole file into memory.
-
-    Returns:
-        Frames uint8 (F,H,W,3) and the average frame rate.
-
-    Raises:
-        UserError: no such file, not a video, no video stream, no frames, damaged or cut short. Only
-            formats with an index, such as MP4, show a clean cut; a cut Matroska file gives the
-            frames it still holds.
-    """
-    with _open_video(path) as (rate, frames):
-        decoded = [_to_rgb(frame) for _, frame in frames]
-        if not decoded:
-            raise UserError(f"{_name(path)}: the video holds no frames")
-        return np.stack(decoded), float(rate)
-
-
-def sample_frames(frames: np.ndarray, fps: float, num_frames: int, target_fps: float) -> np.ndarray:
-    """Selects frames (num_frames,H,W,3) at a new rate, from the first frame on, by nearest time.
-
-    Frame k of the result is source frame floor(k fps / target_fps + 1/2), of two equally near ones
-    the later. A target rate above the source's repeats frames.
-
-    Raises:
-        UserError: the source is too short; nothing is padded.
-    """
-    index = np.floor(np.arange(num_frames) * fps / target_fps + 0.5).astype(int)
-    if index[-1] >= len(frames):
-        raise UserError(
-            f"a clip of {num_frames} frames at {target_fps:g} fps needs {index[-1] + 1} frames "
-            f"of a {fps:g} fps video, found {len(frames)}"
-        )
-    return frames[index]
-
-
 def center_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes (F,H,W,3) to cover (height, width) at its own aspect ratio, and crops the centre.
 
@@ -144,7 +108,9 @@ def read_bucket(
         uint8 (F,H,W,3) and its bucket (F,H,W).
 
     Raises:
-        UserError: "too small: ...", "too short: ...", or as `read_video`; always naming the file.
+        UserError: "too small: ...", "too short: ...", no such file, not a video, no video stream, no
+            frames, damaged or cut short; always naming the file. Only formats with an index, such as MP4,
+            show a clean cut; a cut Matroska file gives the frames it still holds.
     """
     name = _name(video)
     clip: list[np.ndarray] = []
@@ -182,21 +148,6 @@ def read_bucket(
             f"{len(clip)} found ({found} frames at {float(rate):g} fps)"
         )
     return np.stack(clip[: filled[-1]]), Bucket(filled[-1], *size)
-
-
-def read_clip(path: Video, num_frames: int, target_fps: float, height: int, width: int) -> np.ndarray:
-    """`read_bucket` with one bucket: the first num_frames at target_fps, cropped and resized.
-
-    At a constant frame rate the same as `read_video`, `sample_frames`, `center_crop_resize`; at a
-    varying one the frames are chosen by their presentation times.
-
-    Returns:
-        uint8 (num_frames,height,width,3).
-
-    Raises:
-        UserError: as `read_video` and `sample_frames`, always naming the file.
-    """
-    return read_bucket(path, [Bucket(num_frames, height, width)], target_fps)[0]
 
 
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
@@ -298,7 +249,7 @@ def _frames(video: Video, container, stream, rate: Fraction) -> Iterator:
     # FFmpeg often ends a shortened file without an error, but its index still points past the end.
     size = _size(video)
     if any(entry.pos + entry.size > size for entry in stream.index_entries):
-        raise UserError(f"{_name(video)}: the video is cut short: its index goes on after the file ends")
+        raise UserError(f"{_name(video)}: the video is cut short: its index continues after the file ends")
 
 
 def _to_rgb(frame) -> np.ndarray:

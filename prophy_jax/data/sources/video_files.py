@@ -4,10 +4,10 @@ The public WISA-80K comes as 128 zip files whose members have long absolute path
 by their base names; their paths are never used as paths, and nothing is unpacked to disk.
 """
 
+import functools
 import hashlib
 import io
 import os
-import struct
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -19,12 +19,9 @@ from prophy_jax.run.errors import UserError
 
 
 class Member(NamedTuple):
-    """A member of a zip file and where it lies, as the directory of the zip file says."""
+    """A member of a zip file, as the directory of the zip file says."""
 
     name: str
-    offset: int
-    compressed_size: int
-    method: int
     crc: int
 
 
@@ -72,25 +69,16 @@ class VideoFile(NamedTuple):
             return hashlib.file_digest(file, "sha256").digest()
 
     def _read_member(self) -> bytes:
-        """The content, checked. Reads at the offset kept, since a `zipfile.ZipFile` either parses the
-        whole directory again for each clip or keeps a file open that forked processes would share."""
-        _, offset, compressed_size, method, crc = self.member
         try:
-            with open(self.path, "rb") as file:
-                file.seek(offset)
-                # The local header: 30 bytes, the name and an extra field of the lengths at its end.
-                lengths = struct.unpack("<26xHH", file.read(30))
-                file.seek(sum(lengths), os.SEEK_CUR)
-                content = file.read(compressed_size)
-            if method == zipfile.ZIP_DEFLATED:
-                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
-            elif method != zipfile.ZIP_STORED:
-                raise UserError(f"{self.name}: compressed by method {method}; zip it with deflate or stored")
-        except (OSError, struct.error, zlib.error) as error:
+            return _open_archive(self.path, os.getpid()).read(self.member.name)
+        except Exception as error:  # zipfile lets many kinds pass from a damaged or encrypted file
             raise UserError(f"{self.name}: cannot be read from the zip file ({error})") from error
-        if len(content) != self.size or zlib.crc32(content) != crc:
-            raise UserError(f"{self.name}: damaged or encrypted in the zip file")
-        return content
+
+
+@functools.lru_cache(maxsize=128)  # as many as WISA-80K has
+def _open_archive(path: str, process: int) -> zipfile.ZipFile:
+    """A zip file that stays open, for all threads of one process: forked ones would share its position."""
+    return zipfile.ZipFile(path)
 
 
 def content_keys(videos: Iterable[VideoFile]) -> dict[VideoFile, tuple]:
@@ -179,7 +167,7 @@ def _zip_members(name: str, path: str) -> list[VideoFile]:
             f"{name}:{info.filename}",
             path,
             info.file_size,
-            Member(info.filename, info.header_offset, info.compress_size, info.compress_type, info.CRC),
+            Member(info.filename, info.CRC),
         )
         for info in infos
         if not info.is_dir()

@@ -1,6 +1,6 @@
-"""How one clip is shown to the vision-language model, what it is asked, and the targets its answers give.
+"""Labels of one clip: how the vision-language model sees it, what it is asked, and what its answers give.
 
-T h w token grid, N = T h w tokens, T' H' W' grid of the model, P phenomena of a clip.
+T h w token grid, N = T h w tokens, T' H' W' grid of the model, P phenomena of a clip, F frames.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from prophy_jax.run.errors import UserError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-STRIDE = 4  # frames of a latent time, on every supported backbone
 DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "heads": vlm.HEADS,
@@ -70,16 +69,46 @@ class View(NamedTuple):
     seconds: float  # from pair to pair
 
     @classmethod
-    def of(cls, grid: Sequence[int], fps: float, every: int, cell: float) -> "View":
-        """Every `every`-th latent time, `cell` tokens a side of a cell: with 2, 15 x 26 cells for 30 x 52."""
+    def of(
+        cls,
+        grid: Sequence[int],
+        latents: int,
+        frames: int,
+        fps: float,
+        every: int,
+        cell: float,
+        lead: int = 0,
+    ) -> "View":
+        """The view of clips that a causal codec encodes: frame 0 first, then equally many frames at a time.
+
+        Args:
+            grid: T h w.
+            latents: how many there are in time; a token covers one or several.
+            frames: F.
+            fps: frames per second.
+            every: which tokens in time are shown: each, every second, ...
+            cell: tokens a side of a cell: with 2, 15 x 26 cells for 30 x 52.
+            lead: latents before that of frame 0, as CogVideoX1.5 has them.
+        """
         times, height, width = grid
         cells = tuple(max(1, int(side / cell + 0.5)) for side in (height, width))
-        return cls((times, height, width), vlm.frame_pairs(times, every), cells, STRIDE * every / fps)
+        stride = (frames - 1) // max(latents - 1 - lead, 1)  # frames of a latent after that of frame 0
+        last = np.maximum(frames - 1 - stride * np.arange(latents)[::-1], 0)  # frame of each latent
+        first = np.maximum(last - stride + 1, 0)
+        tokens = latents // times  # latents of a token
+        shown = middle_pairs(first[::tokens][::every], last[tokens - 1 :: tokens][::every])
+        return cls((times, height, width), shown, cells, stride * tokens * every / fps)
 
     @property
     def shown(self) -> tuple[int, int, int]:
         """T' H' W'."""
         return len(self.frames) // 2, *self.cells
+
+
+def middle_pairs(first: Sequence[int], last: Sequence[int]) -> list[int]:
+    """The two frames in the middle of each range from `first` to `last` (included); a single one twice."""
+    pairs = [(a + (b - a + 1) // 2 - (b > a), a + (b - a + 1) // 2) for a, b in zip(first, last, strict=True)]
+    return [int(frame) for pair in pairs for frame in pair]
 
 
 def ask(
@@ -91,7 +120,15 @@ def ask(
 ) -> list[list[vlm.Answer]]:
     """For each clip, an answer for each phenomenon present, and last the one to the background prompt.
 
-    Args: clips uint8 (F, H, W, 3) all of one size, categories (17,) each. Raises UserError when it fails.
+    Args:
+        model: the vision-language model.
+        clips: uint8 (F, H, W, 3), all of one size.
+        categories: (17,) of each clip.
+        view: how they are shown.
+        reading: which attention is read.
+
+    Raises:
+        UserError: the memory does not suffice.
     """
     if not clips:
         return []
