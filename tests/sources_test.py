@@ -71,7 +71,7 @@ def ids(source):
 
 
 def mp4(path, frames=9, height=48, width=64, level=100):
-    pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
+    pytest.importorskip("av", reason="video needs PyAV: pip install av")
     video.write_mp4(path, np.full((frames, height, width, 3), level, np.uint8), 8)
     return path.read_bytes()
 
