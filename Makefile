@@ -1,5 +1,5 @@
 # make demo          environment, install, and the whole demo: runs/demo/report.html
-# make demo-data     real clips through every stage on tiny random weights; CLIPS=DIR holds them (docs/data.md)
+# make demo-data     video files through every stage on tiny random weights; CLIPS=DIR: real ones (docs/data.md)
 # make test          environment, install, and the whole suite
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-full     the long checks that `make test` leaves out
@@ -37,6 +37,11 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(RUN) -m pip install -q -e ".[test]"
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/tpu "$$($(RUN) -c '$(LIBTPU)')"
+	touch $@
+
+# After the tests' packages, which pin the versions of these on Python 3.11.
+$(VENV)/.installed-demo-data: $(VENV)/.installed-test
+	$(RUN) -m pip install -q -e ".[demo]"
 	touch $@
 
 test: $(VENV)/.installed-test lint
@@ -91,16 +96,21 @@ bench-gpu:
 	python3 -m benchmarks.gpu
 
 # The walk-through of docs/data.md, with random weights in place of the public ones.
-CLIPS ?= ../shared/data
 DEMO := runs/demo-data
+WISA := $(if $(CLIPS),$(CLIPS)/wisa_sample,$(DEMO)/clips/wisa)
+CAPTIONED := $(DEMO)/$(if $(CLIPS),captioned,clips/captioned)
 demo-data: CONFIG := --config=configs/wan.py:demo_data
-demo-data: $(VENV)/.installed-test
-	@test -d $(CLIPS)/wisa_sample || { echo "no clips at $(CLIPS): make demo-data CLIPS=DIR, see docs/data.md"; exit 1; }
+demo-data: $(VENV)/.installed-demo-data
+ifdef CLIPS
+	@test -d $(WISA) || { echo "no clips at $(WISA): see docs/data.md"; exit 1; }
+	mkdir -p $(CAPTIONED)
+	cp -r $(CLIPS)/videophy2_examples/videos docs/demo_clips.csv $(CAPTIONED)/
+else
+	test -e $(CAPTIONED)/clips.csv || $(RUN) -m prophy_jax.testing.clips $(DEMO)/clips
+endif
 	test -e $(DEMO)/public || $(RUN) -m tests.tiny_models $(DEMO)/public
 	test -e checkpoints/demo-data || $(RUN) -m convert.wan --src=$(DEMO)/public/Wan2.1 --dst=checkpoints/demo-data
-	mkdir -p $(DEMO)/clips
-	cp -r $(CLIPS)/videophy2_examples/videos docs/demo_clips.csv $(DEMO)/clips/
-	$(RUN) -m prophy_jax.prepare $(CONFIG) --source=$(CLIPS)/wisa_sample --source=$(DEMO)/clips
+	$(RUN) -m prophy_jax.prepare $(CONFIG) --source=$(WISA) --source=$(CAPTIONED)
 	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL
 	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL --preview=3
 	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL --check

@@ -20,7 +20,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
-SAMPLE = ROOT.parent / "shared" / "data" / "wisa_sample"  # real clips, kept beside the project
 
 
 def get_config(arg: str):
@@ -29,6 +28,14 @@ def get_config(arg: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)
+
+
+@pytest.fixture(scope="session")
+def wisa_sample(tmp_path_factory) -> pathlib.Path:
+    """Six video files of the sandbox in WISA-80K's layout, with quirks of its annotation."""
+    from prophy_jax.testing import clips
+
+    return clips.write_wisa(tmp_path_factory.mktemp("clips") / "wisa")
 
 
 @pytest.fixture(scope="session")

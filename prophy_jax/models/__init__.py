@@ -7,6 +7,7 @@ A configuration names a model file of this package and the arguments of its `bui
 import dataclasses
 import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,7 @@ def build(spec: Mapping[str, Any], package: str = __name__) -> Any:
     """Builds what `spec` names in `package`. Raises UserError on an unknown module or argument."""
     arguments = {key: value for key, value in spec.items() if key != "module"}
     places = [f"{package}{room}.{spec['module']}" for room in (ROOMS if package == __name__ else ("",))]
-    name = next((name for name in places if importlib.util.find_spec(name)), None)
+    name = next((name for name in places if name in sys.modules or importlib.util.find_spec(name)), None)
     if name is None:
         raise UserError(f"no file {spec['module']}.py in {package}, named by the configuration")
     module = importlib.import_module(name)
