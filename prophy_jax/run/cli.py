@@ -47,6 +47,7 @@ def run(
     if default and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default}")  # as a flag's default, it would not take overrides
     config_flags.DEFINE_config_file("config", None, "The run: file.py[:variant].", lock_config=True)
+    flags.DEFINE_bool("print_config", False, "Print the whole configuration and what its keys mean.")
     if distributed:
         flags.DEFINE_string("distributed", None, DISTRIBUTED)
     if set(HELP) & set(sys.argv[1:]):
@@ -55,6 +56,11 @@ def run(
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
         config = _parse()
+        if flags.FLAGS.print_config:
+            from prophy_jax.run import config_help
+
+            print(config_help.describe(config))
+            return
         where = flags.FLAGS.distributed if distributed else None
         if where is None:
             _keep_compiled()

@@ -52,8 +52,15 @@ PIECE = 2  # latents
 class CogVideoXVAEConfig:
     """Sizes of the CogVideoX VAE, by diffusers' names. All its versions have the same weights.
 
-    `scaling_factor` is what normalised latents are multiplied with: 0.7 for the transformers 5B and 1.5,
-    1.15258426 for 2B (CogVideoX reference code).
+    Attributes:
+        block_out_channels: Width of each resolution.
+        layers_per_block: Residual blocks at each resolution.
+        latent_channels: Channels of a latent.
+        temporal_compression_ratio: Frames of one latent, a power of two.
+        norm_num_groups: Groups of channels that a norm takes together.
+        norm_eps: Added to the variance in norms.
+        scaling_factor: What latents are multiplied with: 0.7 for the transformers 5B and 1.5, 1.15258426 for
+            2B (CogVideoX reference code).
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)

@@ -43,7 +43,17 @@ from prophy_jax.run.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes of the Wan2.1 VAE, and the statistics of its latents (Wan2.1 reference code)."""
+    """Sizes of the Wan2.1 VAE, and the statistics of its latents (Wan2.1 reference code).
+
+    Attributes:
+        base_dim: Width of the blocks of full resolution.
+        z_dim: Channels of a latent.
+        dim_mult: Width of each resolution, as a multiple of `base_dim`.
+        num_res_blocks: Residual blocks at each resolution.
+        temporal_downsample: Whether time is halved too between two resolutions.
+        latents_mean: Of each channel; normalised latents have mean 0.
+        latents_std: Of each channel; normalised latents have standard deviation 1.
+    """
 
     base_dim: int = 96
     z_dim: int = 16

@@ -30,9 +30,15 @@ class T5Config:
 
     Attributes:
         vocab_size: Rows of the embedding, at least the tokenizer's tokens.
+        d_model: Width of the model.
+        d_kv: Width of a head.
+        d_ff: Width of the gated MLP.
+        num_layers: How many blocks.
+        num_heads: Heads of self-attention.
         shared_bias: One table of relative position biases for all layers (T5) or one in each (UMT5).
         num_buckets: Distances are sorted into this many buckets, half for keys before the query.
         max_distance: All distances from here on fall into the last bucket of their half.
+        eps: Added to the mean square in norms.
     """
 
     vocab_size: int
