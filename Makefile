@@ -1,9 +1,10 @@
 # make demo          environment, install, and the whole demo: runs/demo/report.html
-# make demo-data     real clips through every stage on tiny random weights; CLIPS=DIR holds them (docs/data.md)
+# make demo-data     video files through every stage on tiny random weights; CLIPS=DIR: real ones (docs/data.md)
 # make test          environment, install, and the whole suite
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-full     the long checks that `make test` leaves out
 # make lint          ruff
+# make wheel         a wheel in an empty environment: prepares and trains the smallest run from an empty folder
 # make ratios        PyTorch and JAX at the same work on this CPU, in turns: two minutes
 # make bench-gpu     ten minutes on one GPU: every figure of docs/benchmarks.md, to OUT=DIR; installs nothing
 # make install       the environment alone, in .venv/
@@ -15,13 +16,14 @@ PYTHON ?= $(call find,(3, 11))
 PYTHON_LATEST ?= $(call find,(3, 12))
 VENV := .venv
 LATEST := .venv-latest
+WHEEL := $(CURDIR)/.venv-wheel
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -rs -n 2 --dist loadfile
 # The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is kept apart: beside
 # jax, every command would look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
-.PHONY: install test test-latest test-full lint demo demo-data ratios bench-gpu clean
+.PHONY: install test test-latest test-full lint demo demo-data wheel ratios bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -29,12 +31,17 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip
-	$(RUN) -m pip install -q -e ".[video]"
+	$(RUN) -m pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(RUN) -m pip install -q -e ".[video,test]"
+	$(RUN) -m pip install -q -e ".[test]"
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/tpu "$$($(RUN) -c '$(LIBTPU)')"
+	touch $@
+
+# After the tests' packages, which pin the versions of these on Python 3.11.
+$(VENV)/.installed-demo-data: $(VENV)/.installed-test
+	$(RUN) -m pip install -q -e ".[demo]"
 	touch $@
 
 test: $(VENV)/.installed-test lint
@@ -54,9 +61,22 @@ $(LATEST)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON_LATEST)" || { echo "no Python 3.12 or later found: make PYTHON_LATEST=/path/to/python"; exit 1; }
 	$(PYTHON_LATEST) -m venv $(LATEST)
 	$(LATEST)/bin/python -m pip install -q --upgrade pip
-	$(LATEST)/bin/python -m pip install -q -e ".[video,test]"
+	$(LATEST)/bin/python -m pip install -q -e ".[test]"
 	$(LATEST)/bin/python -m pip install -q --no-deps --upgrade --target $(LATEST)/tpu "$$($(LATEST)/bin/python -c '$(LIBTPU)')"
 	touch $@
+
+# What a user without a checkout has. The folder build/ would bring files into the wheel that are gone by now.
+wheel:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
+	rm -rf $(WHEEL) build
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip wheel -q --no-deps --wheel-dir $(WHEEL) .
+	$(WHEEL)/bin/python -m pip install -q $(WHEEL)/prophy_jax-*.whl
+	mkdir $(WHEEL)/empty
+	cd $(WHEEL)/empty && env -u PYTHONPATH ../bin/python -m prophy_jax.prepare --config=configs/wan.py:tiny
+	cd $(WHEEL)/empty && env -u PYTHONPATH ../bin/python -m prophy_jax.train --config=configs/wan.py:tiny \
+		--config.steps=4 --workdir=run
+	test -e $(WHEEL)/empty/run/branch/manifest.json
 
 # On a CPU: keep freed memory instead of faulting it in again every step, one simulated device per core.
 demo: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1
@@ -76,16 +96,21 @@ bench-gpu:
 	python3 -m benchmarks.gpu
 
 # The walk-through of docs/data.md, with random weights in place of the public ones.
-CLIPS ?= ../shared/data
 DEMO := runs/demo-data
+WISA := $(if $(CLIPS),$(CLIPS)/wisa_sample,$(DEMO)/clips/wisa)
+CAPTIONED := $(DEMO)/$(if $(CLIPS),captioned,clips/captioned)
 demo-data: CONFIG := --config=configs/wan.py:demo_data
-demo-data: $(VENV)/.installed-test
-	@test -d $(CLIPS)/wisa_sample || { echo "no clips at $(CLIPS): make demo-data CLIPS=DIR, see docs/data.md"; exit 1; }
+demo-data: $(VENV)/.installed-demo-data
+ifdef CLIPS
+	@test -d $(WISA) || { echo "no clips at $(WISA): see docs/data.md"; exit 1; }
+	mkdir -p $(CAPTIONED)
+	cp -r $(CLIPS)/videophy2_examples/videos docs/demo_clips.csv $(CAPTIONED)/
+else
+	test -e $(CAPTIONED)/clips.csv || $(RUN) -m prophy_jax.testing.clips $(DEMO)/clips
+endif
 	test -e $(DEMO)/public || $(RUN) -m tests.tiny_models $(DEMO)/public
 	test -e checkpoints/demo-data || $(RUN) -m convert.wan --src=$(DEMO)/public/Wan2.1 --dst=checkpoints/demo-data
-	mkdir -p $(DEMO)/clips
-	cp -r $(CLIPS)/videophy2_examples/videos docs/demo_clips.csv $(DEMO)/clips/
-	$(RUN) -m prophy_jax.prepare $(CONFIG) --source=$(CLIPS)/wisa_sample --source=$(DEMO)/clips
+	$(RUN) -m prophy_jax.prepare $(CONFIG) --source=$(WISA) --source=$(CAPTIONED)
 	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL
 	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL --preview=3
 	$(RUN) -m prophy_jax.label $(CONFIG) --vlm=$(DEMO)/public/Qwen2.5-VL --check

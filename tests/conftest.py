@@ -22,7 +22,6 @@ import types  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
-SAMPLE = ROOT.parent / "shared" / "data" / "wisa_sample"  # real clips, kept beside the project
 
 
 def get_config(arg: str):
@@ -47,6 +46,14 @@ def build_run(config, devices=None) -> types.SimpleNamespace:
         chosen=build.build_losses(config, model),
         layout=build.place(model, mesh, config.frozen_dtype, config.optimizer.groups),
     )
+
+
+@pytest.fixture(scope="session")
+def wisa_sample(tmp_path_factory) -> pathlib.Path:
+    """Six video files of the sandbox in WISA-80K's layout, with quirks of its annotation."""
+    from prophy_jax.testing import clips
+
+    return clips.write_wisa(tmp_path_factory.mktemp("clips") / "wisa")
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,7 @@ def test_one_process_that_cannot_start_ends_them_all(tmp_path, tiny_data):
         ):
             assert job.wait() == [1, 1], job.log(0)
             assert job.last_line(1).startswith("error: ") and text in job.last_line(1)
-            assert job.last_line(0) == "error: another process could not go on: its log says why"
+            assert job.last_line(0) == "error: another process failed: its log says why"
     assert not (tmp_path / "run").exists()
 
 

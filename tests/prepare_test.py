@@ -21,7 +21,7 @@ from prophy_jax.models.text import hash_text
 from prophy_jax.prepare import prepare
 from prophy_jax.run import encoders
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, SAMPLE, get_config
+from tests.conftest import ROOT, get_config
 
 BUCKET = "5x32x32"
 
@@ -439,15 +439,14 @@ def test_command_refuses_in_one_line(tmp_path):
     assert os.listdir(tmp_path) == ["wisa"]
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no WISA sample at {SAMPLE}")
-def test_real_wisa_clips(tmp_path):
+def test_wisa_clips_of_several_rates(tmp_path, wisa_sample):
     config = _config(tmp_path / "out", height=48, width=80)
-    manifest = prepare(config, [SAMPLE])
+    manifest = prepare(config, [wisa_sample])
     assert manifest["counts"] == {"train": 5, "val": 1} and manifest["skipped"] == []
     assert manifest["buckets"]["5x48x80"]["token_grid"] == [2, 6, 10]
     listed = {
         Path(record["video_name"]).stem: record["captions"].strip()
-        for record in json.loads((SAMPLE / "wisa-80k.json").read_text())
+        for record in json.loads((wisa_sample / "wisa-80k.json").read_text())
     }
     for record in _read(tmp_path / "out", "train", "5x48x80"):
         assert record["caption"].decode() == listed[record["id"].decode()]

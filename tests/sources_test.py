@@ -20,9 +20,6 @@ from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video, video_files
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.run.errors import UserError
-from tests.conftest import SAMPLE
-
-EXAMPLES = SAMPLE.parent / "videophy2_examples"
 
 
 def record(name, **changes):
@@ -71,7 +68,7 @@ def ids(source):
 
 
 def mp4(path, frames=9, height=48, width=64, level=100):
-    pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
+    pytest.importorskip("av", reason="video needs PyAV: pip install av")
     video.write_mp4(path, np.full((frames, height, width, 3), level, np.uint8), 8)
     return path.read_bytes()
 
@@ -569,22 +566,25 @@ def test_each_clip_with_its_raw_record(tmp_path):
     assert found[5][1] == {"video": "c.mp4", "caption": "C", "extra": "kept"}
 
 
-# ---- real clips, and many ------------------------------------------------------------------------
+# ---- video files, and many ------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no WISA sample at {SAMPLE}")
-def test_real_wisa_sample():
-    source = sources.read_sources(SAMPLE)
-    assert ids(source)[:3] == ["wisa_wan_1", "wisa_wan_2", "wisa_wan_3"]
+def test_wisa_sample(wisa_sample):
+    source = sources.read_sources(wisa_sample)
+    assert ids(source)[:3] == ["sandbox_0", "sandbox_1", "sandbox_2"]
     assert len(source.clips) == source.report.records == 6 and not source.report.skipped
     assert source.report.unknown_labels == {'label: "Solid Objects Appearance"': 2}
-    freezing = "liquid motion, deformation, solidification, melting, reflection, refraction"
-    np.testing.assert_array_equal(source.clips[2].category, taxonomy.multi_hot(freezing.split(", ")))
+    burning = "gas motion, combustion, refraction"
+    np.testing.assert_array_equal(source.clips[3].category, taxonomy.multi_hot(burning.split(", ")))
 
 
-@pytest.mark.skipif(not EXAMPLES.is_dir(), reason=f"no VideoPhy2 examples at {EXAMPLES}")
-def test_real_videophy2_table():
-    source = sources.read_sources([EXAMPLES / "sa_pc.csv", SAMPLE])
+def test_table_in_videophy2_form(tmp_path, wisa_sample):
+    """Its columns are caption and videopath; the videos are in another folder than the table says."""
+    captions = ["Syrup is poured onto pancakes, slowly.", *(f"Something falls, {k} times." for k in range(9))]
+    rows = [("caption", "videopath"), *((text, f"examples/{text}.mp4") for text in captions)]
+    videos = {f"videos/{text}.mp4": text.encode() for text in captions[:2]}
+    table = plain(tmp_path, rows, videos, "sa_pc.csv") / "sa_pc.csv"
+    source = sources.read_sources([table, wisa_sample])
     assert [clip.source for clip in source.clips] == [0, 0] + [1] * 6
     assert len(source.report.skipped) == 8  # of the ten videos listed, two are there
     assert all(reason.startswith("missing: no video ") for _, reason in source.report.skipped)

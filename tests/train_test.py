@@ -16,7 +16,7 @@ from prophy_jax import build, train
 from prophy_jax.prepare import prepare
 from prophy_jax.run import checkpoints, metrics
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, SAMPLE, build_run, get_config
+from tests.conftest import ROOT, build_run, get_config
 
 
 def command(workdir, tiny_data, *more, devices=1):
@@ -208,11 +208,10 @@ def test_bad_input_gets_one_line(tmp_path, tiny_data):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no WISA sample at {SAMPLE}")
-def test_real_clips_200_steps_killed_and_resumed(tmp_path):
-    """configs/wan.py:tiny on real videos: the loss falls, and SIGKILL changes no bit."""
+def test_video_files_200_steps_killed_and_resumed(tmp_path, wisa_sample):
+    """configs/wan.py:tiny on video files: the loss falls, and SIGKILL changes no bit."""
     data = str(tmp_path / "wisa")
-    prepare(get_config("tiny"), [SAMPLE], data)
+    prepare(get_config("tiny"), [wisa_sample], data)
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     steps = "--config.steps=200"
     output, _ = command(whole, data, steps).communicate()

@@ -11,7 +11,7 @@ from prophy_jax.data.sources import video
 from prophy_jax.run.errors import UserError
 from tests.videos import read_clip, read_video
 
-av = pytest.importorskip("av", reason='video needs the extra: pip install "prophy_jax[video]"')
+av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
 
 # H.264 and the YUV conversion move flat areas by up to 3 of 255 levels; frames differ by 6 or more.
 LEVELS = 3

@@ -65,7 +65,7 @@ class VPrediction:
     A time that is not one of the 1000 levels stands for the nearest.
 
     Attributes:
-        snr_shift: see `signal`.
+        snr_shift: what the signal-to-noise ratio of every time is divided by; 3 for 2B, 1 for the others.
 
     Raises:
         UserError: a shift that is not a positive number.

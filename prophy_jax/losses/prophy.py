@@ -93,10 +93,12 @@ def balance(refinement: jax.Array, top_k: int) -> jax.Array:
 
 
 def _relative(part: Any, params: Params, batch: Batch, reduction: str) -> jax.Array:
+    """L_coarse: how alike two clips are routed, against how alike their categories are."""
     return relative(part.read(params, batch), batch["category"], reduction)
 
 
 def _bce(part: Any, params: Params, batch: Batch, reduction: str) -> jax.Array:
+    """L_coarse of an ablation: each semantic expert against one category."""
     return bce(part.read(params, batch), batch["category"])
 
 
@@ -111,6 +113,7 @@ def _aligned(positive: bool) -> Loss:
         return jnp.float32(_mask(batch, positive).sum() if reduction == "mean" else 1)
 
     def share(seen: Seen, batch: Batch, count: Any) -> jax.Array:
+        """L_fine: what each token is routed to, against the token labels."""
         return alignment(seen.of_part.alignment, batch["alignment"], _mask(batch, positive), count)
 
     fields = ("alignment", "alignment_present")
@@ -118,6 +121,7 @@ def _aligned(positive: bool) -> Loss:
 
 
 def _balance(seen: Seen, batch: Batch, count: Any) -> jax.Array:
+    """L_balance: 1 when all refinement experts are chosen equally often."""
     share = len(seen.error) / count  # a product of means: taken per microbatch, and averaged
     return share * balance(seen.of_part.refinement, seen.part.refinement.top_k)
 

@@ -7,8 +7,9 @@ A configuration names a model file of this package and the arguments of its `bui
 import dataclasses
 import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,18 +19,23 @@ from prophy_jax.run.errors import UserError
 ROOMS = ("", ".codecs", ".text", ".beside")  # of this package, in which model files lie
 
 
+def find(name: str, package: str = __name__) -> ModuleType:
+    """The file NAME.py of `package` or of its rooms. Raises UserError when there is none."""
+    places = [f"{package}{room}.{name}" for room in (ROOMS if package == __name__ else ("",))]
+    place = next((place for place in places if place in sys.modules or importlib.util.find_spec(place)), None)
+    if place is None:
+        raise UserError(f"no file {name}.py in {package}, named by the configuration")
+    return importlib.import_module(place)
+
+
 def build(spec: Mapping[str, Any], package: str = __name__) -> Any:
     """Builds what `spec` names in `package`. Raises UserError on an unknown module or argument."""
     arguments = {key: value for key, value in spec.items() if key != "module"}
-    places = [f"{package}{room}.{spec['module']}" for room in (ROOMS if package == __name__ else ("",))]
-    name = next((name for name in places if importlib.util.find_spec(name)), None)
-    if name is None:
-        raise UserError(f"no file {spec['module']}.py in {package}, named by the configuration")
-    module = importlib.import_module(name)
+    module = find(spec["module"], package)
     try:
         inspect.signature(module.build).bind(**arguments)
     except TypeError as error:
-        raise UserError(f"{name}.build: {error}; fix the configuration") from error
+        raise UserError(f"{module.__name__}.build: {error}; fix the configuration") from error
     return module.build(**arguments)
 
 

@@ -36,11 +36,11 @@ class BackboneConfig:
     """Sizes that every video transformer has, and that parts read.
 
     Attributes:
-        dim: C.
-        num_heads: Of the attention over the video.
-        num_layers: Blocks.
+        dim: C, the width of the token stream.
+        num_heads: Heads of the attention over the video.
+        num_layers: How many blocks.
         ffn_dim: Width between the two layers of a block's MLP.
-        text_dim: D.
+        text_dim: D, the width of text features.
         text_len: L, the rows of text that the public weights were trained on.
         in_channels: c, of the latents that come in.
         out_channels: c, of the prediction.

@@ -33,7 +33,7 @@ class CogVideoXConfig(BackboneConfig):
     """Sizes of a CogVideoX transformer (CogVideoX model cards, arXiv:2408.06072).
 
     Attributes:
-        time_dim: E.
+        time_dim: E, the width of the time embedding.
         positions: How a token learns where it is. "sincos": a fixed table is added to the patches;
             "rope_crop": rotary, rows and columns scaled to those of `base_grid`; "rope_slice": rotary,
             rows and columns counted from 0.

@@ -26,7 +26,11 @@ Rope = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig(BackboneConfig):
-    """Sizes of a Wan2.1 transformer (Wan2.1 model cards); `freq_dim` is the width of the time's sines."""
+    """Sizes of a Wan2.1 transformer (Wan2.1 model cards).
+
+    Attributes:
+        freq_dim: Width of the time's sines.
+    """
 
     freq_dim: int = 256
 

@@ -11,6 +11,7 @@ from absl import flags, logging
 
 from prophy_jax.run.errors import UserError, one_line_errors
 
+INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
 HELP = ("--help", "-h", "-help", "--helpfull")
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
@@ -46,6 +47,7 @@ def run(
     if default and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default}")  # as a flag's default, it would not take overrides
     config_flags.DEFINE_config_file("config", None, "The run: file.py[:variant].", lock_config=True)
+    flags.DEFINE_bool("print_config", False, "Print the whole configuration and what its keys mean.")
     if distributed:
         flags.DEFINE_string("distributed", None, DISTRIBUTED)
     if set(HELP) & set(sys.argv[1:]):
@@ -54,6 +56,11 @@ def run(
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
         config = _parse()
+        if flags.FLAGS.print_config:
+            from prophy_jax.run import config_help
+
+            print(config_help.describe(config))
+            return
         where = flags.FLAGS.distributed if distributed else None
         if where is None:
             _keep_compiled()
@@ -77,10 +84,25 @@ def _keep_compiled() -> None:
         sys.modules["jax"].config.update("jax_compilation_cache_dir", folder)
 
 
+def _find_configuration() -> None:
+    """Lets --config=configs/NAME.py name an installed file where the current folder has none.
+
+    Configurations import each other as configs.NAME, from whatever folder a command is run in.
+    """
+    for i, word in enumerate(sys.argv[1:], start=1):
+        flag = re.match(r"(--?config=|)([^:]+)", word)
+        if not flag or not (flag[1] or re.fullmatch("--?config", sys.argv[i - 1])):
+            continue
+        file = os.path.abspath(flag[2])
+        installed = os.path.join(INSTALLED, flag[2])
+        if not os.path.exists(file) and os.path.exists(installed):
+            sys.argv[i] = flag[1] + installed + word[flag.end() :]
+            file = installed
+        sys.path.append(os.path.dirname(os.path.dirname(file)))
+
+
 def _parse() -> Any:
-    for file in re.findall(r"^--?config=([^:]+)", "\n".join(sys.argv[1:]), re.MULTILINE):
-        # Configurations import each other as configs.NAME, from wherever the command is run.
-        sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(file))))
+    _find_configuration()
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
         config = flags.FLAGS.config

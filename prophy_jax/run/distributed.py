@@ -1,6 +1,6 @@
-"""Jobs of several processes: how they start, what they agree on, and what they say when one is lost.
+"""Jobs of several processes: how they start, what they agree on, and what they print when one dies.
 
-A process that is alone may call everything here but `job`; nothing then waits or gathers.
+A process that runs alone may call everything here but `job`; nothing then waits or gathers.
 """
 
 import contextlib
@@ -20,37 +20,43 @@ from jax.experimental import multihost_utils
 
 from prophy_jax.run.errors import UserError
 
-START_S = 300  # within which all processes must be there: hosts of a pod start minutes apart
-LOST_S = 60  # after which a silent process counts as lost
-SHARED_S = 60  # within which a file is seen on all hosts: network file systems are that slow
-END_S = 7 * 24 * 3600  # a process that is done waits for the others; the lost ones are noticed without this
+# Seconds.
+START_S = 300  # all processes must join in this time: hosts of a pod start minutes apart
+LOST_S = 60  # a process that is silent for so long counts as dead
+SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
+END_S = 7 * 24 * 3600  # a process that is done waits for the others; dead ones are noticed without this
 
 
 @contextlib.contextmanager
 def job(where: str) -> Iterator[None]:
     """Joins the job, runs the body, and ends the process when the body raises.
 
-    To be entered before anything touches a device. `where` is "auto", which asks Slurm, Cloud TPU, GKE or
-    Open MPI, or "HOST:PORT,I/P" for process I of P, with process 0 at HOST:PORT. JAX itself ends a process
-    that loses the others; the line that says what to do then comes from a child that outlives it. Raises
-    UserError when `where` cannot be understood.
+    Enter it before anything touches a device. JAX itself ends a process that loses the others; the line that
+    says what to do then comes from a child process that outlives it.
+
+    Args:
+        where: "auto", which asks Slurm, Cloud TPU, GKE or Open MPI, or "HOST:PORT,I/P" for process I of P,
+            with process 0 at HOST:PORT.
+
+    Raises:
+        UserError: when `where` cannot be understood.
     """
     arguments = parse(where)
     host = socket.gethostname()
     missing = (
         f"cannot join the job --distributed={where} ({host}): not all processes came within {START_S} s, or "
-        "another job is at this address. See that process 0 runs, that its host and port can be reached, "
+        "another job uses this address. Check that process 0 runs, that its host and port can be reached, "
         "that no old process is left, and that all give the same address and count"
     )
-    with _last_words(missing):
+    with _print_if_killed(missing):
         _initialize(arguments)
     lost = (
         f"process {jax.process_index()} of {jax.process_count()} ({host}) lost the others, or was killed: "
         "see the log of the process that ended first, then run the same command again, on any number of "
-        "processes: it goes on from what was saved"
+        "processes: it resumes from what was saved"
     )
     try:
-        with _last_words(lost):
+        with _print_if_killed(lost):
             yield
     except BaseException as error:
         print(_error_text(error, lost), file=sys.stderr, flush=True)
@@ -75,7 +81,7 @@ def parse(where: str) -> dict[str, str | int]:
 
 
 def _initialize(arguments: dict[str, str | int]) -> None:
-    # JAX's own deadline ends the process with a stack trace: let ours come first.
+    # JAX's own deadline ends the process with a stack trace: ours comes first.
     deadline = threading.Timer(START_S, os._exit, [1])
     deadline.start()
     try:
@@ -90,28 +96,28 @@ def _initialize(arguments: dict[str, str | int]) -> None:
             "--distributed=auto finds no Slurm, Cloud TPU, GKE or Open MPI here: give "
             "--distributed=HOST:PORT,I/P, or leave it out to run one process"
         ) from error
-    except RuntimeError as error:  # of the cluster's own tools
+    except RuntimeError as error:  # raised by the cluster's own tools
         raise UserError(f"cannot join the job: {error}") from error
     finally:
         deadline.cancel()
 
 
 @contextlib.contextmanager
-def _last_words(message: str) -> Iterator[None]:
-    """Has `message` printed if this process dies in the body, however it dies.
+def _print_if_killed(message: str) -> Iterator[None]:
+    """Prints `message` if this process dies in the body, whatever kills it.
 
-    A child reads from a pipe and speaks when it closes without a word.
+    A child process reads from a pipe, and prints when the pipe closes before a line has come.
     """
     child = subprocess.Popen(
         ["/bin/sh", "-c", 'read -r word || printf "\\n%s\\n" "$0" >&2', f"error: {message}"],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is not for it
+        start_new_session=True,  # or Ctrl-C would end it too
     )
     try:
         yield
     finally:
         with contextlib.suppress(BrokenPipeError):
-            child.communicate(b"all is well\n")
+            child.communicate(b"done\n")
 
 
 def _error_text(error: BaseException, lost: str) -> str:
@@ -119,7 +125,7 @@ def _error_text(error: BaseException, lost: str) -> str:
         return f"error: {' '.join(str(error).split())}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    # Where collectives notice it before JAX does: Gloo on CPUs, NCCL on GPUs.
+    # Collectives may notice it before JAX does: Gloo on CPUs, NCCL on GPUs.
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("(?i)gloo|nccl|connection", str(error)):
         return f"\nerror: {lost} ({str(error).splitlines()[0]})"
     return "".join(traceback.format_exception(error))
@@ -132,7 +138,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """All processes leave the body well, or all raise: for what may go wrong on one of them alone.
+    """All processes complete the body, or all raise: for what may fail on one of them alone.
 
     The body itself must not wait for the others. Raises UserError where another process raised.
     """
@@ -145,7 +151,7 @@ def all_or_none() -> Iterator[None]:
         _all(False)
         raise
     if not _all(True):
-        raise UserError("another process could not go on: its log says why")
+        raise UserError("another process failed: its log says why")
 
 
 def _all(value: bool) -> bool:
@@ -153,7 +159,7 @@ def _all(value: bool) -> bool:
 
 
 def wait_for_file(path: str) -> None:
-    """Waits until a file that the first process wrote is there. Raises UserError if it does not come."""
+    """Waits until a file that the first process wrote appears. Raises UserError if it does not."""
     until = time.monotonic() + SHARED_S
     while not os.path.exists(path):
         if time.monotonic() > until:
@@ -165,7 +171,7 @@ def wait_for_file(path: str) -> None:
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array on every process. All must call it, also where only the first needs the result."""
+    """The whole array on every process. All must call it, even if only the first needs the result."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

@@ -3,7 +3,7 @@
     codec.latent_shape(frames, height, width) -> (T, h, w, 16)
     codec.encode(frames (..., F, H, W, 3) uint8) -> latents (..., T, h, w, 16) float32, normalised
     codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8
-    encoder(texts) -> (text (B, L, D) float32, mask (B, L) bool of the rows that are words or the end of them)
+    encoder(texts) -> (text (B, L, D) float32, mask (B, L) bool of the rows that hold words or the end token)
     encoder.words_lost(text) -> int, words that do not fit into L rows
     codec.sha256, encoder.sha256: hash of the weights, where there are any
 
@@ -11,7 +11,7 @@ Rows of text that are not valid are zero, unless the encoder encodes its padding
 part of the text, and a model reads all L rows.
 
 Models without weights (`linear_codec`, `hash_text`) offer this themselves. Those with weights are pure
-functions of a parameter tree; here they meet their weights, tokenizer, devices and cache.
+functions of a parameter tree; this file gives them their weights, tokenizer, devices and cache.
 
 B clips or texts, F frames, H W pixels, T h w latent grid, L text length, D text width.
 """
@@ -34,7 +34,7 @@ from prophy_jax.models.text import tokenizer as prompts
 from prophy_jax.run import checkpoints, parallel
 from prophy_jax.run.workdir import write_atomically
 
-TEXTS_AT_ONCE = 4  # the scores of a longer batch would rival the encoder's weights in memory
+TEXTS_AT_ONCE = 4  # the attention scores of a longer batch would take as much memory as the weights
 
 
 def load_codec(config, mesh: Mesh) -> Any:
@@ -117,8 +117,8 @@ class VideoCodec:
 class TextEncoder:
     """A text encoder with weights and a tokenizer.
 
-    The weights are read when the first text needs them that the cache does not have, and are split over
-    all devices. They are freed with the object.
+    The weights are read when a text comes that is not in the cache, and are split over all devices. They are
+    freed with the object.
     """
 
     def __init__(self, model: Any, config, cache: str | None):
@@ -155,7 +155,7 @@ class TextEncoder:
         return text, mask
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The rows (n, D) float32 of each text, without those at the end that are zero."""
+        """The rows (n, D) float32 of each text, without the zero rows at the end."""
         if self._params is None:
             self._load()
         ids, mask = self._tokenizer(texts, self._model.length)

@@ -49,6 +49,7 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -75,9 +76,9 @@ def shard_largest(tree: Any, mesh: Mesh) -> Any:
 
 
 def gathered(tree: Any) -> Any:
-    """Every leaf whole on each device of the mesh in force: how trained parameters enter a step.
+    """Every leaf whole on each device of the current mesh: how trained parameters enter a step.
 
-    Left to itself, the compiler would split activations over the width as the parameters are, and send them.
+    Without this, the compiler would split activations over the width as the parameters are, and send them.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
@@ -85,7 +86,7 @@ def gathered(tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
-    """Rows over data and fsdp; rows that do not divide, the end of a split, whole on every device."""
+    """Splits rows over data and fsdp; a batch that does not divide is whole on every device."""
     divides = size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     return NamedSharding(mesh, BATCH if divides else PartitionSpec())
 
@@ -110,7 +111,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int | None = No
 
 
 def full_precision(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as it is computed with: latents, texts and labels are stored as float16, and become float32."""
+    """Turns what is stored as float16 (latents, texts and labels) into float32."""
     return {
         name: value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
         for name, value in batch.items()
@@ -134,7 +135,9 @@ def over_mesh(attention: Callable, mesh: Mesh) -> Callable:
     if mesh.size == 1:
         return attention
     ways, samples = mesh.shape["context"], mesh.shape["data"] * mesh.shape["fsdp"]
-    kept = functools.partial(checkpoint_name, name="qkv")  # with it, that policy repeats no exchange
+    kept = functools.partial(
+        checkpoint_name, name="qkv"
+    )  # so that the remat policy of this name repeats no exchange
 
     def wrapped(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         batch, length, heads, _ = q.shape

@@ -1,4 +1,4 @@
-"""Video files in and out, through PyAV (FFmpeg in a wheel; the optional extra "video").
+"""Video files in and out, through PyAV (FFmpeg in a wheel).
 
 Decoding streams: `read_bucket` keeps only the frames it returns and stops at the last one it needs.
 
@@ -200,7 +200,7 @@ def _import_av():
     try:
         import av
     except ImportError as error:
-        raise UserError('reading and writing video needs PyAV: pip install "prophy_jax[video]"') from error
+        raise UserError("reading and writing video needs PyAV: pip install av") from error
     return av
 
 

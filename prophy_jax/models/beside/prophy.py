@@ -29,9 +29,16 @@ from prophy_jax.run.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SemanticConfig:
-    """Semantic Expert Block. `basis_space` "latent": B_e is (T, h, w, 16), "token": (N, C)."""
+    """Semantic Expert Block.
 
-    basis_grid: tuple[int, int, int]  # (T, h, w) in latents, or the token grid for "token"
+    Attributes:
+        basis_grid: (T, h, w) of B_e, in latents or tokens.
+        experts: E_s, one for each phenomenon of WISA-80K by default.
+        hidden: Width of the router's MLP.
+        basis_space: "latent": B_e is (T, h, w, 16); "token": it is (N, C).
+    """
+
+    basis_grid: tuple[int, int, int]
     experts: int = 17
     hidden: int = 512
     basis_space: str = "latent"
@@ -43,7 +50,14 @@ class SemanticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RefinementConfig:
-    """Refinement Expert Block: `top_k` of `experts` linear experts per token."""
+    """Refinement Expert Block.
+
+    Attributes:
+        experts: E_r, linear ones.
+        top_k: How many of them a token chooses.
+        categories: E_a, those of the token labels.
+        align_hidden: Width of the MLP that turns rho_r into P'_r.
+    """
 
     experts: int = 8
     top_k: int = 2

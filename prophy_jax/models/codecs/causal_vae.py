@@ -1,9 +1,9 @@
 """What the causal video VAEs share: clips in pieces and in tiles, convolutions, parameter trees.
 
-A causal network can be run on a clip in pieces: each convolution over time is given the last frames that
-it saw in the piece before (`History`). It is written once for a piece of any length.
+A causal network can run on a clip in pieces: each convolution over time gets the last frames that it saw
+in the piece before (`History`). It is written once for a piece of any length.
 
-Legend: B batch, T H W frames, rows and columns of the layer at hand, C its channels.
+Legend: B batch, T H W frames, rows and columns of a layer, C its channels.
 """
 
 import math
@@ -25,7 +25,7 @@ Tile = tuple[int, int] | tuple[tuple[int, int], tuple[int, int]]  # size and str
 
 
 class Side(NamedTuple):
-    """Lengths on one side of the network: in frames and pixels, or in latents."""
+    """Sizes at one end of the network: in frames and pixels, or in latents."""
 
     frames: int  # of a piece
     tile: Tile | None
@@ -54,8 +54,8 @@ class History:
         """
         past = start if self.first else next(self._past)
         x = jnp.concatenate([past, x], axis=1)
-        # Behind the barrier the kept frames are cut from the joined ones, at once. Without it the compiler
-        # cuts them from the parts at the end of the piece, and every layer's parts stay in memory till then.
+        # The barrier makes the compiler cut the kept frames from the joined ones at once. Without it, it cuts
+        # them from the parts at the end of the piece, and every layer's parts stay in memory until then.
         x, kept = lax.optimization_barrier((x, x[:, -past.shape[1] :]))
         self.present.append(kept)
         return x
@@ -112,7 +112,7 @@ def conv(p: Params, *taps: jax.Array, stride: int = 1) -> jax.Array:
     Args:
         p: kernel (T, H, W, in, out), or (H, W, in, out) for single frames, and bias.
         *taps: (B, T, H, W, C) each: what each of the kernel's frames sees.
-        stride: In space.
+        stride: In rows and columns.
     """
     kernel = p["kernel"]
     if kernel.ndim == 4:
@@ -134,16 +134,18 @@ def conv(p: Params, *taps: jax.Array, stride: int = 1) -> jax.Array:
     return y.reshape(b, t, *y.shape[1:])  # (B T, H', W', C') -> (B, T, H', W', C')
 
 
-def in_order(blocks: Params) -> list[Params]:
+def list_blocks(blocks: Params) -> list[Params]:
     """The values of a dict with the keys "0", "1", ..."""
     return [blocks[str(i)] for i in range(len(blocks))]
 
 
 def conv_shape(kernel: tuple[int, ...], inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of one convolution."""
     return {"kernel": (*kernel, inputs, outputs), "bias": (outputs,)}
 
 
-def numbered(blocks: list[Any]) -> dict[str, Any]:
+def index_keys(blocks: list[Any]) -> dict[str, Any]:
+    """The dict that `list_blocks` reads."""
     return {str(i): block for i, block in enumerate(blocks)}
 
 
@@ -218,10 +220,10 @@ def tiled(
     loop, so that the program holds the network once per shape, not once per tile.
 
     Args:
-        run: Of one tile.
-        x: The whole.
+        run: The network, for one tile.
+        x: The whole clip.
         tile_in: Size and stride in rows and columns of x, of both or of each.
-        tile_out: The same in those of the result.
+        tile_out: The same, in rows and columns of the result.
     """
     (height, row_stride), (width, column_stride) = by_axis(tile_in)
     (height_out, row_stride_out), (width_out, column_stride_out) = by_axis(tile_out)

@@ -1,17 +1,17 @@
 """The CogVideoX video VAE: clips to latents and back, 4 frames and 8 x 8 pixels to a latent.
 
-It is run in pieces of two latents, 8 frames, and that is part of the model: a group norm takes its
+It runs in pieces of two latents, 8 frames, and that is part of the model: a group norm takes its
 statistics over all frames of a piece. A latent that is left over joins the first piece: 49 frames are
-pieces of 9, 8, 8, 8, 8 and 8. Convolutions over time are causal and are given the last frames that they saw
-in the piece before (`causal_vae.History`). A piece of an odd length is the first: its frame 0, latent 0,
-is not resampled in time. So 8n + 1 frames make 2n + 1 latents, and 8n frames make 2n. CogVideoX1.5 takes an
-even number of latents: for it the first is there twice (`CogVideoXVAE.lead`).
+pieces of 9, 8, 8, 8, 8 and 8. Convolutions over time are causal and get the last frames that they saw in the
+piece before (`causal_vae.History`). Only the first piece can have an odd length: its frame 0, latent 0, is
+not resampled in time. So 8n + 1 frames make 2n + 1 latents, and 8n frames make 2n. CogVideoX1.5 takes an
+even number of latents: for it the first one is repeated (`CogVideoXVAE.lead`).
 
 The parameter tree has the paths of the diffusers tensor names, with kernel (T, H, W, in, out) for a
 convolution's weight and scale (C,) for a norm's weight.
 
 Legend: B batch, F frames, H W pixels, T latent times, h = H/8, w = W/8, z latent channels, C channels of
-a layer. Inside the network T H W are the sizes of the layer at hand.
+a layer. Inside the network T H W are the sizes of a layer.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ from prophy_jax.models.codecs.causal_vae import (
     conv,
     conv_shape,
     draw,
-    in_order,
     in_pieces,
-    numbered,
+    index_keys,
+    list_blocks,
     tiled,
 )
 from prophy_jax.run.errors import UserError
@@ -52,8 +52,15 @@ PIECE = 2  # latents
 class CogVideoXVAEConfig:
     """Sizes of the CogVideoX VAE, by diffusers' names. All its versions have the same weights.
 
-    `scaling_factor` is what normalised latents are multiplied with: 0.7 for the transformers 5B and 1.5,
-    1.15258426 for 2B (CogVideoX reference code).
+    Attributes:
+        block_out_channels: Width of each resolution.
+        layers_per_block: Residual blocks at each resolution.
+        latent_channels: Channels of a latent.
+        temporal_compression_ratio: Frames of one latent, a power of two.
+        norm_num_groups: Groups of channels that a norm takes together.
+        norm_eps: Added to the variance in norms.
+        scaling_factor: What latents are multiplied with: 0.7 for the transformers 5B and 1.5, 1.15258426 for
+            2B (CogVideoX reference code).
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -103,8 +110,8 @@ def _group_norm(config: CogVideoXVAEConfig, p: Params, x: jax.Array) -> jax.Arra
 def _spatial_norm(config: CogVideoXVAEConfig, latents: jax.Array, p: Params, x: jax.Array) -> jax.Array:
     """Group norm, then scaled and shifted by the latents (B, T, h, w, z) fp32 of the piece. fp32."""
     x = _group_norm(config, p["norm_layer"], x)
-    # Each of these convolutions sees one latent only: repeating its result is repeating what it sees. And
-    # broadcasting repeats it without memory, if frame 0 of an odd piece is joined to the rest only after.
+    # Each of these convolutions sees one latent only, so that its result can be repeated in place of its
+    # input. Broadcasting repeats it without memory, if frame 0 of an odd piece joins the rest afterwards.
     scale, shift = conv(p["conv_y"]["conv"], latents), conv(p["conv_b"]["conv"], latents)
 
     def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
@@ -133,7 +140,7 @@ def _res_block(norm: Norm, p: Params, x: jax.Array, history: History) -> jax.Arr
 
 
 def _res_blocks(norm: Norm, p: Params, x: jax.Array, history: History) -> jax.Array:
-    for resnet in in_order(p["resnets"]):
+    for resnet in list_blocks(p["resnets"]):
         x = _res_block(norm, resnet, x, history)
     return x
 
@@ -143,7 +150,7 @@ def _output(norm: Norm, p: Params, x: jax.Array, history: History) -> jax.Array:
 
 
 def _downsample(p: Params, x: jax.Array, time: bool) -> jax.Array:
-    """Halves rows and columns and, if `time`, the frames: means of pairs, an odd frame 0 by itself."""
+    """Halves rows and columns and, if `time`, the frames: means of pairs; an odd frame 0 stays alone."""
     if time:
         b, t, *frame = x.shape
         n = t % 2
@@ -165,9 +172,9 @@ def encoder(config: CogVideoXVAEConfig, params: Params, x: jax.Array, history: H
     """Frames (B, F, H, W, 3) of a piece -> mean and log-variance (B, T, h, w, 2z)."""
     p, norm = params["encoder"], functools.partial(_group_norm, config)
     x = _causal_conv(p["conv_in"], _cast_like(x, p), history)
-    for i, block in enumerate(in_order(p["down_blocks"])):
+    for i, block in enumerate(list_blocks(p["down_blocks"])):
         x = _res_blocks(norm, block, x, history)
-        for downsampler in in_order(block.get("downsamplers", {})):
+        for downsampler in list_blocks(block.get("downsamplers", {})):
             x = _downsample(downsampler, x, config.resamples_time(i))
     return _output(norm, p, _res_blocks(norm, p["mid_block"], x, history), history)
 
@@ -177,9 +184,9 @@ def decoder(config: CogVideoXVAEConfig, params: Params, x: jax.Array, history: H
     p, norm = params["decoder"], functools.partial(_spatial_norm, config, x)
     x = _causal_conv(p["conv_in"], _cast_like(x, p), history)
     x = _res_blocks(norm, p["mid_block"], x, history)
-    for i, block in enumerate(in_order(p["up_blocks"])):
+    for i, block in enumerate(list_blocks(p["up_blocks"])):
         x = _res_blocks(norm, block, x, history)
-        for upsampler in in_order(block.get("upsamplers", {})):
+        for upsampler in list_blocks(block.get("upsamplers", {})):
             x = _upsample(upsampler, x, config.resamples_time(i))
     return _output(norm, p, x, history)
 
@@ -218,7 +225,7 @@ def _res_shapes(inputs: int, outputs: int, count: int, z: int | None) -> dict[st
         if c != outputs:
             block["conv_shortcut"] = conv_shape((1, 1, 1), c, outputs)
         blocks.append(block)
-    return {"resnets": numbered(blocks)}
+    return {"resnets": index_keys(blocks)}
 
 
 def _half_shape(
@@ -229,7 +236,7 @@ def _half_shape(
     for i, width in enumerate(widths):
         block = _res_shapes(c, width, layers, z)
         if i < len(widths) - 1:
-            block[sampler] = numbered([{"conv": conv_shape((3, 3), width, width)}])
+            block[sampler] = index_keys([{"conv": conv_shape((3, 3), width, width)}])
         blocks.append(block)
         c = width
     ends = {
@@ -245,9 +252,9 @@ def _shapes(config: CogVideoXVAEConfig) -> dict[str, Any]:
     widths, layers, z = config.block_out_channels, config.layers_per_block, config.latent_channels
     middle = widths[-1]
     down, ends = _half_shape(widths, layers, "downsamplers", 3, 2 * z, None)
-    encoder = {**ends, "down_blocks": numbered(down), "mid_block": _res_shapes(middle, middle, 2, None)}
+    encoder = {**ends, "down_blocks": index_keys(down), "mid_block": _res_shapes(middle, middle, 2, None)}
     up, ends = _half_shape(widths[::-1], layers + 1, "upsamplers", z, 3, z)
-    decoder = {**ends, "up_blocks": numbered(up), "mid_block": _res_shapes(middle, middle, 2, z)}
+    decoder = {**ends, "up_blocks": index_keys(up), "mid_block": _res_shapes(middle, middle, 2, z)}
     return {"encoder": encoder, "decoder": decoder}
 
 
@@ -285,8 +292,8 @@ class CogVideoXVAE:
         Raises:
             UserError: unless frames are 1, 8n or 8n + 1, and height and width are multiples of 8. The
                 reference code takes other counts too, but decodes the latents to another count. With a
-                lead, unless frames are 16n + 1: so the model card of CogVideoX1.5 has it, whose patches
-                alone would divide all of 8n + 1.
+                lead, unless frames are 16n + 1, as the model card of CogVideoX1.5 says; its patches alone
+                would divide all of 8n + 1.
         """
         space, piece = self.config.space, PIECE * self.config.time
         if self.lead and (frames < 1 or frames % (2 * piece) != 1):
@@ -365,7 +372,7 @@ class CogVideoXVAE:
         self, network: Callable[..., jax.Array], params: Params, x: jax.Array, source: Side, target: Side
     ) -> jax.Array:
         """The network on x, piece by piece, tiled or not. Returns fp32."""
-        # Here and not in the layers: once, not once a piece.
+        # Here rather than in the layers: once, not once for each piece.
         params = jax.tree.map_with_path(self._cast, params)
         piece: Network = functools.partial(network, self.config)
         pieces = max(x.shape[1] // source.frames, 1)

@@ -1,7 +1,7 @@
 """The Wan2.1 video VAE: clips to latents and back, 4 frames and 8 x 8 pixels to a latent.
 
 It is causal in time: no latent depends on later frames. Frame 0 makes latent 0 alone, frames 4k-3 .. 4k
-make latent k. So a clip can be run in pieces: each causal convolution is given the last frames that it
+make latent k. So a clip can run in pieces: each causal convolution gets the last frames that it
 saw in the piece before (`History`). The network below is written once for a piece of any length;
 `WanVAE` runs it either on the whole clip or on one latent at a time, in a loop of constant shapes.
 
@@ -9,7 +9,7 @@ The parameter tree has the paths of the diffusers tensor names, with kernel (T, 
 convolution's weight and scale (C,) for a norm's gamma.
 
 Legend: B batch, F frames, H W pixels, T latent times, h = H/8, w = W/8, z latent channels, C channels of
-a layer. Inside the network T H W are the sizes of the layer at hand.
+a layer. Inside the network T H W are the sizes of a layer.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ from prophy_jax.models.codecs.causal_vae import (
     conv,
     conv_shape,
     draw,
-    in_order,
     in_pieces,
-    numbered,
+    index_keys,
+    list_blocks,
     tiled,
 )
 from prophy_jax.run.errors import UserError
@@ -43,7 +43,17 @@ from prophy_jax.run.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes of the Wan2.1 VAE, and the statistics of its latents (Wan2.1 reference code)."""
+    """Sizes of the Wan2.1 VAE, and the statistics of its latents (Wan2.1 reference code).
+
+    Attributes:
+        base_dim: Width of the blocks of full resolution.
+        z_dim: Channels of a latent.
+        dim_mult: Width of each resolution, as a multiple of `base_dim`.
+        num_res_blocks: Residual blocks at each resolution.
+        temporal_downsample: Whether time is halved too between two resolutions.
+        latents_mean: Mean of each channel, which normalising subtracts.
+        latents_std: Standard deviation of each channel, which normalising divides by.
+    """
 
     base_dim: int = 96
     z_dim: int = 16
@@ -80,7 +90,7 @@ def _causal_conv(p: Params, x: jax.Array, history: History) -> jax.Array:
 
 
 def _norm(p: Params, x: jax.Array) -> jax.Array:
-    """Root mean square over channels, in fp32; no epsilon but a floor on the length."""
+    """Root mean square over channels, in fp32. There is no epsilon; the length has a floor."""
     wide = x.astype(jnp.float32)
     length = jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True))
     wide = wide / jnp.maximum(length, 1e-12) * (math.sqrt(x.shape[-1]) * p["scale"])
@@ -94,7 +104,7 @@ def _res_block(p: Params, x: jax.Array, history: History) -> jax.Array:
 
 
 def _attention(p: Params, x: jax.Array) -> jax.Array:
-    """One head over the pixels of each frame by itself."""
+    """One head over the pixels of each frame alone."""
     b, t, h, w, c = x.shape
     qkv = conv(p["to_qkv"], _norm(p["norm"], x))
     # (B, T, H, W, 3C) -> three of (B T, H W, 1, C)
@@ -142,7 +152,7 @@ def encoder(params: Params, x: jax.Array, history: History) -> jax.Array:
     """Frames (B, F, H, W, 3) -> mean and log-variance (B, T, h, w, 2z)."""
     p = params["encoder"]
     stages = [[functools.partial(_causal_conv, p["conv_in"])]]
-    for block in in_order(p["down_blocks"]):
+    for block in list_blocks(p["down_blocks"]):
         if "time_conv" in block:
             stages.append([])
         layer = _downsample if "resample" in block else _res_block
@@ -151,7 +161,7 @@ def encoder(params: Params, x: jax.Array, history: History) -> jax.Array:
 
     def run(stages: list[list[Layers]], x: jax.Array, history: History) -> jax.Array:
         *earlier, last = stages
-        if earlier:  # they see twice the frames
+        if earlier:  # these run on twice as many frames
             x = history.in_halves(functools.partial(run, earlier), x)
         for layer in last:
             x = layer(x, history)
@@ -164,9 +174,9 @@ def decoder(params: Params, x: jax.Array, history: History) -> jax.Array:
     """Latents (B, T, h, w, z) -> frames (B, F, H, W, 3), unclipped."""
     p = params["decoder"]
     stages = [[functools.partial(_causal_conv, p["conv_in"]), functools.partial(_mid_block, p["mid_block"])]]
-    for block in in_order(p["up_blocks"]):
-        stages[-1] += [functools.partial(_res_block, resnet) for resnet in in_order(block["resnets"])]
-        for upsampler in in_order(block.get("upsamplers", {})):
+    for block in list_blocks(p["up_blocks"]):
+        stages[-1] += [functools.partial(_res_block, resnet) for resnet in list_blocks(block["resnets"])]
+        for upsampler in list_blocks(block.get("upsamplers", {})):
             stages[-1].append(functools.partial(_upsample, upsampler))
             if "time_conv" in upsampler:
                 stages.append([])
@@ -199,7 +209,7 @@ def _mid_shape(c: int) -> dict[str, Any]:
         "to_qkv": conv_shape((1, 1), c, 3 * c),
         "proj": conv_shape((1, 1), c, c),
     }
-    return {"resnets": numbered([_res_shape(c, c)] * 2), "attentions": numbered([attention])}
+    return {"resnets": index_keys([_res_shape(c, c)] * 2), "attentions": index_keys([attention])}
 
 
 def _resample_shape(inputs: int, outputs: int, time: tuple[int, int] | None) -> dict[str, Any]:
@@ -228,7 +238,7 @@ def _encoder_shape(config: WanVAEConfig) -> dict[str, Any]:
         if i < len(config.temporal_downsample):
             blocks.append(_resample_shape(c, c, (c, c) if config.temporal_downsample[i] else None))
     ends = _ends_shape(widths[0], 3, c, 2 * config.z_dim)
-    return {**ends, "down_blocks": numbered(blocks), "mid_block": _mid_shape(c)}
+    return {**ends, "down_blocks": index_keys(blocks), "mid_block": _mid_shape(c)}
 
 
 def _decoder_shape(config: WanVAEConfig) -> dict[str, Any]:
@@ -237,14 +247,14 @@ def _decoder_shape(config: WanVAEConfig) -> dict[str, Any]:
     blocks, c = [], widths[0]
     for i, width in enumerate(widths):
         inputs = [c] + [width] * config.num_res_blocks
-        block = {"resnets": numbered([_res_shape(c, width) for c in inputs])}
+        block = {"resnets": index_keys([_res_shape(c, width) for c in inputs])}
         if i < len(temporal):
             time = (width, 2 * width) if temporal[i] else None
-            block["upsamplers"] = numbered([_resample_shape(width, width // 2, time)])
+            block["upsamplers"] = index_keys([_resample_shape(width, width // 2, time)])
         blocks.append(block)
         c = width // 2  # an upsampler halves the channels
     ends = _ends_shape(widths[0], config.z_dim, widths[-1], 3)
-    return {**ends, "up_blocks": numbered(blocks), "mid_block": _mid_shape(widths[0])}
+    return {**ends, "up_blocks": index_keys(blocks), "mid_block": _mid_shape(widths[0])}
 
 
 def _shapes(config: WanVAEConfig) -> dict[str, Any]:
@@ -361,7 +371,7 @@ class WanVAE:
 
     def _run(self, network: Network, params: Params, x: jax.Array, source: Side, target: Side) -> jax.Array:
         """The network on x, piece by piece or whole, tiled or not. Returns fp32."""
-        # Here and not in the layers: once, not once a piece.
+        # Here rather than in the layers: once, not once for each piece.
         params = jax.tree.map_with_path(self._cast, params)
 
         def run(x: jax.Array) -> jax.Array:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A mean of n random unit vectors has norm 1/sqrt(n): at 2.0 a clause of 4 words weighs as much as
-# the word itself.
+# A mean of n random unit vectors has norm 1/sqrt(n): with 2.0 a clause of 4 words weighs as much as the
+# word itself.
 CLAUSE_WEIGHT = 2.0
 PROMPT_WEIGHT = 1.0
-_CLAUSE_END = re.compile(r"[;.,](?=\s|$)")  # the point of "3.5" ends no clause
+_CLAUSE_END = re.compile(r"[;.,](?=\s|$)")  # the point in "3.5" ends no clause
 _WORD = re.compile(r"\w+(?:['.]\w+)*")
 _END_TOKEN = "</s>"  # not a match of _WORD, so no word of a prompt has its vector
 

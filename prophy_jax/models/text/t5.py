@@ -30,9 +30,15 @@ class T5Config:
 
     Attributes:
         vocab_size: Rows of the embedding, at least the tokenizer's tokens.
+        d_model: Width of the model.
+        d_kv: Width of a head.
+        d_ff: Width of the gated MLP.
+        num_layers: How many blocks.
+        num_heads: Heads of self-attention.
         shared_bias: One table of relative position biases for all layers (T5) or one in each (UMT5).
         num_buckets: Distances are sorted into this many buckets, half for keys before the query.
         max_distance: All distances from here on fall into the last bucket of their half.
+        eps: Added to the mean square in norms.
     """
 
     vocab_size: int
@@ -59,7 +65,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     A key at or before its query falls into one of the first half of the buckets, a later key into the
     second half. Of the n buckets of a half the first e = n/2 hold one distance each; bucket e + j
     begins at the distance e (max_distance / e)^(j / (n - e)). T5 rounds a logarithm down to find it;
-    this compares integer powers, which no rounding can spoil.
+    this compares integer powers, which are exact.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -96,7 +102,7 @@ class PositionBias(nn.Module):
 
 
 class T5Attention(nn.Module):
-    """Self-attention with position bias; the scores are not scaled, the initialization makes up for it."""
+    """Self-attention with position bias; the scores are not scaled; the initialization allows for that."""
 
     config: T5Config
     dtype: Any
@@ -140,7 +146,7 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Attention, then feed-forward, each behind an RMS norm and added to the stream."""
+    """Attention, then feed-forward, each after an RMS norm and added to the stream."""
 
     config: T5Config
     dtype: Any
@@ -168,9 +174,8 @@ class T5:
             whatever it is, where the reference rounds all but the variance and the softmax to bfloat16.
             Parameters of another dtype are cast where they are used, one layer at a time.
         length: Rows that every prompt is padded or cut to before it is encoded, by the caller.
-        padding: What becomes of rows behind a prompt. "zeros": nothing attends to them, and they come
-            out as zeros (Wan2.1). "encoded": they are tokens as all others, encoded and attended to
-            (CogVideoX).
+        padding: What the rows after a prompt become. "zeros": nothing attends to them, and they come out as
+            zeros (Wan2.1). "encoded": they are tokens like the others, encoded and attended to (CogVideoX).
     """
 
     config: T5Config
@@ -203,14 +208,14 @@ class T5:
         Args:
             params: The whole tree.
             ids: (B, L) integers in [0, vocab_size); a larger one turns its sample into NaN.
-            mask: (B, L) bool, True on tokens, False on padding, of which `padding` says what becomes.
-                None: every row is a token.
+            mask: (B, L) bool, True on tokens, False on padding, see `padding`. None: every row is a
+                token.
 
         Returns:
             (B, L, D) fp32, the normalised stream after the last block.
 
         Raises:
-            ValueError: on shapes that do not belong together.
+            ValueError: on shapes that do not fit together.
         """
         if ids.ndim != 2:
             raise ValueError(f"ids must be (B, L), got {ids.shape}")
@@ -256,7 +261,7 @@ def build(
             None.
         dtype: Compute dtype, "float32" or "bfloat16".
         length: See `T5`; 512 for Wan2.1, 226 for CogVideoX.
-        padding: See `T5`; "zeros" for Wan2.1, "encoded" for CogVideoX.
+        padding: What the rows after a prompt become: "zeros" for Wan2.1, "encoded" for CogVideoX, see `T5`.
         **overrides: Fields of `T5Config`.
 
     Raises:

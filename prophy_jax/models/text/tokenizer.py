@@ -25,12 +25,12 @@ _REMEDY = "give the tokenizer folder that came with the text encoder"
 def clean(text: str) -> str:
     """The prompt as Wan2.1 encodes it (Wan2.1 reference code, diffusers).
 
-    Mends wrongly decoded text, resolves HTML entities, also doubly escaped ones, and turns every run of
-    white space into one space, none at the ends. Case and punctuation stay, but for what `ftfy` fixes:
+    Repairs wrongly decoded text, resolves HTML entities, also doubly escaped ones, and turns every run of
+    white space into one space, none at the ends. Case and punctuation stay, except for what `ftfy` fixes:
     full-width letters and punctuation become plain, curly quotes straight. The CogVideoX reference code
     cleans nothing: plain prompts are the same to both.
     """
-    import ftfy  # here, since the benchmarks that run without it import this file
+    import ftfy  # here: the benchmarks import this file and run without ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
@@ -126,8 +126,8 @@ def _check_files(folder: str) -> None:
 
 
 def _load(folder: str) -> Any:
-    # Without these, transformers announces that it found no PyTorch, which nobody needs here, and
-    # tokenizers complains on stderr about every process that forks after a batch of prompts.
+    # Without these, transformers says that it found no PyTorch, which is not needed here, and tokenizers
+    # warns on stderr about every process that forks after a batch of prompts.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers  # takes seconds, and only real text encoders need it
@@ -138,8 +138,8 @@ def _load(folder: str) -> Any:
         backend = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    # The tokenizers library raises bare Exceptions, and transformers, after a damaged spiece.model,
-    # asks for another package: what they say helps nobody.
+    # The tokenizers library raises bare Exceptions, and transformers asks for another package after a
+    # damaged spiece.model: neither message helps.
     except Exception as error:
         raise UserError(
             f"transformers cannot read the tokenizer in {folder}: download its files again"
