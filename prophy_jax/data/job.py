@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -222,7 +223,8 @@ class Shard:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            workdir.put_in_place(_partial(path), path)
+            workdir.sync(_partial(path))  # the folder is synced with the report, which comes last
+            os.replace(_partial(path), path)
         return self._report
 
     def discard(self) -> None:
