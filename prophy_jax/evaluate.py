@@ -91,11 +91,12 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         total = passes + len(samplers) * config.samples.steps
         bar = tqdm(total=total, desc="measuring", unit="part", dynamic_ncols=True)
         keep = {name: measures.keep for name, measures in own.items()}
+        read = [field for measures in own.values() for field in measures.FIELDS]
+        fields = tuple(dict.fromkeys(("latents", "category", *model.fields, *read)))
         measure, measured = diffusion.make_measure(model, objective, mesh, config.seed, keep), {}
         for name in splits:
-            batches = loader.make_loader(
-                config.data.dir, name, batch_size, 0, shuffle=False, repeat=False, side=config.data.side
-            )
+            whole = {"shuffle": False, "repeat": False, "side": config.data.side, "fields": fields}
+            batches = loader.make_loader(config.data.dir, name, batch_size, 0, **whole)
             found = []
             for batch in batches:
                 if batch["latents"].shape[1:] == latent_shape:

@@ -5,6 +5,7 @@ A part (`models.beside`) brings its measures as a file of this package and a row
     TITLE, TEMPLATE          what the report calls the part, and a template of this package with the macros
                              `introduction`, `tiles`, `sections` and `settings`; they read `results`, and of
                              `part` its config, view and shown
+    FIELDS                   fields of the batch that it reads, see `data.batch`
     keep(before, after)      -> {name: (B, ...)}: arrays to keep of a forward pass, from what the part's
                              `leave` returned with the parameters of step 0 and with those of now
     summarise(part, clips, kept)                     -> results for metrics.json

@@ -22,7 +22,8 @@ from prophy_jax.evaluation.auc import POSITIVE, roc_auc
 from prophy_jax.evaluation.diffusion import SIGMAS
 from prophy_jax.models.beside.prophy import ProPhy, Routing, router_statistics
 
-TEMPLATE, TITLE = "routing.html.j2", "Physical branch"
+TITLE, TEMPLATE = "Physical branch", "routing.html.j2"
+FIELDS = ("category", "alignment", "alignment_present")
 AIM_AUC = 0.8  # a covered token has the higher value four times out of five; guessing, every second time
 AIM_ENTROPY = 0.5  # what an even use of only sqrt(E) of E experts has: a router below it has collapsed
 SHOWN = (2, 3, 2, 3)  # phenomena in each clip whose routing is shown
