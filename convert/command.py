@@ -197,7 +197,7 @@ def _write_part(component: Component, partial: Path) -> str:
         "model": component.model,
         "prophy_jax": prophy_jax.__version__,
     }
-    with tqdm(total=job.source_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
+    with tqdm(total=job.tensor_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
         written = stream.write_tree(job, partial, identity, progress)
     source = {
         "format": component.format,

@@ -22,6 +22,8 @@ from prophy_jax.run.errors import UserError
 
 Shape = tuple[int, ...]
 
+_ROWS = 32  # Transposed at a time: a few kilobytes of every column, which fit into the processor's cache.
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -51,9 +53,14 @@ class Leaf:
         return tensor.reshape(-1, *self.piece_shape[1:])
 
     def put(self, piece: np.ndarray, start: int, rows: np.ndarray) -> None:
-        """Writes some rows of a PyTorch tensor, from row `start` on, where they belong in a piece."""
-        where = slice(start, start + len(rows))
-        piece[(..., where) if self.transposed else where] = self.from_torch(rows)
+        """Writes some rows of a PyTorch tensor, from row `start` on, to their place in a piece."""
+        if not self.transposed:
+            values = self.from_torch(rows)
+            piece[start : start + len(values)] = values
+            return
+        for i in range(0, len(rows), _ROWS):
+            block = rows[i : i + _ROWS]
+            piece[..., start + i : start + i + len(block)] = self.from_torch(block)
 
     def to_torch(self, piece: np.ndarray) -> np.ndarray:
         """The way back: one layer of a stacked leaf, or the whole of another."""
