@@ -12,9 +12,10 @@ Legend: O I output and input features.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -85,6 +86,12 @@ def leaf(path: str, names: Iterable[str], shape: Shape, stacked: bool, torch_sha
     ndim = len(torch_shape)
     axes = (*range(2, ndim), 1, 0) if kernel else tuple(range(ndim))
     return Leaf(tuple(names), tuple(torch_shape), tuple(shape), stacked, axes)
+
+
+def shapes_of(init: Callable[..., Any], *arguments: Any) -> dict[str, Shape]:
+    """The shapes of what `init(key, *arguments)` would draw, by path; nothing is computed."""
+    tree = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), *arguments), sep="/")
+    return {path: leaf.shape for path, leaf in tree.items()}
 
 
 def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:

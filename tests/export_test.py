@@ -496,7 +496,7 @@ def narrow_text(root):
         (empty, "nothing to export in .*empty"),
         (unfinished_run, "nothing to export in .*finished run"),
         (half_written, "vae is not whole"),
-        (cut_off_conversion, "transformer.partial was not finished"),
+        (cut_off_conversion, "transformer.partial is not finished"),
         (without_tree, "no .*_METADATA.*convert or train again"),
         (without_an_array, "tree is not readable .*head.out.bias.*not whole"),
         (torn_manifest, "manifest.json is not readable"),
