@@ -1,10 +1,9 @@
 """Tables between PyTorch tensors and the leaves of our parameter trees.
 
-A table is a dict from the path of a leaf, "a/b/c", to a `Leaf`. It serves both directions: reading, and
-writing what `read` gave back bit by bit. Every layout is a permutation of axes and a reshape:
-a PyTorch weight (O, I, ...) of a linear layer or a convolution is our kernel (..., I, O), anything else
-keeps its order. Where PyTorch has several layers in one tensor, ours are made of some of its rows each;
-such a table is for reading only.
+A table is a dict from the path of a leaf, "a/b/c", to a `Leaf`. It serves both directions, bit by bit. Every
+layout is a permutation of axes and a reshape: a PyTorch weight (O, I, ...) of a linear layer or a convolution
+is our kernel (..., I, O), anything else keeps its order. Where PyTorch has several layers in one tensor, each
+of ours is made of some of its rows; such a table is for reading only.
 
 Legend: O I output and input features.
 """
@@ -117,50 +116,16 @@ def recognise(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) ->
 
 
 def check(found: Iterable[tuple[str, Shape]], table: Mapping[str, Leaf], summary: str) -> None:
-    """Compares names and shapes of PyTorch tensors with a table.
+    """`compare` of PyTorch tensors with those of a table."""
+    compare([(name, tuple(shape)) for name, shape in found], tensor_shapes(table), summary)
+
+
+def compare(found: list[tuple[str, Shape]], expected: Mapping[str, Shape], summary: str) -> None:
+    """Compares names and shapes.
 
     Raises:
-        UserError: `summary`, then every unknown, missing, duplicate and mis-shaped tensor.
+        UserError: `summary`, then every unknown, missing, duplicate and mis-shaped entry.
     """
-    found = [(name, tuple(shape)) for name, shape in found]
-    expected = tensor_shapes(table)
-    _compare(found, expected, summary)
-
-
-def read(tensors: Mapping[str, np.ndarray], table: Mapping[str, Leaf]) -> dict[str, Any]:
-    """The parameter tree of checked PyTorch tensors, as NumPy arrays in their dtype."""
-    tree = {}
-    for path, entry in table.items():
-        whole = (np.asarray(tensors[name]) for name in entry.names)
-        if entry.rows:
-            whole = (np.concatenate([tensor[a:b] for a, b in entry.rows]) for tensor in whole)
-        pieces = [entry.from_torch(tensor) for tensor in whole]
-        tree[path] = np.stack(pieces) if entry.stacked else np.ascontiguousarray(pieces[0])
-    return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def write(params: Mapping[str, Any], table: Mapping[str, Leaf], summary: str) -> dict[str, np.ndarray]:
-    """The PyTorch tensors of a parameter tree, contiguous, in its dtype.
-
-    Raises:
-        UserError: `summary`, then every unknown, missing and mis-shaped leaf.
-        ValueError: the table is for reading only.
-    """
-    if any(entry.rows for entry in table.values()):
-        raise ValueError("a table with rows of larger tensors is for reading only")
-    tree = traverse_util.flatten_dict(params, sep="/")
-    shapes = {path: entry.shape for path, entry in table.items()}
-    _compare([(path, tuple(array.shape)) for path, array in tree.items()], shapes, summary)
-    tensors = {}
-    for path, entry in table.items():
-        host = np.asarray(tree[path])
-        pieces = host if entry.stacked else host[None]
-        for name, piece in zip(entry.names, pieces, strict=True):
-            tensors[name] = np.ascontiguousarray(entry.to_torch(piece))
-    return tensors
-
-
-def _compare(found: list[tuple[str, Shape]], expected: Mapping[str, Shape], summary: str) -> None:
     count = Counter(name for name, _ in found)
     problems = [f"unknown {name}" for name in sorted(count.keys() - expected.keys())]
     problems += [f"missing {name}" for name in sorted(expected.keys() - count.keys())]

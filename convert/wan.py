@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 from convert import command, files, t5
 from convert import leaves as lv
 from prophy_jax.models.codecs.wan_vae import WanVAE, WanVAEConfig
 from prophy_jax.models.text.t5 import UMT5_XXL
-from prophy_jax.models.wan import WAN_1_3B, Params, Wan, WanConfig
+from prophy_jax.models.wan import WAN_1_3B, Wan, WanConfig
 from prophy_jax.run.errors import UserError
 
 NAMINGS = ("official", "diffusers")
@@ -145,48 +144,6 @@ def _vae_official(name: str, num_res_blocks: int) -> str:
     for theirs, official in _VAE.items():
         name = name.replace(theirs, official)
     return name
-
-
-def tensor_shapes(config: WanConfig, naming: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transformer's tensors; naming is "official" or "diffusers"."""
-    return lv.tensor_shapes(dit_leaves(config, naming))
-
-
-def read_dit(tensors: Mapping[str, np.ndarray], config: WanConfig) -> dict[str, Any]:
-    """Reads the tensors of a Wan2.1 transformer in either naming, which it recognises.
-
-    Args:
-        tensors: By name.
-        config: The sizes that the tensors must have.
-
-    Returns:
-        The parameter tree of `Wan(config)` as NumPy arrays, in the dtype of the tensors.
-
-    Raises:
-        UserError: naming every unknown, missing and mis-shaped tensor.
-    """
-    tables = {naming: dit_leaves(config, naming) for naming in NAMINGS}
-    naming = lv.recognise(tensors, tables)
-    if naming is None:
-        raise UserError("none of these tensors is of a Wan transformer: is it the right file?")
-    found = [(name, tensor.shape) for name, tensor in tensors.items()]
-    lv.check(found, tables[naming], f"these tensors are not a Wan transformer ({naming} naming)")
-    return lv.read(tensors, tables[naming])
-
-
-def to_official(params: Params, config: WanConfig) -> dict[str, np.ndarray]:
-    """The transformer's tensors under the official names. Raises UserError as `leaves.write` does."""
-    return _write(params, config, "official")
-
-
-def to_diffusers(params: Params, config: WanConfig) -> dict[str, np.ndarray]:
-    """The transformer's tensors under the diffusers names. Raises UserError as `leaves.write` does."""
-    return _write(params, config, "diffusers")
-
-
-def _write(params: Params, config: WanConfig, naming: str) -> dict[str, np.ndarray]:
-    summary = "the parameters are not a Wan transformer of the expected size"
-    return lv.write(params, dit_leaves(config, naming), summary)
 
 
 # Configuration files.

@@ -28,6 +28,7 @@ from prophy_jax.models.codecs import cogvideox_vae
 from prophy_jax.models.text import t5
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
+from prophy_jax.testing import state_dicts
 from tests.convert_files_test import assert_same, contents, load
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
@@ -74,7 +75,7 @@ def random_tensors(part: str, variant: str = "5b") -> types.MappingProxyType:
 
 
 def random_tree(part: str, variant: str = "5b"):
-    return lv.read(random_tensors(part, variant), table_of(part, "diffusers", variant))
+    return state_dicts.read(random_tensors(part, variant), table_of(part, "diffusers", variant))
 
 
 # SAT's files, made of diffusers' tensors by rules of their own, not by the tables that are tested.
@@ -365,7 +366,7 @@ def test_layouts():
 
 def test_a_table_of_rows_is_for_reading_only():
     with pytest.raises(ValueError, match="for reading only"):
-        lv.write(random_tree("transformer"), table_of("transformer", "sat"), "")
+        state_dicts.write(random_tree("transformer"), table_of("transformer", "sat"))
 
 
 # Files.
@@ -400,7 +401,7 @@ def test_sat_files_in_half_precision(tmp_path, monkeypatch, variant, dtype):
     tensors = {name: tensor.astype(dtype) for name, tensor in random_tensors("transformer", variant).items()}
     save_pt(tmp_path / SAT_TRANSFORMER, to_sat(tensors) | unused(variant), lambda t: {"module": t, "step": 7})
     table = table_of("transformer", "diffusers", variant)
-    assert_same(load(convert(tmp_path, tmp_path / "dst") / "transformer"), lv.read(tensors, table))
+    assert_same(load(convert(tmp_path, tmp_path / "dst") / "transformer"), state_dicts.read(tensors, table))
     for place in ("transformer_t2v/1000", ".", "1000"):
         other = tmp_path / "other" / place / "mp_rank_00_model_states.pt"
         other.parent.mkdir(parents=True, exist_ok=True)

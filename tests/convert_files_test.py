@@ -20,12 +20,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import command as convert_command
-from convert import stream
 from convert import leaves as lv
+from convert import stream
 from convert import wan as convert_wan
 from prophy_jax import models
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
+from prophy_jax.testing import state_dicts
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 SPECS = {
@@ -91,14 +92,14 @@ def params():
         dtype = ml_dtypes.bfloat16 if part == "text_encoder" else np.float32
         shapes = lv.tensor_shapes(table_of(part, "official"))
         tensors = {n: rng.standard_normal(s, np.float32).astype(dtype) for n, s in shapes.items()}
-        trees[part] = lv.read(tensors, table_of(part, "official"))
+        trees[part] = state_dicts.read(tensors, table_of(part, "official"))
     return trees
 
 
 def save(params, folder, layout: str, parts=tuple(SPECS), shards: int = 1):
     """Writes parts in a layout, with tokenizer; several shards come with an index."""
     for part in parts:
-        tensors = lv.write(params[part], table_of(part, layout), "")
+        tensors = state_dicts.write(params[part], table_of(part, layout))
         where = folder if layout == "official" else folder / part
         stem = OFFICIAL[part] if layout == "official" else convert_command.STEMS[part]
         where.mkdir(parents=True, exist_ok=True)
@@ -227,7 +228,7 @@ def test_values_are_cast_as_jax_casts_them(tmp_path, params, dtype):
 
 def test_half_precision_is_kept_and_mixed_layers_become_float32(tmp_path, params):
     table = table_of("transformer", "official")
-    tensors = lv.write(params["transformer"], table, "")
+    tensors = state_dicts.write(params["transformer"], table)
     tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     for layer in (0, 2):
         name = f"blocks.{layer}.ffn.0.weight"
@@ -239,7 +240,7 @@ def test_half_precision_is_kept_and_mixed_layers_become_float32(tmp_path, params
     tree = load(convert(src, tmp_path / "dst") / "transformer")
     assert tree["head"]["out"]["kernel"].dtype == np.float16
     assert tree["blocks"]["ffn"]["up"]["kernel"].dtype == np.float32
-    back = lv.write(tree, table, "")
+    back = state_dicts.write(tree, table)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name].astype(tensor.dtype), tensor, err_msg=name)
 
@@ -248,7 +249,7 @@ def test_half_precision_is_kept_and_mixed_layers_become_float32(tmp_path, params
 def test_the_embedding_may_have_its_other_name(tmp_path, params, both):
     src = save(params, tmp_path / "src", "diffusers", ["text_encoder"])
     file = src / "text_encoder" / "model.safetensors"
-    tensors = lv.write(params["text_encoder"], table_of("text_encoder", "diffusers"), "")
+    tensors = state_dicts.write(params["text_encoder"], table_of("text_encoder", "diffusers"))
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()
     if not both:
         del tensors["shared.weight"]
