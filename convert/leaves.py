@@ -93,6 +93,11 @@ def shapes_of(init: Callable[..., Any], *arguments: Any) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in tree.items()}
 
 
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """The number of layers among names that are a prefix, the number of the layer and the rest."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+
+
 def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
     """Names and shapes of the PyTorch tensors of a table."""
     shapes = {}
