@@ -129,21 +129,22 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
     from safetensors import safe_open
     from safetensors.numpy import load_file
 
-    from convert import export, leaves
+    from convert import export
     from convert import wan as convert_wan
     from prophy_jax import sample
     from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+    from prophy_jax.testing import state_dicts
 
     mesh = measure.all_devices()
     backbone = measure.build(shape, remat, branch=False)[0].backbone
     with safe_open(folder / "branch.safetensors", "numpy") as file:
         config = BranchConfig.from_dict(json.loads(file.metadata()["branch"]))
     params = {
-        "backbone": leaves.read(
+        "backbone": state_dicts.read(
             load_file(folder / "transformer.safetensors"),
             convert_wan.dit_leaves(backbone.config, "diffusers"),
         ),
-        "branch": leaves.read(
+        "branch": state_dicts.read(
             load_file(folder / "branch.safetensors"),
             export.branch_leaves(backbone, config, export.FORMS["wan"], "diffusers"),
         ),

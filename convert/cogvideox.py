@@ -13,15 +13,11 @@ their rows are told apart while they are read. `convert.export` takes the way ba
 Legend: C model width, E time width, c latent channels.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
-from flax import traverse_util
 
 from convert import command, files, t5
 from convert import leaves as lv
@@ -94,15 +90,14 @@ _SAT_VAE_UNUSED = re.compile("loss")
 def dit_leaves(config: CogVideoXConfig, naming: str) -> dict[str, lv.Leaf]:
     """Every leaf of `CogVideoX(config)` by its path; naming is "diffusers" or "sat"."""
     column, sat = NAMINGS.index(naming), naming == "sat"
-    tree = jax.eval_shape(lambda: CogVideoX(config).init(jax.random.key(0)))
     table = {}
-    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
+    for path, shape in lv.shapes_of(CogVideoX(config).init).items():
         module, _, last = path.rpartition("/")
         stacked = module in _BLOCK
         name = f"{(_BLOCK if stacked else _TOP)[module][column]}.{_SUFFIX[last]}"
         names = [name.replace("*", str(i)) for i in range(config.num_layers)] if stacked else [name]
         names = [_SAT_PREFIX + name for name in names] if sat else names
-        entry = lv.leaf(path, names, array.shape, stacked)
+        entry = lv.leaf(path, names, shape, stacked)
         if path == "embed/patch/kernel" and config.patch_size[0] == 1:
             # (c ph pw, C), of a convolution (C, c, ph, pw). With frames in a patch it is a linear layer.
             torch_shape = (config.dim, config.in_channels, *config.patch_size[1:])
@@ -117,14 +112,13 @@ def dit_leaves(config: CogVideoXConfig, naming: str) -> dict[str, lv.Leaf]:
 @functools.cache
 def vae_leaves(config: CogVideoXVAEConfig, naming: str) -> dict[str, lv.Leaf]:
     """Every leaf of `CogVideoXVAE(config)` by its path; naming is "diffusers" or "sat"."""
-    tree = jax.eval_shape(lambda: CogVideoXVAE(config).init(jax.random.key(0)))
     table = {}
-    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
+    for path, shape in lv.shapes_of(CogVideoXVAE(config).init).items():
         module, _, last = path.rpartition("/")
         name = f"{module.replace('/', '.')}.{_SUFFIX[last]}"
         if naming == "sat":
             name = _vae_sat(name, len(config.block_out_channels))
-        table[path] = lv.leaf(path, [name], array.shape, stacked=False)
+        table[path] = lv.leaf(path, [name], shape, stacked=False)
     return table
 
 
@@ -263,15 +257,12 @@ def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     _check_fixed(fields, _DIT_FIXED)
     names = {
         "num_attention_heads": "num_heads",
-        "num_layers": "num_layers",
         "text_embed_dim": "text_dim",
         "max_text_seq_length": "text_len",
         "time_embed_dim": "time_dim",
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
         "norm_eps": "eps",
     }
-    ours = {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
+    ours = command.known_fields(CogVideoXConfig, fields, names)
     patch, frames = fields.get("patch_size", 2), fields.get("patch_size_t")
     ours["dim"] = fields["num_attention_heads"] * fields["attention_head_dim"]
     ours["ffn_dim"] = 4 * ours["dim"]
@@ -300,7 +291,7 @@ def _dit_of_sat(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
     return {
         "dim": dim,
         "num_heads": dim // shapes["mixins.adaln_layer.query_layernorm_list.0.weight"][0],
-        "num_layers": len({name.split(".")[2] for name in shapes if name.startswith("transformer.layers.")}),
+        "num_layers": lv.count_layers(shapes, "transformer.layers."),
         "ffn_dim": shapes["transformer.layers.0.mlp.dense_h_to_4h.weight"][0],
         "text_dim": shapes["mixins.patch_embed.text_proj.weight"][1],
         "time_dim": time_dim,
@@ -314,8 +305,7 @@ def _dit_of_sat(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
 def _vae_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `CogVideoXVAEConfig` from a config.json of diffusers."""
     _check_fixed(fields, _VAE_FIXED)
-    names = [field.name for field in dataclasses.fields(CogVideoXVAEConfig)]
-    return {"scaling_factor": fields["scaling_factor"]} | {n: fields[n] for n in names if n in fields}
+    return {"scaling_factor": fields["scaling_factor"]} | command.known_fields(CogVideoXVAEConfig, fields)
 
 
 # Of the latents. SAT has it in a file for its own program, the weights are the same.
@@ -428,9 +418,7 @@ def _wanted(part: str) -> str:
 
 def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:
     """Raises UserError that says by name what a file holds instead of text-to-video weights."""
-    lora = next(filter(re.compile(r"(^|[._])lora([._]|$)").search, shapes), None)
-    if lora:
-        raise UserError(f"{where} is a LoRA and not a whole model: merge it first (it has {lora})")
+    command.refuse_names(where, shapes, {})
     kind = str(fields.get("_class_name", ""))
     if kind and not kind.startswith(("CogVideoXTransformer", "AutoencoderKLCogVideoX")):
         raise UserError(f"{where} is a {kind}: give a CogVideoX for text to video")
@@ -457,11 +445,7 @@ MODEL = command.Model(
     refuse=_refuse_other_models,
 )
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the process by default."""
-    command.main(MODEL, arguments)
-
+main = functools.partial(command.main, MODEL)
 
 if __name__ == "__main__":
     command.run(MODEL)

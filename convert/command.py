@@ -14,9 +14,10 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -33,8 +34,10 @@ from prophy_jax.models.text.tokenizer import load_tokenizer
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError, one_line_errors
 
-# Of the weight files in diffusers' folder of a part.
+# Stems of the weight files in the folder that diffusers has for a part.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# What finds the names of a LoRA's tensors, and what messages say of it.
+_LORA = {r"(^|[._])lora([._]|$)": "a LoRA and not a whole model: merge it into its base model first"}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -47,7 +50,7 @@ class Part:
     namings: tuple[str, ...]
     leaves: Callable[[Any, str], dict[str, lv.Leaf]]  # of a configuration and a naming
     of_json: Callable[[Mapping[str, Any]], dict[str, Any]]  # Fields of a configuration, from config.json.
-    # The same from the tensors and --src, by the namings whose files come without a config.json.
+    # The same from the tensors and --src, for the namings whose files come without a config.json.
     of_shapes: Mapping[str, Callable[[Mapping[str, lv.Shape], Path], dict[str, Any]]]
     unused: re.Pattern | None = None  # Finds names of tensors that are no parameters.
 
@@ -73,6 +76,22 @@ class Model:
     wanted: Callable[[str], str]  # The names of a part's files, for messages: "neither A nor B".
     # Of a place, the tensors' shapes and config.json: raises UserError that says what is there instead.
     refuse: Callable[[str, Mapping[str, lv.Shape], Mapping[str, Any]], None]
+
+
+def known_fields(
+    configuration: type, fields: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The fields of a configuration that a config.json has; `names` gives ours for its other names."""
+    ours = {names.get(name, name): value for name, value in fields.items()}
+    return {field.name: ours[field.name] for field in dataclasses.fields(configuration) if field.name in ours}
+
+
+def refuse_names(where: str, names: Collection[str], others: Mapping[str, str]) -> None:
+    """Raises UserError when a tensor has the name of a LoRA, or one that a pattern of `others` finds."""
+    for pattern, what in {**_LORA, **others}.items():
+        found = next(filter(re.compile(pattern).search, names), None)
+        if found:
+            raise UserError(f"{where} is {what} (it has {found})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +216,7 @@ def _write_part(component: Component, partial: Path) -> str:
         "model": component.model,
         "prophy_jax": prophy_jax.__version__,
     }
-    with tqdm(total=job.source_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
+    with tqdm(total=job.tensor_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
         written = stream.write_tree(job, partial, identity, progress)
     source = {
         "format": component.format,

@@ -1,24 +1,21 @@
-"""Takes parameters back to PyTorch: safetensors files that diffusers or the Wan2.1 reference code reads.
+"""Writes parameters as PyTorch files: safetensors that diffusers or the Wan2.1 reference code reads.
 
     python -m convert.export --checkpoint=DIR --format=diffusers --dst=DIR
     python -m convert.export --checkpoint=DIR --format=official --dst=DIR
 
 --checkpoint is a folder that `convert.wan` or `convert.cogvideox` wrote, the workdir of a finished training
-run, or one part of either (DIR/transformer, WORKDIR/branch). Every part it holds is exported, dtypes as they
-are. The official format is of Wan2.1 alone. `--dst` must not exist; it appears when it is whole.
-docs/pytorch.md tells what to do with it.
+run, or one part of either (DIR/transformer, WORKDIR/branch). Every part that the folder holds is exported;
+dtypes stay as they are. Only Wan2.1 has the official format. `--dst` must not exist; it appears when it is
+whole. docs/pytorch.md says how to use it.
 
-The arrays are read in whole layers and written in place, so memory holds little more than the largest
-tensor of a converted model, twice the largest leaf of a trained one, whose layers are one chunk.
-
-Legend: E experts, I O input and output features, T h w latent grid, c latent channels, N tokens, C width.
+Memory holds little more than the largest tensor of a converted model, or twice the largest leaf of a trained
+one, whose layers are one chunk.
 """
 
 import collections
 import dataclasses
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -28,33 +25,29 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 from tqdm import tqdm
 
 from convert import cogvideox, t5, wan
 from convert import leaves as lv
+from convert.prophy import branch_leaves
 from prophy_jax import models
-from prophy_jax.models.beside.prophy import ProPhy
 from prophy_jax.run import checkpoints, cli
 from prophy_jax.run.errors import UserError, one_line_errors
 
 FORMATS = ("diffusers", "official")
-# Folders, as `convert` and `prophy_jax.train` name them.
-PARTS = ("transformer", "backbone", "vae", "text_encoder", "branch")
-# Without ".safetensors". The public names of the format.
+# The public names of the files in each format, without ".safetensors".
 STEMS = {
     "diffusers": {
         "transformer": "transformer/diffusion_pytorch_model",
         "vae": "vae/diffusion_pytorch_model",
         "text_encoder": "text_encoder/model",
-        "branch": "prophy_branch",
     },
     "official": {
         "transformer": "diffusion_pytorch_model",
         "vae": "Wan2.1_VAE",
         "text_encoder": "models_t5_umt5-xxl-enc-bf16",
-        "branch": "prophy_branch",
     },
 }
 TOKENIZER = {"diffusers": "tokenizer", "official": "google/umt5-xxl"}
@@ -67,19 +60,19 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class Form:
     """What the parameters of a model file are in PyTorch."""
 
-    parts: tuple[str, ...]  # that are of this model file
+    parts: tuple[str, ...]  # the folders that can hold them
     leaves: Callable[[Any, str], Mapping[str, lv.Leaf]]  # of a configuration and a format
-    # config.json of a configuration, by format: None where the format has none, or UserError, which goes on
-    # from the folder's name, where the format has no such model.
+    # Makes config.json of a configuration, by format: None where the format has none. Where the format has no
+    # such model it raises UserError, whose text continues the folder's name.
     configs: Mapping[str, Callable[[Any], dict[str, Any] | None]]
-    # Of a transformer: class of the pipeline, and configuration of its scheduler.
+    # Of a transformer: the class of the pipeline, and the configuration of its scheduler.
     pipeline: Callable[[Any], tuple[str, dict[str, Any]]] | None = None
 
 
 # Of a file in prophy_jax.models.
 FORMS = {
     "wan": Form(
-        parts=("transformer", "backbone", "branch"),
+        parts=("transformer", "backbone"),
         leaves=wan.dit_leaves,
         configs={"diffusers": wan.diffusers_config, "official": wan.official_config},
         pipeline=wan.diffusers_pipeline,
@@ -90,7 +83,7 @@ FORMS = {
         configs={"diffusers": wan.diffusers_vae_config, "official": lambda config: None},
     ),
     "cogvideox": Form(
-        parts=("transformer", "backbone", "branch"),
+        parts=("transformer", "backbone"),
         leaves=cogvideox.dit_leaves,
         configs={"diffusers": cogvideox.diffusers_config},
         pipeline=cogvideox.diffusers_pipeline,
@@ -103,16 +96,21 @@ FORMS = {
     ),
 }
 
+# The key tables of what is trained next to a backbone, by its file in prophy_jax.models.beside. Each is a
+# function of the backbone, the part, the form of the backbone, and a format.
+BESIDE = {"prophy": branch_leaves}
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One parameter tree on disk and how it is called in PyTorch."""
+    """One parameter tree on disk and its form in PyTorch."""
 
-    name: str  # "transformer", "vae", "text_encoder" or "branch"
-    form: Form  # of a branch that of its backbone
+    name: str  # "transformer", "vae", "text_encoder", or as the run calls it, such as "branch"
+    beside: bool  # whether it was trained next to a backbone
+    form: Form  # then the form of the backbone
     folder: Path
     manifest: Mapping[str, Any]
-    config: Any  # of the model file; of a branch its `ProPhy`
+    config: Any  # of the model file, or the part itself
     table: Mapping[str, lv.Leaf]
     arrays: Mapping[str, tensorstore.TensorStore]
 
@@ -174,11 +172,10 @@ def find_parts(checkpoint: str) -> list[Path]:
         raise UserError(f"no folder {checkpoint}: name one with --checkpoint=DIR")
     if (folder / "manifest.json").exists() or (folder / "tree").exists():
         return [folder]
-    for name in PARTS:
-        for half in (folder / f"{name}.partial", folder / f"{name}.writing"):
-            if half.exists():
-                raise UserError(f"{half} was not finished: run the command that writes {checkpoint} again")
-    found = [folder / name for name in PARTS if (folder / name).is_dir()]
+    unfinished = sorted([*folder.glob("*.partial"), *folder.glob("*.writing")])
+    if unfinished:
+        raise UserError(f"{unfinished[0]} is not finished: run the command that writes {checkpoint} again")
+    found = sorted({file.parent for name in ("manifest.json", "tree") for file in folder.glob(f"*/{name}")})
     if not found:
         raise UserError(
             f"nothing to export in {checkpoint}: name a folder that convert.wan or convert.cogvideox wrote, "
@@ -192,25 +189,28 @@ def find_parts(checkpoint: str) -> list[Path]:
 def _open_part(folder: Path, naming: str) -> Part:
     """Everything but the values, checked against each other."""
     manifest = _read_json(folder / "manifest.json", f"{folder} is not whole: convert or train again")
-    name = manifest.get("part")
-    if name not in PARTS:
-        raise UserError(f"{folder} holds {name!r}, which has no PyTorch form: choose from {list(PARTS)}")
-    spec = manifest.get("model")
+    name, spec = manifest.get("part"), manifest.get("model")
     if not spec:
         raise UserError(
             f'{folder}/manifest.json has no "model", an older version wrote it: convert again, or run the '
             "training command of its workdir again, which ends at once and writes it anew"
         )
-    module = spec.get("backbone", {}).get("module") if name == "branch" else spec.get("module")
-    form = FORMS.get(module)
-    if form is None or name not in form.parts:
-        known = ", ".join(key for key, form in FORMS.items() if name in form.parts)
-        raise UserError(f"{folder} is of the model {module!r}: a {name} is exported of {known}")
+    beside = name in spec and "backbone" in spec
+    kind, module = ("backbone", spec["backbone"].get("module")) if beside else (name, spec.get("module"))
+    known = [key for key, form in FORMS.items() if kind in form.parts]
+    if not known:
+        raise UserError(f"{folder} holds {name!r}, which has no PyTorch form: name a folder of parameters")
+    if module not in known:
+        raise UserError(f"{folder} is of the model {module!r}: a {name} is exported of {', '.join(known)}")
+    form = FORMS[module]
     if naming not in form.configs:
         raise UserError(f"{folder} is of the model {module!r}: use --format={next(iter(form.configs))}")
-    if name == "branch":
-        config = models.build({"module": "prophy", **spec["branch"]})  # older manifests name no module
-        table = branch_leaves(models.build(spec["backbone"]), config, form, naming)
+    if beside:
+        own = {"module": "prophy", **spec[name]}  # older manifests name no module
+        if own["module"] not in BESIDE:
+            raise UserError(f"{folder} holds {own['module']!r}: only {', '.join(BESIDE)} has a PyTorch form")
+        config = models.build(own)
+        table = BESIDE[own["module"]](models.build(spec["backbone"]), config, form, naming)
     else:
         config = models.build(spec).config
         table = form.leaves(config, naming)
@@ -234,7 +234,7 @@ def _open_part(folder: Path, naming: str) -> Part:
     wanted = {path: jax.ShapeDtypeStruct(leaf.shape, "float32") for path, leaf in table.items()}
     checkpoints.check_shapes(stored, unflatten_dict(wanted, sep="/"), str(folder), dtypes=False)
     name = "transformer" if name == "backbone" else name
-    return Part(name, form, folder, manifest, config, table, arrays)
+    return Part(name, beside, form, folder, manifest, config, table, arrays)
 
 
 def _read_json(path: Path, remedy: str) -> Any:
@@ -267,47 +267,13 @@ def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
         raise UserError(f"{tree} is not readable ({_first_line(error)}): {remedy}") from error
 
 
-def branch_leaves(backbone: Any, config: ProPhy, form: Form, naming: str) -> dict[str, lv.Leaf]:
-    """The key table of a physical branch beside a transformer; docs/pytorch.md lists it for Wan2.1."""
-    key = jax.random.key(0)
-    weights = jax.eval_shape(backbone.init, key)
-    shapes = jax.eval_shape(lambda key, weights: config.init(key, backbone, weights), key, weights)
-    tree = flatten_dict(shapes, sep="/")
-    copies = dataclasses.replace(backbone.config, num_layers=len(config.layers))
-    table = {}
-    for path, leaf in form.leaves(copies, naming).items():
-        if path in tree:  # A block of the branch, whatever a transformer's own are called.
-            names = tuple(re.sub(r"^\w+\.(\d+)\.", r"blocks.\1.", name) for name in leaf.names)
-            table[path] = dataclasses.replace(leaf, names=names)
-    suffix = {"kernel": "weight", "bias": "bias"}
-    for path in tree.keys() - table.keys():
-        shape = tree[path].shape
-        module, _, last = path.rpartition("/")
-        if module == "exits":
-            names = [f"exits.{i}.{suffix[last]}" for i in range(len(config.layers))]
-            table[path] = lv.leaf(path, names, shape, stacked=True)
-        elif path == "semantic/basis":  # (E, T, h, w, c) from (E, c, T, h, w); (E, N, C) as it is
-            axes = (0, 2, 3, 4, 1) if len(shape) == 5 else (0, 1, 2)
-            torch_shape = tuple(shape[axis] for axis in np.argsort(axes))
-            table[path] = lv.Leaf(("semantic.basis",), torch_shape, shape, False, axes)
-        elif module == "refinement":  # the experts: kernel (E, I, O) from (E, O, I)
-            axes = (0, 2, 1) if last == "kernel" else (0, 1)
-            torch_shape = tuple(shape[axis] for axis in axes)
-            names = (f"refinement.experts.{suffix[last]}",)
-            table[path] = lv.Leaf(names, torch_shape, shape, False, axes)
-        else:
-            name = f"{module.replace('/', '.')}.{suffix[last]}"
-            table[path] = lv.leaf(path, [name], shape, stacked=False)
-    return table
-
-
 # --- Writing ---------------------------------------------------------------------------------------
 
 
 def _write_part(
     part: Part, naming: str, root: Path, shard_bytes: int, progress: Callable[[int], Any]
 ) -> None:
-    stem = STEMS[naming][part.name]
+    stem = f"prophy_{part.name}" if part.beside else STEMS[naming][part.name]
     in_shards = part.name == "transformer" or (part.name == "text_encoder" and naming == "diffusers")
     shapes = {}
     for path in sorted(part.table):
@@ -315,8 +281,8 @@ def _write_part(
         shapes |= {name: (leaf.torch_shape, dtype) for name in leaf.names}
     shards = _split(shapes, shard_bytes if in_shards else sum(map(_nbytes, shapes.values())))
     metadata = {"format": "pt", "tree_sha256": part.manifest["sha256"]}
-    if part.name == "branch":
-        metadata |= _about_branch(part, naming)
+    if part.beside:
+        metadata |= _about_training(part, naming)
     (root / stem).parent.mkdir(exist_ok=True)
     tensors = _read(part, progress)
     files = {}
@@ -418,16 +384,16 @@ def _write_safetensors(
         assert set(file.keys()) == shapes.keys(), path
 
 
-def _about_branch(part: Part, naming: str) -> dict[str, str]:
-    """What a reader of the branch's file has to know. Values of such a header are strings."""
-    # A backbone that was trained with the branch lies beside it; a frozen one is named by the manifest.
-    beside = part.folder.absolute().parent / "backbone" / "manifest.json"
+def _about_training(part: Part, naming: str) -> dict[str, str]:
+    """What a reader of a part needs that was trained next to a backbone. A header's values are strings."""
+    # A backbone that was trained too has a folder of its own; the manifest has the hash of a frozen one.
+    trained = part.folder.absolute().parent / "backbone" / "manifest.json"
     backbone = part.manifest.get("backbone_sha256", "")
-    if beside.exists():
-        backbone = _read_json(beside, "train again")["sha256"]
+    if trained.exists():
+        backbone = _read_json(trained, "train again")["sha256"]
     return {
         "names": naming,
-        "branch": json.dumps(dataclasses.asdict(part.config)),
+        part.name: json.dumps(dataclasses.asdict(part.config)),
         "backbone_sha256": backbone,
     }
 
@@ -445,7 +411,7 @@ def _first_line(error: Exception) -> str:
 
 def _config(part: Part, naming: str) -> dict[str, Any] | None:
     """The config.json of a part; None where the format has none."""
-    if part.name == "branch":
+    if part.beside:
         return None
     fields = part.form.configs[naming](part.config)
     if fields and part.name == "text_encoder":

@@ -1,11 +1,14 @@
-"""Where the tensors lie in PyTorch's weight files: .safetensors and .pth, read without torch.
+"""The tensors in PyTorch's weight files: .safetensors and .pth, read without torch.
 
-Nothing here loads a tensor or runs code of a file: a header, or the restricted pickle of a .pth, gives
-names, types, shapes and offsets; the caller reads the bytes where they lie.
+Opening a file loads no tensor and runs no code of the file. It gives names, types and shapes; the rows of a
+tensor are read when the caller asks for them.
+
+The reader of .pth files stays next to torch.load so that a conversion needs no torch.
 """
 
 import collections
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -14,12 +17,13 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from prophy_jax.run.errors import UserError
 
@@ -29,34 +33,40 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-# More than the largest public checkpoints need by far, little enough to read at once.
-_HEADER_LIMIT = 100_000_000
+# Far more than the largest public checkpoints need, and little enough to read at once.
+_PICKLE_LIMIT = 100_000_000
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 _PLAIN = (type(None), bool, int, float, str)
 
 
+class SourceError(UserError):
+    """A fault of a source that shows only when its values are read: what was written of it is worthless."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor in a file: contiguous, little-endian, first axis slowest."""
+    """One tensor in a file."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     file: Path
-    offset: int  # From the start of the file.
+    load: Callable[[int, int], np.ndarray]  # Rows `start` to `stop`; fewer, or an error, if they are gone.
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def part(self, start: int, stop: int | None) -> "Tensor":
-        """Rows `start` to `stop`; all of it if `stop` is None."""
-        if stop is None:
-            return self
-        row_bytes = self.nbytes // self.shape[0]
-        return dataclasses.replace(
-            self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes
-        )
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of the first axis. Raises SourceError if the file no longer has them."""
+        shape = (stop - start, *self.shape[1:])
+        try:
+            rows = self.load(start, stop)
+        except SafetensorError:
+            rows = np.empty(0)
+        if rows.size != math.prod(shape):
+            raise SourceError(f"{self.file} became shorter while it was read: download it again")
+        return rows.reshape(shape)
 
 
 def find(folder: Path, stem: str) -> list[Path]:
@@ -72,12 +82,12 @@ def find(folder: Path, stem: str) -> list[Path]:
 
 
 def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]:
-    """The tensors of .safetensors and .pth files and of the shards that an index names, in file order.
+    """The tensors of .safetensors and .pth files and of the shards that an index names.
 
     Args:
-        paths: Of `find`, or any files whose other suffix is taken for .pth.
-        unused: Finds names of tensors that nobody will read: in a .pth they may also be integers, and are
-            then left out.
+        paths: What `find` returns, or any files; a suffix that is not .safetensors or .json means .pth.
+        unused: Finds the names of tensors that nobody will read. In a .pth they may also be integers; those
+            are left out.
 
     Raises:
         UserError: a file is missing, cut short or something else, or does not hold what its index says.
@@ -101,10 +111,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
     try:
-        found = _safetensors(path) if path.suffix == ".safetensors" else _pth(path, unused)
+        return _safetensors(path) if path.suffix == ".safetensors" else _pth(path, unused)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return sorted(found, key=lambda tensor: (tensor.offset, tensor.nbytes))
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _sharded(index: Path) -> list[Tensor]:
@@ -138,57 +147,22 @@ def _dtype(path: Path, name: str, dtype: str) -> np.dtype:
 
 
 def _safetensors(path: Path) -> list[Tensor]:
-    """Eight bytes of length, a JSON header, then the tensors without gaps (safetensors format)."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _broken(path, f"{size} bytes")
-        length = struct.unpack("<Q", prefix)[0]
-        if length > min(size - 8, _HEADER_LIMIT):
-            raise _broken(path, f"a header of {length} bytes in a file of {size}")
-        text = file.read(length)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} is there twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-
-    found, spans = [], []
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
-                type(side) is int and side >= 0 for side in shape
-            ):
-                tensor = Tensor(name, _dtype(path, name, kind), tuple(shape), path, 8 + length + begin)
-            case _:
-                raise _broken(path, f"the header's entry of {name} is malformed")
-        if begin < 0 or end - begin != tensor.nbytes:
-            raise _broken(path, f"{name} {tensor.shape} does not have the bytes {begin} to {end}")
-        found.append(tensor)
-        spans.append((begin, end))
-    end = _gapless_end(path, spans)
-    if 8 + length + end != size:
-        raise _broken(path, f"its header describes {8 + length + end} bytes, it has {size}")
-    return found
+        with safe_open(path, "np") as file:
+            views = {name: file.get_slice(name) for name in list(file.keys())}
+            found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+    except SafetensorError as error:
+        raise _broken(path, str(error)) from error
+    return [
+        Tensor(name, _dtype(path, name, dtype), shape, path, functools.partial(_load_safetensors, path, name))
+        for name, (dtype, shape) in found.items()
+    ]
 
 
-def _gapless_end(path: Path, spans: list[tuple[int, int]]) -> int:
-    end = 0
-    for begin, stop in sorted(spans):
-        if begin != end:
-            raise _broken(path, f"gap or overlap of tensors at byte {min(begin, end)} of the data")
-        end = stop
-    return end
+def _load_safetensors(path: Path, name: str, start: int, stop: int) -> np.ndarray:
+    # Opened anew each time: the pages of an open file stay in memory once they are read.
+    with safe_open(path, "np") as file:
+        return file.get_slice(name)[start:stop]
 
 
 # .pth: a zip archive with a pickle of names and shapes, and one uncompressed entry per storage.
@@ -278,7 +252,7 @@ def _pth_tensors(
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
         raise UserError(f"{path} is compressed or encrypted, which torch.save never does: unpack it")
     root = pickles[0].partition("/")[0]
-    if entries[pickles[0]].file_size > _HEADER_LIMIT:
+    if entries[pickles[0]].file_size > _PICKLE_LIMIT:
         raise UserError(f"{path} is not a plain state dict: its pickle alone has more than 100 MB")
     order = f"{root}/byteorder"
     if order in entries and archive.read(order) != b"little":
@@ -296,7 +270,9 @@ def _pth_tensors(
         if not _contiguous(view):
             raise UserError(f"{path}: {name} is not contiguous: save it again with .contiguous()")
         begin = _data_offset(path, entry, raw) + view.offset * dtype.itemsize
-        tensor = Tensor(name, dtype, view.shape, path, begin)
+        tensor = Tensor(
+            name, dtype, view.shape, path, functools.partial(_load_pth, path, dtype, view.shape, begin)
+        )
         if view.offset + math.prod(view.shape) > view.storage.numel:
             raise _broken(path, f"{name} reaches beyond its storage")
         found.append(tensor)
@@ -306,6 +282,14 @@ def _pth_tensors(
         if begin < end:
             raise UserError(f"{path}: {first} and {second} share memory: save them again with .clone()")
     return found
+
+
+def _load_pth(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], begin: int, start: int, stop: int
+) -> np.ndarray:
+    """Rows of a tensor whose values begin at byte `begin` of the file."""
+    row = math.prod(shape[1:])
+    return np.fromfile(path, dtype, (stop - start) * row, offset=begin + start * row * dtype.itemsize)
 
 
 def _state_dict(path: Path, data: bytes) -> dict[str, _View]:

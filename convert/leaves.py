@@ -1,10 +1,9 @@
 """Tables between PyTorch tensors and the leaves of our parameter trees.
 
-A table is a dict from the path of a leaf, "a/b/c", to a `Leaf`. It serves both directions: reading, and
-writing what `read` gave back bit by bit. Every layout is a permutation of axes and a reshape:
-a PyTorch weight (O, I, ...) of a linear layer or a convolution is our kernel (..., I, O), anything else
-keeps its order. Where PyTorch has several layers in one tensor, ours are made of some of its rows each;
-such a table is for reading only.
+A table is a dict from the path of a leaf, "a/b/c", to a `Leaf`. It serves both directions, bit by bit. Every
+layout is a permutation of axes and a reshape: a PyTorch weight (O, I, ...) of a linear layer or a convolution
+is our kernel (..., I, O), anything else keeps its order. Where PyTorch has several layers in one tensor, each
+of ours is made of some of its rows; such a table is for reading only.
 
 Legend: O I output and input features.
 """
@@ -12,15 +11,18 @@ Legend: O I output and input features.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
 from prophy_jax.run.errors import UserError
 
 Shape = tuple[int, ...]
+
+_ROWS = 32  # Transposed at a time: a few kilobytes of every column, which fit into the processor's cache.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,14 @@ class Leaf:
         return tensor.reshape(-1, *self.piece_shape[1:])
 
     def put(self, piece: np.ndarray, start: int, rows: np.ndarray) -> None:
-        """Writes some rows of a PyTorch tensor, from row `start` on, where they belong in a piece."""
-        where = slice(start, start + len(rows))
-        piece[(..., where) if self.transposed else where] = self.from_torch(rows)
+        """Writes some rows of a PyTorch tensor, from row `start` on, to their place in a piece."""
+        if not self.transposed:
+            values = self.from_torch(rows)
+            piece[start : start + len(values)] = values
+            return
+        for i in range(0, len(rows), _ROWS):
+            block = rows[i : i + _ROWS]
+            piece[..., start + i : start + i + len(block)] = self.from_torch(block)
 
     def to_torch(self, piece: np.ndarray) -> np.ndarray:
         """The way back: one layer of a stacked leaf, or the whole of another."""
@@ -80,6 +87,17 @@ def leaf(path: str, names: Iterable[str], shape: Shape, stacked: bool, torch_sha
     return Leaf(tuple(names), tuple(torch_shape), tuple(shape), stacked, axes)
 
 
+def shapes_of(init: Callable[..., Any], *arguments: Any) -> dict[str, Shape]:
+    """The shapes of what `init(key, *arguments)` would draw, by path; nothing is computed."""
+    tree = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), *arguments), sep="/")
+    return {path: leaf.shape for path, leaf in tree.items()}
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """The number of layers among names that are a prefix, the number of the layer and the rest."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+
+
 def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
     """Names and shapes of the PyTorch tensors of a table."""
     shapes = {}
@@ -103,50 +121,16 @@ def recognise(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) ->
 
 
 def check(found: Iterable[tuple[str, Shape]], table: Mapping[str, Leaf], summary: str) -> None:
-    """Compares names and shapes of PyTorch tensors with a table.
+    """`compare` of PyTorch tensors with those of a table."""
+    compare([(name, tuple(shape)) for name, shape in found], tensor_shapes(table), summary)
+
+
+def compare(found: list[tuple[str, Shape]], expected: Mapping[str, Shape], summary: str) -> None:
+    """Compares names and shapes.
 
     Raises:
-        UserError: `summary`, then every unknown, missing, duplicate and mis-shaped tensor.
+        UserError: `summary`, then every unknown, missing, duplicate and mis-shaped entry.
     """
-    found = [(name, tuple(shape)) for name, shape in found]
-    expected = tensor_shapes(table)
-    _compare(found, expected, summary)
-
-
-def read(tensors: Mapping[str, np.ndarray], table: Mapping[str, Leaf]) -> dict[str, Any]:
-    """The parameter tree of checked PyTorch tensors, as NumPy arrays in their dtype."""
-    tree = {}
-    for path, entry in table.items():
-        whole = (np.asarray(tensors[name]) for name in entry.names)
-        if entry.rows:
-            whole = (np.concatenate([tensor[a:b] for a, b in entry.rows]) for tensor in whole)
-        pieces = [entry.from_torch(tensor) for tensor in whole]
-        tree[path] = np.stack(pieces) if entry.stacked else np.ascontiguousarray(pieces[0])
-    return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def write(params: Mapping[str, Any], table: Mapping[str, Leaf], summary: str) -> dict[str, np.ndarray]:
-    """The PyTorch tensors of a parameter tree, contiguous, in its dtype.
-
-    Raises:
-        UserError: `summary`, then every unknown, missing and mis-shaped leaf.
-        ValueError: the table is for reading only.
-    """
-    if any(entry.rows for entry in table.values()):
-        raise ValueError("a table with rows of larger tensors is for reading only")
-    tree = traverse_util.flatten_dict(params, sep="/")
-    shapes = {path: entry.shape for path, entry in table.items()}
-    _compare([(path, tuple(array.shape)) for path, array in tree.items()], shapes, summary)
-    tensors = {}
-    for path, entry in table.items():
-        host = np.asarray(tree[path])
-        pieces = host if entry.stacked else host[None]
-        for name, piece in zip(entry.names, pieces, strict=True):
-            tensors[name] = np.ascontiguousarray(entry.to_torch(piece))
-    return tensors
-
-
-def _compare(found: list[tuple[str, Shape]], expected: Mapping[str, Shape], summary: str) -> None:
     count = Counter(name for name, _ in found)
     problems = [f"unknown {name}" for name in sorted(count.keys() - expected.keys())]
     problems += [f"missing {name}" for name in sorted(expected.keys() - count.keys())]

@@ -7,9 +7,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-from flax import traverse_util
-
 from convert import leaves as lv
 from prophy_jax.models.text.t5 import T5, T5Config
 from prophy_jax.run.errors import UserError
@@ -53,15 +50,14 @@ _BLOCKS = ("blocks", "encoder.block")
 def leaves(config: T5Config, naming: str) -> dict[str, lv.Leaf]:
     """Every leaf of `T5(config)` by its path; naming is "official" or "diffusers"."""
     column = NAMINGS.index(naming)
-    tree = jax.eval_shape(lambda: T5(config).init(jax.random.key(0)))
     table = {}
-    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
+    for path, shape in lv.shapes_of(T5(config).init).items():
         if path in _BLOCK:
             name = _BLOCK[path][column]
-            names = [f"{_BLOCKS[column]}.{i}.{name}" for i in range(array.shape[0])]
-            table[path] = lv.leaf(path, names, array.shape, stacked=True)
+            names = [f"{_BLOCKS[column]}.{i}.{name}" for i in range(shape[0])]
+            table[path] = lv.leaf(path, names, shape, stacked=True)
         else:
-            table[path] = lv.leaf(path, [_TOP[path][column]], array.shape, stacked=False)
+            table[path] = lv.leaf(path, [_TOP[path][column]], shape, stacked=False)
     return table
 
 
@@ -93,7 +89,7 @@ def sizes_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
         "d_model": d_model,
         "d_kv": shapes["blocks.0.attn.q.weight"][0] // num_heads,
         "d_ff": shapes["blocks.0.ffn.gate.0.weight"][0],
-        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "num_layers": lv.count_layers(shapes, "blocks."),
         "num_heads": num_heads,
         "shared_bias": False,
         "num_buckets": num_buckets,

@@ -11,7 +11,6 @@ Both formats name the same tensors differently and store them alike, so one tabl
 reading and writing (here and in `convert.t5`). `convert.export` takes the way back.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -19,15 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax import traverse_util
-
 from convert import command, files, t5
 from convert import leaves as lv
 from prophy_jax.models.codecs.wan_vae import WanVAE, WanVAEConfig
 from prophy_jax.models.text.t5 import UMT5_XXL
-from prophy_jax.models.wan import WAN_1_3B, Params, Wan, WanConfig
+from prophy_jax.models.wan import WAN_1_3B, Wan, WanConfig
 from prophy_jax.run.errors import UserError
 
 NAMINGS = ("official", "diffusers")
@@ -95,9 +90,8 @@ _VAE_LAST = {"kernel": "weight", "scale": "gamma", "bias": "bias"}
 def dit_leaves(config: WanConfig, naming: str) -> dict[str, lv.Leaf]:
     """Every leaf of `Wan(config)` by its path; naming is "official" or "diffusers"."""
     column = NAMINGS.index(naming)
-    tree = jax.eval_shape(lambda: Wan(config).init(jax.random.key(0)))
     table = {}
-    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
+    for path, shape in lv.shapes_of(Wan(config).init).items():
         module, _, last = path.rpartition("/")
         suffix = _SUFFIX.get(last, "")
         row = module if suffix else path  # A modulation table is a row of its own.
@@ -108,25 +102,24 @@ def dit_leaves(config: WanConfig, naming: str) -> dict[str, lv.Leaf]:
         if path == "embed/patch/kernel":  # (pt ph pw c, C), of a convolution (C, c, pt, ph, pw)
             torch_shape = (config.dim, config.in_channels, *config.patch_size)
         elif last == "modulation":
-            torch_shape = (1, *array.shape[-2:])
-        table[path] = lv.leaf(path, names, array.shape, stacked, torch_shape)
+            torch_shape = (1, *shape[-2:])
+        table[path] = lv.leaf(path, names, shape, stacked, torch_shape)
     return table
 
 
 @functools.cache
 def vae_leaves(config: WanVAEConfig, naming: str) -> dict[str, lv.Leaf]:
     """Every leaf of `WanVAE(config)` by its path; naming is "official" or "diffusers"."""
-    tree = jax.eval_shape(lambda: WanVAE(config).init(jax.random.key(0)))
     table = {}
-    for path, array in traverse_util.flatten_dict(tree, sep="/").items():
+    for path, shape in lv.shapes_of(WanVAE(config).init).items():
         module, _, last = path.rpartition("/")
         name = f"{module.replace('/', '.')}.{_VAE_LAST[last]}"
         torch_shape = ()
         if last == "scale":  # (C,), of a tensor that spans the axes of a video, in attention of an image
-            torch_shape = (*array.shape, *(1, 1, 1)[: 2 if ".attentions." in name else 3])
+            torch_shape = (*shape, *(1, 1, 1)[: 2 if ".attentions." in name else 3])
         if naming == "official":
             name = _vae_official(name, config.num_res_blocks)
-        table[path] = lv.leaf(path, [name], array.shape, stacked=False, torch_shape=torch_shape)
+        table[path] = lv.leaf(path, [name], shape, stacked=False, torch_shape=torch_shape)
     return table
 
 
@@ -145,48 +138,6 @@ def _vae_official(name: str, num_res_blocks: int) -> str:
     for theirs, official in _VAE.items():
         name = name.replace(theirs, official)
     return name
-
-
-def tensor_shapes(config: WanConfig, naming: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transformer's tensors; naming is "official" or "diffusers"."""
-    return lv.tensor_shapes(dit_leaves(config, naming))
-
-
-def read_dit(tensors: Mapping[str, np.ndarray], config: WanConfig) -> dict[str, Any]:
-    """Reads the tensors of a Wan2.1 transformer in either naming, which it recognises.
-
-    Args:
-        tensors: By name.
-        config: The sizes that the tensors must have.
-
-    Returns:
-        The parameter tree of `Wan(config)` as NumPy arrays, in the dtype of the tensors.
-
-    Raises:
-        UserError: naming every unknown, missing and mis-shaped tensor.
-    """
-    tables = {naming: dit_leaves(config, naming) for naming in NAMINGS}
-    naming = lv.recognise(tensors, tables)
-    if naming is None:
-        raise UserError("none of these tensors is of a Wan transformer: is it the right file?")
-    found = [(name, tensor.shape) for name, tensor in tensors.items()]
-    lv.check(found, tables[naming], f"these tensors are not a Wan transformer ({naming} naming)")
-    return lv.read(tensors, tables[naming])
-
-
-def to_official(params: Params, config: WanConfig) -> dict[str, np.ndarray]:
-    """The transformer's tensors under the official names. Raises UserError as `leaves.write` does."""
-    return _write(params, config, "official")
-
-
-def to_diffusers(params: Params, config: WanConfig) -> dict[str, np.ndarray]:
-    """The transformer's tensors under the diffusers names. Raises UserError as `leaves.write` does."""
-    return _write(params, config, "diffusers")
-
-
-def _write(params: Params, config: WanConfig, naming: str) -> dict[str, np.ndarray]:
-    summary = "the parameters are not a Wan transformer of the expected size"
-    return lv.write(params, dit_leaves(config, naming), summary)
 
 
 # Configuration files.
@@ -283,10 +234,10 @@ def diffusers_pipeline(config: WanConfig) -> tuple[str, dict[str, Any]]:
 def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `WanConfig` from a config.json of either format."""
     names = {"in_dim": "in_channels", "out_dim": "out_channels", "num_attention_heads": "num_heads"}
-    ours = {names.get(name, name): value for name, value in fields.items()}
-    if "attention_head_dim" in ours:
-        ours["dim"] = ours["num_heads"] * ours["attention_head_dim"]
-    return {field.name: ours[field.name] for field in dataclasses.fields(WanConfig) if field.name in ours}
+    ours = command.known_fields(WanConfig, fields, names)
+    if "attention_head_dim" in fields:
+        ours["dim"] = ours["num_heads"] * fields["attention_head_dim"]
+    return ours
 
 
 def _dit_of_shapes(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
@@ -295,7 +246,7 @@ def _dit_of_shapes(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
     return {
         "dim": dim,
         "num_heads": max(1, dim // 128),
-        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "num_layers": lv.count_layers(shapes, "blocks."),
         "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
@@ -309,9 +260,8 @@ def _vae_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `WanVAEConfig` from a config.json of diffusers."""
     if fields.get("is_residual") or fields.get("patch_size") is not None:
         raise UserError("it describes the VAE of Wan2.2, not of Wan2.1")
-    names = {"temperal_downsample": "temporal_downsample"}  # diffusers' spelling
-    ours = {names.get(name, name): value for name, value in fields.items()}
-    return {field.name: ours[field.name] for field in dataclasses.fields(WanVAEConfig) if field.name in ours}
+    spelling = {"temperal_downsample": "temporal_downsample"}  # of diffusers, and ours
+    return command.known_fields(WanVAEConfig, fields, spelling)
 
 
 def _vae_of_shapes(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
@@ -384,7 +334,6 @@ def _wanted(part: str) -> str:
 
 # Names of tensors, and what has them.
 _OTHER_MODELS = {
-    r"(^|[._])lora([._]|$)": "a LoRA and not a whole model: merge it into its base model first",
     r"(^|[._])(img_emb|image_embedder|k_img|add_k_proj)[._]": "an image-to-video model: give a Wan2.1-T2V",
     r"(^|[._])vace_": "a VACE model: give a Wan2.1-T2V",
 }
@@ -392,10 +341,7 @@ _OTHER_MODELS = {
 
 def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:
     """Raises UserError that says by name what a file holds instead of text-to-video weights."""
-    for pattern, what in _OTHER_MODELS.items():
-        found = next(filter(re.compile(pattern).search, shapes), None)
-        if found:
-            raise UserError(f"{where} is {what} (it has {found})")
+    command.refuse_names(where, shapes, _OTHER_MODELS)
     kind = fields.get("model_type", "t2v")
     if kind not in ("t2v", "umt5", "t5"):
         raise UserError(f"{where} is a model of type {kind}: give a Wan2.1-T2V")
@@ -414,11 +360,7 @@ MODEL = command.Model(
     refuse=_refuse_other_models,
 )
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the process by default."""
-    command.main(MODEL, arguments)
-
+main = functools.partial(command.main, MODEL)
 
 if __name__ == "__main__":
     command.run(MODEL)

@@ -17,6 +17,7 @@ from convert import wan as convert_wan  # noqa: E402
 from prophy_jax import models  # noqa: E402
 from prophy_jax.run import checkpoints  # noqa: E402
 from prophy_jax.run.errors import UserError  # noqa: E402
+from prophy_jax.testing import state_dicts  # noqa: E402
 from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
 
 STATISTICS = dict(latents_mean=[0.1 * i for i in range(16)], latents_std=[1 + 0.1 * i for i in range(16)])
@@ -106,7 +107,7 @@ def load_state(folder) -> dict[str, np.ndarray]:
     want = lv.traverse_util.unflatten_dict(want, sep="/")
     params = checkpoints.load_params(str(folder), want, "")
     config = models.build(manifest["model"]).config
-    return lv.write(params, convert_wan.PARTS[manifest["part"]].leaves(config, "diffusers"), "")
+    return state_dicts.write(params, convert_wan.PARTS[manifest["part"]].leaves(config, "diffusers"))
 
 
 def assert_same_state(got, want):

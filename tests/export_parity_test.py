@@ -23,6 +23,7 @@ from convert import wan as convert_wan  # noqa: E402
 from prophy_jax import models  # noqa: E402
 from prophy_jax.models.beside.part import Model  # noqa: E402
 from prophy_jax.run import checkpoints  # noqa: E402
+from prophy_jax.testing import state_dicts  # noqa: E402
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 DIT = dict(module="wan", dim=36, num_heads=2, num_layers=4, ffn_dim=40, text_dim=24, freq_dim=32)
@@ -81,7 +82,7 @@ def save_ours(folder, part: str, spec, model):
     names = lv.tensor_shapes(table)
     state = {name: to_numpy(tensor) for name, tensor in model.state_dict().items() if name in names}
     lv.check([(n, t.shape) for n, t in state.items()], table, "the PyTorch model")
-    checkpoints.save_params(str(folder), lv.read(state, table), {"part": part, "model": spec})
+    checkpoints.save_params(str(folder), state_dicts.read(state, table), {"part": part, "model": spec})
 
 
 def assert_same_state(got, want):
@@ -329,7 +330,7 @@ def export_branch(folder, spec, transformer):
     """Returns our model and its parameters; writes the branch's file into `folder`/out."""
     model = Model(models.build(DIT), {"branch": models.build(spec)})
     state = {name: tensor.numpy() for name, tensor in transformer.state_dict().items()}
-    backbone = convert_wan.read_dit(state, model.backbone.config)
+    backbone = state_dicts.read(state, convert_wan.dit_leaves(model.backbone.config, "diffusers"))
     params = {"backbone": backbone, "branch": random_branch(model, backbone)}
     about = {"part": "branch", "model": {"backbone": DIT, "branch": spec}}
     checkpoints.save_params(str(folder / "branch"), params["branch"], about)

@@ -25,6 +25,7 @@ from convert import wan as convert_wan
 from prophy_jax import models
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
+from prophy_jax.testing import state_dicts
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def save_in_chunks(folder, part: str, tree):
 
 
 def save_random(folder, part: str, naming="official", dtype=np.float32):
-    save(folder, part, lv.read(random_tensors(part, naming, dtype), table(part, naming)))
+    save(folder, part, state_dicts.read(random_tensors(part, naming, dtype), table(part, naming)))
 
 
 def random_branch(spec=BRANCH):
@@ -125,7 +126,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_every_tensor_comes_back_bit_by_bit(tmp_path, part, naming, write, dtype):
     tensors = random_tensors(part, naming, dtype)
-    write(tmp_path / "ours", part, lv.read(tensors, table(part, naming)))
+    write(tmp_path / "ours", part, state_dicts.read(tensors, table(part, naming)))
     convert_export.export(str(tmp_path / "ours"), naming, str(tmp_path / "out"))
     stem = convert_export.STEMS[naming][part]
     assert_same(load_all(tmp_path / "out", stem), tensors)
@@ -135,7 +136,7 @@ def test_every_tensor_comes_back_bit_by_bit(tmp_path, part, naming, write, dtype
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_vae_comes_back_bit_by_bit(tmp_path, naming):
     tensors = random_tensors("vae", naming)
-    save(tmp_path / "vae", "vae", lv.read(tensors, table("vae", naming)))
+    save(tmp_path / "vae", "vae", state_dicts.read(tensors, table("vae", naming)))
     convert_export.export(str(tmp_path / "vae"), naming, str(tmp_path / "out"))
     assert_same(load_all(tmp_path / "out", convert_export.STEMS[naming]["vae"]), tensors)
 
@@ -146,7 +147,7 @@ def test_vae_comes_back_bit_by_bit(tmp_path, naming):
 )
 def test_shards_and_their_index(tmp_path, part, naming):
     tensors = random_tensors(part, naming, BF16)
-    save(tmp_path / part, part, lv.read(tensors, table(part, naming)))
+    save(tmp_path / part, part, state_dicts.read(tensors, table(part, naming)))
     limit = 6000
     convert_export.export(str(tmp_path / part), naming, str(tmp_path / "out"), shard_bytes=limit)
     stem = convert_export.STEMS[naming][part]
@@ -175,7 +176,7 @@ def test_trees_of_two_dtypes_are_written_aligned(tmp_path):
     header = json.loads(file.read_bytes()[8:].split(b"}}")[0] + b"}}")
     assert header["b"]["data_offsets"][0] % 4 == 0
 
-    save(tmp_path / "ours", "transformer", lv.read(tensors, table("transformer", "diffusers")))
+    save(tmp_path / "ours", "transformer", state_dicts.read(tensors, table("transformer", "diffusers")))
     convert_export.export(str(tmp_path / "ours"), "diffusers", str(tmp_path / "out"))
     assert_same(load_all(tmp_path / "out", "transformer/diffusion_pytorch_model"), tensors)
 
@@ -238,7 +239,7 @@ def test_there_and_back_by_the_command_lines(tmp_path):
     for part, spec in specs.items():
         dtype = BF16 if part == "text_encoder" else np.float32
         tensors = random_tensors(part, "official", dtype, spec)
-        save(tmp_path / "ours" / part, part, lv.read(tensors, table(part, "official", spec)), spec)
+        save(tmp_path / "ours" / part, part, state_dicts.read(tensors, table(part, "official", spec)), spec)
     save_tiny_tokenizer(tmp_path / "ours" / "text_encoder" / "tokenizer")
 
     def export_and_convert(source, naming: str):
@@ -339,7 +340,7 @@ def test_parts_that_a_branch_lacks_have_no_keys(tmp_path, absent):
 def test_workdir_of_a_run_that_trained_the_backbone_too(tmp_path):
     save_branch(tmp_path / "run" / "branch", backbone_sha256="of the first backbone")
     tensors = random_tensors("transformer", "diffusers")
-    tree = lv.read(tensors, table("transformer", "diffusers"))
+    tree = state_dicts.read(tensors, table("transformer", "diffusers"))
     save(tmp_path / "run" / "backbone", "backbone", tree, SPECS["transformer"])
     (tmp_path / "run" / "checkpoints").mkdir()
     for source in ("run", "run/branch"):
@@ -398,7 +399,7 @@ def without_tree(root):
 
 
 def without_an_array(root):
-    tree = lv.read(random_tensors("transformer", "official"), table("transformer", "official"))
+    tree = state_dicts.read(random_tensors("transformer", "official"), table("transformer", "official"))
     save_in_chunks(root / "transformer", "transformer", tree)
     shutil.rmtree(root / "transformer" / "tree" / "head.out.bias")
     return root
@@ -424,7 +425,7 @@ def tree_of_another_manifest(root):
 
 
 def flipped_bit(root):
-    tree = lv.read(random_tensors("vae", "official"), table("vae", "official"))
+    tree = state_dicts.read(random_tensors("vae", "official"), table("vae", "official"))
     save(root / "vae", "vae", tree)
     wanted = checkpoints.read_manifest(str(root / "vae"), "")["sha256"]
     flatten_dict(tree, sep="/")["quant_conv/bias"].view(np.uint32)[3] ^= 1
@@ -434,7 +435,7 @@ def flipped_bit(root):
 
 
 def damaged_chunk(root):
-    tree = lv.read(random_tensors("transformer", "official"), table("transformer", "official"))
+    tree = state_dicts.read(random_tensors("transformer", "official"), table("transformer", "official"))
     save_in_chunks(root / "transformer", "transformer", tree)
     (root / "transformer" / "tree" / "embed.text_out.kernel" / "0.0").write_bytes(b"no zstd frame")
     return root
@@ -459,7 +460,7 @@ def another_backbone(root):
 
 
 def integers(root):
-    tree = lv.read(random_tensors("text_encoder", "official"), table("text_encoder", "official"))
+    tree = state_dicts.read(random_tensors("text_encoder", "official"), table("text_encoder", "official"))
     save(root / "text_encoder", "text_encoder", jax.tree.map(lambda x: x.astype(np.int32), tree))
     return root
 
@@ -476,7 +477,7 @@ def t5_v1_1(root):
     save(
         root / "text_encoder",
         "text_encoder",
-        lv.read(tensors, table("text_encoder", "diffusers", spec)),
+        state_dicts.read(tensors, table("text_encoder", "diffusers", spec)),
         spec,
     )
     return root
@@ -485,7 +486,8 @@ def t5_v1_1(root):
 def narrow_text(root):
     spec = {**SPECS["transformer"], "text_dim": 8}
     tensors = random_tensors("transformer", "official", spec=spec)
-    save(root / "transformer", "transformer", lv.read(tensors, table("transformer", "official", spec)), spec)
+    tree = state_dicts.read(tensors, table("transformer", "official", spec))
+    save(root / "transformer", "transformer", tree, spec)
     return root
 
 
@@ -496,7 +498,7 @@ def narrow_text(root):
         (empty, "nothing to export in .*empty"),
         (unfinished_run, "nothing to export in .*finished run"),
         (half_written, "vae is not whole"),
-        (cut_off_conversion, "transformer.partial was not finished"),
+        (cut_off_conversion, "transformer.partial is not finished"),
         (without_tree, "no .*_METADATA.*convert or train again"),
         (without_an_array, "tree is not readable .*head.out.bias.*not whole"),
         (torn_manifest, "manifest.json is not readable"),

@@ -12,6 +12,7 @@ diffusers = pytest.importorskip("diffusers", reason="parity tests need the test 
 
 from convert import wan as convert_wan  # noqa: E402
 from prophy_jax.models import wan  # noqa: E402
+from prophy_jax.testing import state_dicts  # noqa: E402
 
 HEADS, HEAD_DIM, TEXT_DIM, TEXT_LEN = 3, 16, 24, 20
 SHAPES = [(2, 3, 6, 10), (1, 1, 2, 14), (2, 5, 4, 4)]  # (B, T, h, w): odd and even token grids.
@@ -45,7 +46,7 @@ def models():
                 parameter.copy_(noise / fan_in**0.5)
     model = wan.build(dim=HEADS * HEAD_DIM, num_heads=HEADS, num_layers=3, ffn_dim=40, text_dim=TEXT_DIM)
     state = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    return reference, model, convert_wan.read_dit(state, model.config)
+    return reference, model, state_dicts.read(state, convert_wan.dit_leaves(model.config, "diffusers"))
 
 
 def inputs(shape, t, seed=0):
@@ -89,7 +90,7 @@ def test_gradients_of_inputs_and_of_every_weight(models):
     (out * torch.from_numpy(weight)).sum().backward()
     weights = {name: p.grad.numpy() for name, p in reference.named_parameters()}
     expected = {
-        "params": convert_wan.read_dit(weights, model.config),
+        "params": state_dicts.read(weights, convert_wan.dit_leaves(model.config, "diffusers")),
         "latents": torch_latents.grad.numpy(),
         "text": torch_text.grad.numpy(),
     }
@@ -110,7 +111,8 @@ def test_gradients_of_inputs_and_of_every_weight(models):
 
 def test_official_names_give_the_same_model(models):
     _, model, params = models
-    official = convert_wan.read_dit(convert_wan.to_official(params, model.config), model.config)
+    table = convert_wan.dit_leaves(model.config, "official")
+    official = state_dicts.read(state_dicts.write(params, table), table)
     arrays = inputs(SHAPES[0], 500)
     run = jax.jit(model)
     np.testing.assert_array_equal(run(official, *arrays), run(params, *arrays))
@@ -118,7 +120,7 @@ def test_official_names_give_the_same_model(models):
 
 def test_our_weights_are_the_state_of_the_reference(models):
     reference, model, params = models
-    state = convert_wan.to_diffusers(params, model.config)
+    state = state_dicts.write(params, convert_wan.dit_leaves(model.config, "diffusers"))
     expected = reference.state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():

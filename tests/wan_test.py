@@ -10,10 +10,12 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 
+from convert import leaves as lv
 from convert import wan as convert_wan
 from prophy_jax.models import layers, wan
 from prophy_jax.plan import flops
 from prophy_jax.run.errors import UserError
+from prophy_jax.testing import state_dicts
 
 # Values recorded from the public PyTorch model have six decimals and its own fp32 rounding.
 GOLDEN = 3e-5
@@ -54,13 +56,13 @@ def golden_tensor(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def golden():
     """(model, params, latents, text) of the recorded run."""
     model = wan.build(dim=256, num_heads=2, num_layers=2, ffn_dim=320, text_dim=64)
-    shapes = convert_wan.tensor_shapes(model.config, "diffusers")
+    shapes = lv.tensor_shapes(convert_wan.dit_leaves(model.config, "diffusers"))
     tensors = {n: golden_tensor(i, n, shapes[n]) for i, n in enumerate(sorted(shapes))}
     latents = np.random.RandomState(10001).standard_normal((1, 16, 3, 8, 12))
     text = np.random.RandomState(10002).standard_normal((1, 512, 64))
     text[:, 20:] = 0
     latents = jnp.asarray(latents.transpose(0, 2, 3, 4, 1), jnp.float32)
-    params = convert_wan.read_dit(tensors, model.config)
+    params = state_dicts.read(tensors, convert_wan.dit_leaves(model.config, "diffusers"))
     return model, jax.tree.map(jnp.asarray, params), latents, jnp.asarray(text, jnp.float32)
 
 
