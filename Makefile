@@ -71,6 +71,7 @@ wheel:
 	rm -rf $(WHEEL) build
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python -m pip wheel -q --no-deps --wheel-dir $(WHEEL) .
+	rm -rf build
 	$(WHEEL)/bin/python -m pip install -q $(WHEEL)/prophy_jax-*.whl
 	mkdir $(WHEEL)/empty
 	cd $(WHEEL)/empty && env -u PYTHONPATH ../bin/python -m prophy_jax.prepare --config=configs/wan.py:tiny

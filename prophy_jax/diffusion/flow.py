@@ -33,7 +33,7 @@ NUM_TRAIN_TIMESTEPS = 1000  # the network reads time in 0..1000
 _HALF_ULP = 2.0**-24  # the distance from 1 to the largest float32 below it
 
 
-def shift_sigma(sigma, shift: float):
+def shift_sigma(sigma: Any, shift: Any) -> Any:
     """Moves noise levels in [0,1] towards 1: s sigma / (1 + (s-1) sigma). For NumPy or JAX."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
@@ -56,7 +56,7 @@ class FlowMatching:
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.distribution not in ("uniform", "logit_normal"):
             raise UserError(
                 f"unknown noise distribution {self.distribution!r}; choose 'uniform' or 'logit_normal'"
@@ -221,7 +221,7 @@ def _corrector(s: np.ndarray, lam: np.ndarray, i: int) -> tuple[float, float, fl
     return 0.0, keep, rest * new, rest * (1 - new - old), rest * old
 
 
-SOLVERS = {
+SOLVERS: dict[str, solvers.Make] = {
     "unipc": unipc,
     "unipc-diffusers": functools.partial(unipc, grid="diffusers"),
     "dpm++": dpmpp_2m,

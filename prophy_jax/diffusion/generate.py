@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from prophy_jax.diffusion import guided, solvers
-from prophy_jax.models.beside.part import Model
+from prophy_jax.models.beside.part import Batch, Model
 from prophy_jax.run import parallel
 
 Wrapper = Callable[[solvers.Velocity], solvers.Velocity]
@@ -48,14 +48,16 @@ def make_sampler(
     guidance = guided.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
 
     @functools.partial(jax.jit, static_argnames="rows")
-    def begin(params, noise, prompt, negative, rows):
+    def begin(
+        params: Any, noise: jax.Array, prompt: Batch, negative: Batch, rows: int | None
+    ) -> tuple[Any, Any]:
         paired = {name: guided.pair_prompts(prompt[name], negative[name], guidance) for name in prompt}
         read = model.read_ahead(params, jax.tree.map(split_rows, paired), rows)
         return read, jax.tree.map(split_rows, solvers.start(solver, noise))
 
     @functools.partial(jax.jit, donate_argnames="state")
-    def loop(params, state, prompt, scale, first, last):
-        def predict(x, t):
+    def loop(params: Any, state: Any, prompt: Any, scale: jax.Array, first: Any, last: Any) -> Any:
+        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
             return model.predict(params, split_rows(x), t, prompt, scale).prediction
 
         velocity = guided.guided(predict, guidance)
@@ -91,7 +93,14 @@ def make_generator(
     begin, loop = make_sampler(model, objective, settings, wrappers)
     steps = settings.steps
 
-    def generate(params, noise, prompt, negative, scale=1.0, after_steps=None):
+    def generate(
+        params: Any,
+        noise: jax.Array,
+        prompt: Batch,
+        negative: Batch,
+        scale: float = 1.0,
+        after_steps: Callable[[int], None] | None = None,
+    ) -> jax.Array:
         masks = np.asarray(prompt["text_mask"]), np.asarray(negative["text_mask"])[None]
         rows = text_rows(np.concatenate(masks))
         read, state = begin(params, noise, prompt, negative, rows=rows)
@@ -131,7 +140,7 @@ def make_observer(model: Model, objective: Any, sigma: float = 0.2) -> Callable[
     """
 
     @jax.jit
-    def observe(params, latents, prompt, seed=0):
+    def observe(params: Any, latents: jax.Array, prompt: Batch, seed: int = 0) -> dict[str, Any]:
         noise = jax.random.normal(jax.random.key(seed), latents.shape)
         time = jnp.full((latents.shape[0],), sigma)
         noisy = objective.add_noise(latents, noise, time)
@@ -140,7 +149,9 @@ def make_observer(model: Model, objective: Any, sigma: float = 0.2) -> Callable[
     return observe
 
 
-def diffusion_error(model, objective, params, batch, noise, sigma, scale=1.0):
+def diffusion_error(
+    model: Model, objective: Any, params: Any, batch: Batch, noise: jax.Array, sigma: Any, scale: float = 1.0
+) -> tuple[jax.Array, dict[str, Any]]:
     """(loss (B,) of each clip, what the parts saw) at one share of noise, captions as they are."""
     time = jnp.full((noise.shape[0],), sigma)
     noisy = objective.add_noise(batch["latents"], noise, time)

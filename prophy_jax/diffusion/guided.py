@@ -27,7 +27,7 @@ def guided(model: Velocity, guidance: Guidance) -> Velocity:
     if not _pairs(guidance):
         return lambda x, t: model(x, jnp.broadcast_to(t, x.shape[:1]))
 
-    def velocity(x, t):
+    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
         twice = model(jnp.repeat(x, 2, axis=0), jnp.broadcast_to(t, (2 * x.shape[0],)))
         v_uncond, v_cond = twice[0::2].astype(jnp.float32), twice[1::2].astype(jnp.float32)
         factor = jnp.asarray(guidance)[t.astype(jnp.int32)] if np.ndim(guidance) else guidance
@@ -54,7 +54,7 @@ def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: Gui
 
 
 def _pairs(guidance: Guidance) -> bool:
-    return np.ndim(guidance) > 0 or guidance > 1
+    return bool(np.ndim(guidance) > 0 or guidance > 1)
 
 
 def guidance_schedule(name: str, guidance: float, num_steps: int) -> Guidance:
@@ -80,4 +80,4 @@ def guidance_schedule(name: str, guidance: float, num_steps: int) -> Guidance:
     if name == "constant" or guidance <= 1:
         return float(guidance)
     turns = ((num_steps - np.arange(NUM_TRAIN_TIMESTEPS + 1.0)) / num_steps) ** 5
-    return np.float32(1.0 + guidance * (1.0 - np.cos(np.pi * turns)) / 2.0)
+    return (1.0 + guidance * (1.0 - np.cos(np.pi * turns)) / 2.0).astype(np.float32)

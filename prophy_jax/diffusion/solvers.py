@@ -82,6 +82,9 @@ class Solver:
         return self.steps.noise is not None
 
 
+Make = Callable[[int, float], Solver]  # (steps, shift) -> a solver
+
+
 # ---- running a solver ----------------------------------------------------------------------------
 
 
@@ -90,7 +93,8 @@ def start(solver: Solver, noise: jax.Array) -> State:
     x = jnp.array(noise, jnp.float32)  # a copy: the state may be donated
     zeros = [jnp.zeros_like(x) for _ in range(5)]  # each its own buffer, for the same reason
     ran = tuple(zeros[3:]) if solver.skips else None
-    return State(x, *zeros[:3], ran, sample_keys(x) if solver.stochastic else None)
+    keys = sample_keys(x) if solver.stochastic else None
+    return State(x, zeros[0], zeros[1], zeros[2], ran, keys)
 
 
 def sample_keys(noise: jax.Array) -> jax.Array:
@@ -142,7 +146,7 @@ def advance(solver: Solver, velocity: Velocity, state: State, first: Any, last: 
     """
     table = jax.tree.map(jnp.asarray, solver.steps)
 
-    def body(i, state):
+    def body(i: jax.Array, state: State) -> State:
         return step(jax.tree.map(lambda rows: rows[i], table), state, velocity, step_noise(state, i))
 
     return jax.lax.fori_loop(first, last, body, state)
@@ -151,9 +155,7 @@ def advance(solver: Solver, velocity: Velocity, state: State, first: Any, last: 
 # ---- building a solver ---------------------------------------------------------------------------
 
 
-def choose(
-    solvers: Mapping[str, Callable[[int, float], Solver]], name: str, steps: int, shift: float
-) -> Solver:
+def choose(solvers: Mapping[str, Make], name: str, steps: int, shift: float) -> Solver:
     """The solver that a configuration names, of those of one family.
 
     Raises:

@@ -73,7 +73,7 @@ class VPrediction:
 
     snr_shift: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         signal(self.snr_shift)
 
     @property
@@ -218,12 +218,12 @@ def _v_prediction_solver(
     """Tables without a corrector for `_v_prediction_levels` and weights of (x, m, m') and of noise."""
     data = np.stack([np.sqrt(here), -np.sqrt(1.0 - here)], axis=1)  # (N,2) m = alpha x - sigma v
     corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (len(timesteps), 1))  # (N,5) none
-    tables = (np.asarray(table, np.float32) for table in (timesteps, data, corrector, predictor))
+    tables = [np.asarray(table, np.float32) for table in (timesteps, data, corrector, predictor)]
     sigmas = noise_share(np.append(here, following[-1])).astype(np.float32)
-    return Solver(sigmas, Step(*tables, noise=None if noise is None else noise.astype(np.float32)))
+    return Solver(sigmas, Step(*tables)._replace(noise=None if noise is None else noise.astype(np.float32)))
 
 
-SOLVERS = {"ddim": ddim, "cogvideox-dpm": cogvideox_dpm}
+SOLVERS: dict[str, solvers.Make] = {"ddim": ddim, "cogvideox-dpm": cogvideox_dpm}
 
 
 def build(**settings: Any) -> VPrediction:

@@ -99,14 +99,16 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
     return attention_forward(q, k, v, bias)[0]
 
 
-def _blockwise_forward(q, k, v, bias):
+def _blockwise_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
     out, lse = attention_forward(q, k, v, bias)
     # Both need the name: with one of them missing, jax.checkpoint would run the forward pass again for it.
     out, lse = checkpoint_name(out, _kind(q, k)), checkpoint_name(lse, _kind(q, k))
     return out, (q, k, v, bias, out, lse)
 
 
-def _blockwise_backward(residuals, d_out):
+def _blockwise_backward(residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
     return attention_backward(*residuals, d_out)
 
 
@@ -115,14 +117,16 @@ blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 # Compiled functions, because their names then stand in the jaxpr, where tests count them.
 @jax.jit
-def attention_forward(q, k, v, bias):
+def attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Returns attention (B, N, H, D) and the log of the sums of exponentials (B H, N) fp32."""
 
-    def head(args):
-        q, k, v, bias = (x.astype(jnp.float32) if x is not None else None for x in args)
+    def head(args: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, bias = _to_float32(args)
         k_t = k.T
 
-        def block(q):
+        def block(q: jax.Array) -> tuple[jax.Array, jax.Array]:
             s = _dot(q, k_t) if bias is None else _dot(q, k_t) + bias
             top = s.max(axis=1, keepdims=True)
             p = jnp.exp(s - top)
@@ -138,16 +142,24 @@ def attention_forward(q, k, v, bias):
 
 
 @jax.jit
-def attention_backward(q, k, v, bias, out, lse, d_out):
+def attention_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of q, k, v and bias."""
 
-    def head(args):
-        q, k, v, bias, out, lse, d_out = (x.astype(jnp.float32) if x is not None else None for x in args)
+    def head(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        q, k, v, bias, out, lse, d_out = _to_float32(args)
         k_t = k.T
         delta = (out * d_out).sum(axis=1)  # (N,)
         scaled = q * q.shape[1] ** -0.5
 
-        def block(sums, args):
+        def block(sums: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[tuple[Any, ...], jax.Array]:
             d_k, d_v, d_bias = sums
             q, d_out, lse, delta = args
             s_t = _dot(k, q.T) if bias is None else _dot(k, q.T) + bias[:, None]
@@ -171,6 +183,10 @@ def attention_backward(q, k, v, bias, out, lse, d_out):
         d_bias = d_bias.reshape(len(bias), 1, -1, bias.shape[-1]).sum(axis=2, keepdims=True)
         d_bias = d_bias.astype(bias.dtype)
     return _tokens(d_q, q), _tokens(d_k, k), _tokens(d_v, v), d_bias
+
+
+def _to_float32(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.astype(jnp.float32) for x in arrays)
 
 
 def _heads(x: jax.Array) -> jax.Array:
@@ -212,9 +228,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
     block_q, block_kv = _splash_block(rows), _splash_block(keys)
     compute = block_kv // 2 if block_kv > 512 else block_kv
     sizes = kernels.BlockSizes(
-        **dict(block_q=block_q, block_kv=block_kv, block_kv_compute=compute),
-        **dict(block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute),
-        **dict(block_q_dq=block_q, block_kv_dq=block_kv),
+        **dict[str, Any](block_q=block_q, block_kv=block_kv, block_kv_compute=compute),
+        **dict[str, Any](block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute),
+        **dict[str, Any](block_q_dq=block_q, block_kv_dq=block_kv),
     )
 
     def whole_blocks(x: jax.Array, block: int) -> jax.Array:

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -23,8 +23,7 @@ from prophy_jax.models import attention, layers
 Params = Mapping[str, Any]
 
 
-@flax.struct.dataclass
-class Stream:
+class Stream(flax.struct.PyTreeNode):
     """The tokens that blocks transform. Wan leaves text as it is; joint models change both."""
 
     video: jax.Array  # (B, N, C)
@@ -277,7 +276,9 @@ def run(
     for visit in visits:
         if list(visit.after) != sorted(set(visit.after) & set(range(depth))):
             raise ValueError(f"a visit after blocks {visit.after} of {depth}: name them once, ascending")
-    done, stops = 0, []  # (visit, blocks before it, whether it is the first of all, first of these, slice)
+    # (visit, blocks before it, whether it is the first of all, first of these, slice)
+    stops: list[tuple[int, int, bool, int, int]] = []
+    done = 0
     for block, v, i in sorted((b, v, i) for v, visit in enumerate(visits) for i, b in enumerate(visit.after)):
         stops.append((v, block + 1 - done, not stops, done, i))
         done = block + 1
@@ -301,6 +302,7 @@ def run(
             out = jax.tree.map(lambda leaf: leaf[None], out)
         outs[v].append(out)
     if done < depth or not stops:
-        stream = backbone.blocks(stack, stream, cond, *((done, depth - done) if stops else ()), ahead=ahead)
+        rest = {"start": done, "count": depth - done} if stops else {}
+        stream = backbone.blocks(stack, stream, cond, ahead=ahead, **rest)
     join = functools.partial(jax.tree.map, lambda *parts: jnp.concatenate(parts))
     return stream, carry, tuple(join(*out) if out else None for out in outs)

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +52,7 @@ COGVIDEOX_5B = CogVideoXConfig(dim=3072, num_heads=48, num_layers=42, ffn_dim=12
 COGVIDEOX_1_5_5B = dataclasses.replace(COGVIDEOX_5B, patch_size=(2, 2, 2), positions="rope_slice")
 
 
-@flax.struct.dataclass
-class Conditioning:
+class Conditioning(flax.struct.PyTreeNode):
     """What every block and the head need besides the stream."""
 
     time: jax.Array  # (B, E) fp32: SiLU of the time embedding; every norm projects it for itself

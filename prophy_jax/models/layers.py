@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +23,7 @@ LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False, dtype=jnp.f
 RMSNorm = functools.partial(nn.RMSNorm, use_fast_variance=False, dtype=jnp.float32)
 
 
-@flax.struct.dataclass
-class KeyValue:
+class KeyValue(flax.struct.PyTreeNode):
     """Keys and values of one attention, or of a stack of blocks with a leading layer axis."""
 
     key: jax.Array  # (B, M, H, D)
@@ -169,7 +168,7 @@ def rope_tables_at(
     return spread(cos, grid), spread(sin, grid)
 
 
-def spread(tables: Sequence[tuple[int, np.ndarray]], grid: tuple[int, int, int]) -> jax.Array:
+def spread(tables: Sequence[tuple[int, np.ndarray]], grid: tuple[int, ...]) -> jax.Array:
     """Tables of single axes, each (axis, (length, width)), side by side for every token of a grid.
 
     The compiled program spreads them, so that no constant of N rows ends up inside it.

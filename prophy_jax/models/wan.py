@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -39,8 +39,7 @@ WAN_1_3B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 WAN_14B = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
 
 
-@flax.struct.dataclass
-class Conditioning:
+class Conditioning(flax.struct.PyTreeNode):
     """What every block and the head need besides the stream."""
 
     modulation: jax.Array  # (B, 6, C) fp32: shift, scale, gate of self-attention, then of the MLP
@@ -223,7 +222,7 @@ class Wan(Backbone):
             text = text[:, :rows]
 
         def layer(params: Params) -> KeyValue:
-            context = attention.apply({"params": params["cross_attn"]}, text, method="keys_values")
+            context: Any = attention.apply({"params": params["cross_attn"]}, text, method="keys_values")
             return context.replace(bias=bias)
 
         return jax.lax.map(layer, stacked_params)

@@ -118,7 +118,7 @@ def find_meaning(config: ConfigDict, key: str) -> str:
     top, *path = key.split(".")
     if top == "losses":
         loss = losses.TABLE[path[0]]
-        return f"Weight of {first_sentence((loss.share or loss.whole).__doc__ or '')}"
+        return f"Weight of: {first_sentence((loss.share or loss.whole).__doc__ or '')}"
     names = key.split(".")
     for depth in range(len(names) - 1, 0, -1):
         spec = functools.reduce(lambda table, name: table[name], names[:depth], config)

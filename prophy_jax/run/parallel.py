@@ -135,9 +135,7 @@ def over_mesh(attention: Callable, mesh: Mesh) -> Callable:
     if mesh.size == 1:
         return attention
     ways, samples = mesh.shape["context"], mesh.shape["data"] * mesh.shape["fsdp"]
-    kept = functools.partial(
-        checkpoint_name, name="qkv"
-    )  # so that the remat policy of this name repeats no exchange
+    kept = functools.partial(checkpoint_name, name="qkv")  # the remat policy of this name repeats no exchange
 
     def wrapped(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         batch, length, heads, _ = q.shape

@@ -102,8 +102,7 @@ class Part:
         return {}
 
 
-@flax.struct.dataclass
-class Prompt:
+class Prompt(flax.struct.PyTreeNode):
     """What the model reads of its prompts: the same at every step of a sampler."""
 
     text: jax.Array  # (B, L, C), text tokens
@@ -111,8 +110,7 @@ class Prompt:
     ahead: dict[str, Any]  # of the backbone and of every part; None where nothing was computed ahead
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
     prediction: jax.Array  # (B, T, h, w, c) fp32, the backbone's prediction
     seen: dict[str, Any]  # by part, what its `leave` returned
 
@@ -217,8 +215,8 @@ class Model:
         )
         flow, seen = flow._replace(stream=stream), {}
         for name, part in self.parts.items():
-            own = [out for out, owner in zip(outs, owners, strict=True) if owner == name]
-            stream, seen[name] = part.leave(params[name], of(name), own)
+            mine = [out for out, owner in zip(outs, owners, strict=True) if owner == name]
+            stream, seen[name] = part.leave(params[name], of(name), mine)
             flow = flow._replace(stream=stream)
         return Output(backbone.head(frozen, flow.stream, flow.cond), seen)
 

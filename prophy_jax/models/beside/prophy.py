@@ -43,7 +43,7 @@ class SemanticConfig:
     hidden: int = 512
     basis_space: str = "latent"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.basis_space not in ("latent", "token"):
             raise UserError(f'semantic.basis_space={self.basis_space!r}: choose "latent" or "token"')
 
@@ -65,8 +65,7 @@ class RefinementConfig:
     align_hidden: int = 64
 
 
-@flax.struct.dataclass
-class Routing:
+class Routing(flax.struct.PyTreeNode):
     """What the routers decided; None where the branch lacks that part. All fp32."""
 
     semantic_logits: jax.Array | None = None  # (B, E_s); rho_s is their softmax
@@ -188,15 +187,15 @@ class ProPhy(Part):
             text = jnp.zeros((1, 1, backbone.config.text_dim))
             router = SemanticRouter(self.semantic).init(semantic_key, text, jnp.ones((1, 1), bool))
             grid, token = self.semantic.basis_grid, self.semantic.basis_space == "token"
-            basis = (math.prod(grid), width) if token else (*grid, backbone.config.in_channels)
-            basis = jnp.zeros((self.semantic.experts, *basis))
+            shape = (math.prod(grid), width) if token else (*grid, backbone.config.in_channels)
+            basis = jnp.zeros((self.semantic.experts, *shape))
             params["semantic"] = {"router": router["params"], "basis": basis}
         if self.refinement:
             experts = RefinementExperts(self.refinement).init(refinement_key, jnp.zeros((1, 1, width)))
             params["refinement"] = experts["params"]
         return params
 
-    def read(self, params: Params, prompt: Batch) -> jax.Array | None:
+    def read(self, params: Params, prompt: Batch) -> Any:
         """(B, E_s) logits of the semantic router; None without one. Reads the valid rows of text alone."""
         if not self.semantic:
             return None
@@ -230,10 +229,10 @@ class ProPhy(Part):
             return copy(hidden, following), add(stream, hidden.video, exit), ()
 
         def last_visit(hidden: Stream, stream: Stream, exit: Params) -> tuple[Stream, Stream, Any]:
-            tokens, seen = hidden.video, ()
-            if self.refinement:
-                experts = RefinementExperts(self.refinement, dtype=dtype)
-                tokens, *seen = experts.apply({"params": params["refinement"]}, tokens)
+            if not self.refinement:
+                return hidden, add(stream, hidden.video, exit), ()
+            experts: Any = RefinementExperts(self.refinement, dtype=dtype)
+            tokens, *seen = experts.apply({"params": params["refinement"]}, hidden.video)
             return hidden, add(stream, tokens, exit), tuple(seen)
 
         def take(tree: Any, index: Any) -> Any:
@@ -257,7 +256,7 @@ class ProPhy(Part):
         return seen.alignment
 
     def statistics(self, seen: Routing) -> dict[str, jax.Array]:
-        found = {}
+        found: dict[str, jax.Array] = {}
         if seen.semantic_logits is not None:
             found |= router_statistics("semantic", jax.nn.softmax(seen.semantic_logits))
         if seen.refinement is not None and self.refinement:

@@ -233,7 +233,7 @@ def tiled(
         for j in columns:
             corners[min(height, x.shape[2] - i), min(width, x.shape[3] - j)].append((i, j))
 
-    tiles = {}
+    tiles: dict[tuple[int, int], jax.Array] = {}
     for shape, group in corners.items():
 
         def run_at(corner: jax.Array, shape: tuple[int, int] = shape) -> jax.Array:

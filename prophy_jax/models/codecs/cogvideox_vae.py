@@ -381,11 +381,11 @@ class CogVideoXVAE:
         def run(x: jax.Array) -> jax.Array:
             return in_pieces(piece, params, x, first, source.frames, target.frames).astype(jnp.float32)
 
-        if source.tile is None or all(
-            side <= size for side, (size, _) in zip(x.shape[2:4], by_axis(source.tile), strict=True)
-        ):
-            return run(x)
-        return tiled(run, x, source.tile, target.tile)
+        if source.tile and target.tile:
+            limits = (size for size, _ in by_axis(source.tile))
+            if any(side > limit for side, limit in zip(x.shape[2:4], limits, strict=True)):
+                return tiled(run, x, source.tile, target.tile)
+        return run(x)
 
 
 def build(dtype: str = "float32", tile: Tile | None = None, lead: int = 0, **overrides: Any) -> CogVideoXVAE:
@@ -421,7 +421,8 @@ def build(dtype: str = "float32", tile: Tile | None = None, lead: int = 0, **ove
                 f"CogVideoX VAE: tile {tile} must be (size, stride) in pixels, or that of rows and that of "
                 f"columns, multiples of {config.space}, the stride not above the size"
             )
-        tile = tuple(map(tuple, by_axis(tile)))
+        rows, columns = by_axis(tile)
+        tile = (rows[0], rows[1]), (columns[0], columns[1])
     return CogVideoXVAE(config, models.compute_dtype(dtype), tile, int(lead))
 
 

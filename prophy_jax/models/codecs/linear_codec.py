@@ -8,6 +8,7 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, h = H/4, w = W/4.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def build() -> LinearCodec:
 def psnr(clip: np.ndarray, other: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 clips of one shape, in dB."""
     error = np.mean((clip.astype(np.float32) - other.astype(np.float32)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+    return float(10 * np.log10(255**2 / np.maximum(error, 1e-10)))
 
 
 def measure_tables(clips: Iterable[np.ndarray]) -> dict[str, list]:
@@ -174,7 +175,8 @@ def measure_tables(clips: Iterable[np.ndarray]) -> dict[str, list]:
     The basis is orthonormal, so the coefficients of greatest energy lose least. A coefficient in
     both lists has the same channel in both, so that a channel means much the same in every latent.
     """
-    moments, count = {1: 0.0, STRIDE: 0.0}, 0
+    count = 0
+    moments: dict[int, Any] = {1: 0.0, STRIDE: 0.0}
     bases = {n: _basis(n).astype(np.float32) for n in moments}
     for clip in clips:
         video = clip.astype(np.float32) / 127.5 - 1

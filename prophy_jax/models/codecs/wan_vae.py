@@ -28,6 +28,7 @@ from prophy_jax.models.codecs.causal_vae import (
     Network,
     Params,
     Side,
+    by_axis,
     check_sides,
     check_video,
     conv,
@@ -151,7 +152,7 @@ def _output(p: Params, x: jax.Array, history: History) -> jax.Array:
 def encoder(params: Params, x: jax.Array, history: History) -> jax.Array:
     """Frames (B, F, H, W, 3) -> mean and log-variance (B, T, h, w, 2z)."""
     p = params["encoder"]
-    stages = [[functools.partial(_causal_conv, p["conv_in"])]]
+    stages: list[list[Layers]] = [[functools.partial(_causal_conv, p["conv_in"])]]
     for block in list_blocks(p["down_blocks"]):
         if "time_conv" in block:
             stages.append([])
@@ -173,7 +174,9 @@ def encoder(params: Params, x: jax.Array, history: History) -> jax.Array:
 def decoder(params: Params, x: jax.Array, history: History) -> jax.Array:
     """Latents (B, T, h, w, z) -> frames (B, F, H, W, 3), unclipped."""
     p = params["decoder"]
-    stages = [[functools.partial(_causal_conv, p["conv_in"]), functools.partial(_mid_block, p["mid_block"])]]
+    stages: list[list[Layers]] = [
+        [functools.partial(_causal_conv, p["conv_in"]), functools.partial(_mid_block, p["mid_block"])]
+    ]
     for block in list_blocks(p["up_blocks"]):
         stages[-1] += [functools.partial(_res_block, resnet) for resnet in list_blocks(block["resnets"])]
         for upsampler in list_blocks(block.get("upsamplers", {})):
@@ -363,7 +366,8 @@ class WanVAE:
         return Side(1, tile)
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.float32(self.config.latents_mean), np.float32(self.config.latents_std)
+        mean, std = np.array([self.config.latents_mean, self.config.latents_std], np.float32)
+        return mean, std
 
     def _cast(self, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         """A parameter in the dtype of its layer."""
@@ -382,9 +386,9 @@ class WanVAE:
             return y.astype(jnp.float32)
 
         x = x.astype(self.dtype)
-        if source.tile is None or max(x.shape[2:4]) <= source.tile[0]:
-            return run(x)
-        return tiled(run, x, source.tile, target.tile)
+        if source.tile and target.tile and max(x.shape[2:4]) > by_axis(source.tile)[0][0]:
+            return tiled(run, x, source.tile, target.tile)
+        return run(x)
 
 
 def build(

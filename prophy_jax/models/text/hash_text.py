@@ -88,12 +88,12 @@ class HashText:
                 kept.append([_word_vector(word, self.dim) for word in clause[:room]])
                 room -= len(kept[-1])
         rows = []
-        for clause in kept:
-            context = CLAUSE_WEIGHT * _rotate("clause", np.sum(clause, axis=0) / len(clause))
-            rows += [word + context for word in clause]
+        for vectors in kept:
+            context = CLAUSE_WEIGHT * _rotate("clause", np.sum(vectors, axis=0) / len(vectors))
+            rows += [vector + context for vector in vectors]
         rows.append(_word_vector(_END_TOKEN, self.dim))
         if kept:
-            words = [word for clause in kept for word in clause]
+            words = [vector for vectors in kept for vector in vectors]
             prompt = _rotate("prompt", np.sum(words, axis=0) / len(words))
             rows = [row + PROMPT_WEIGHT * prompt for row in rows]
         # fsum is exactly rounded: the norm does not depend on the order of the additions.

@@ -108,7 +108,7 @@ class T5Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """x (B, L, D), bias (1, H, L, L), mask (B, L) bool of the keys or None -> (B, L, D)."""
         config = self.config
         width = config.num_heads * config.d_kv
@@ -226,13 +226,13 @@ class T5:
             bias = self._position_bias.apply({"params": params["position_bias"]}, ids.shape[1])
         keys = None if mask is None or self.padding == "encoded" else mask.astype(bool)
 
-        def body(x: jax.Array, block: Params) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, block: Params) -> tuple[Any, None]:
             return self._block.apply({"params": block}, x, bias, keys), None
 
         x = jnp.take(params["embedding"]["embedding"], ids, axis=0).astype(self.dtype)
         x, _ = jax.lax.scan(body, x, params["blocks"])
-        x = self._norm.apply({"params": params["norm"]}, x)
-        return x if keys is None else jnp.where(keys[..., None], x, 0)
+        out: Any = self._norm.apply({"params": params["norm"]}, x)
+        return out if keys is None else jnp.where(keys[..., None], out, 0)
 
     @property
     def _block(self) -> T5Block:
