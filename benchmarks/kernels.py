@@ -11,7 +11,7 @@ block      one block forward, and with its backward pass when frozen and when tr
 experts    the refinement experts, all for every token and only the chosen ones
 
 Times are of calls that follow each other without waiting, the smallest of three rounds; TFLOP/s count 2 per
-multiply-add and attention's backward pass as 2.5 forward passes, which is what its kernels do.
+multiply-add, and attention's own backward pass as 2.5 forward passes, which is what its kernels do.
 
 N tokens, L text rows, C model width, F feed-forward width, H heads, D head width.
 """
@@ -19,15 +19,16 @@ N tokens, L text rows, C model width, F feed-forward width, H heads, D head widt
 import argparse
 import collections
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
+from prophy_jax.plan import flops, jaxprs
 from prophy_jax.run.errors import one_line_errors
 
-PASSES = (
-    22  # reads or writes of (N, C) that a block's norms, modulations, gates and activations take: assumed
-)
+# Reads or writes of (N, C) that a block's norms, modulations, gates and activations take: assumed.
+PASSES = 22
 OPTIMIZER_BYTES = 34  # read and written a trained parameter by AdamW and the average of parameters, fp32
 
 # What sheets and published charts say of an H100 in bfloat16; a measured value replaces each.
@@ -39,83 +40,71 @@ EXPECTED = {
     "attention backward": "516 TFLOP/s published for cuDNN, 16k tokens",
 }
 
-Op = tuple  # ("gemm", kind, m, k, n), ("attention", kind, N, M), ("pointwise",) or ("optimizer",)
+# One of ("product", shape, shape, dimension numbers, dtype), ("attention", kind, N, M), ("pointwise",) and
+# ("optimizer",).
+Op = tuple
+ATTENTION = {"attention_forward": "forward", "attention_backward": "backward"}  # of blockwise attention
+LEAST_SHARE = 1 / 2000  # of all FLOPs; operations with less are left out
 
 
-# --- What a training step is made of ------------------------------------------------------------------
+# --- What a program is made of ------------------------------------------------------------------------
 
 
-def block_ops(config: Any, tokens: int) -> dict[str, collections.Counter]:
-    """Operations of a block: "forward", "input" (backward pass if frozen), "weight" (the rest if trained).
-
-    A product ("gemm", kind, m, k, n) is (m, k) @ (k, n) for kind "forward"; "input" and "weight" are its two
-    gradients. "pointwise" counts passes over (N, C).
-    """
-    n, s, d, f = tokens, config.text_len, config.dim, config.ffn_dim
-
-    def products(kind: str, text: int) -> dict[Op, int]:
-        # q k v o and the q o of cross-attention; its k v, which read the text; the MLP
-        sizes = {(n, d, d): 6, (s, d, d): text, (n, d, f): 1, (n, f, d): 1}
-        return {("gemm", kind, *size): count for size, count in sizes.items() if count}
-
-    def attention(kind: str) -> dict[Op, int]:
-        return {("attention", kind, n, n): 1, ("attention", kind, n, s): 1}
-
-    return {
-        "forward": collections.Counter(
-            {**products("forward", text=2), **attention("forward"), ("pointwise",): PASSES}
-        ),
-        "input": collections.Counter(
-            {**products("input", text=0), **attention("backward"), ("pointwise",): 2 * PASSES}
-        ),
-        "weight": collections.Counter(products("weight", text=2)),
+def product(kind: str, m: int, k: int, n: int, dtype: str) -> Op:
+    """(m, k) @ (k, n) as a program has it, or its gradient with respect to its "input" or its "weight"."""
+    shapes = {
+        "forward": ((1, m, k), (k, n), ((2,), (0,))),
+        "input": ((1, m, n), (k, n), ((2,), (1,))),
+        "weight": ((1, m, n), (1, m, k), ((0, 1), (0, 1))),
     }
+    x, y, contracted = shapes[kind]
+    return ("product", x, y, (contracted, ((), ())), dtype)
 
 
-def times(count: int, ops: collections.Counter) -> collections.Counter:
-    return collections.Counter({op: count * number for op, number in ops.items()})
+def operations(jaxpr: Any, tokens: int, ffn_dim: int) -> collections.Counter:
+    """Operation -> how often a program runs it, what it recomputes included.
 
+    Passes over (N, C) for what lies between the products of a block are an assumption: PASSES for each GELU
+    of a feed-forward network, twice as many for each backward pass of self-attention.
 
-def step_ops(model: Any, tokens: int, remat: str) -> collections.Counter:
-    """Operation -> how often a training step of one clip runs it, what it recomputes included.
-
-    The embeddings and the head, under 1 % together, are left out.
+    Args:
+        jaxpr: Of a program whose attention is "blockwise".
+        tokens: N.
+        ffn_dim: F.
     """
-    config, branch = model.backbone.config, model.branch
-    n, s, d, f = tokens, config.text_len, config.dim, config.ffn_dim
-    depth, copies = config.num_layers, len(branch.layers)
-    block = block_ops(config, tokens)
-    # What each policy keeps, and all those after it.
-    kept = {
-        "full": {},
-        "self_attention": {("attention", "forward", n, n): 1},
-        "attention": {("attention", "forward", n, s): 1},
-        "qkv": {("gemm", "forward", n, d, d): 4, ("gemm", "forward", s, d, d): 2},
-        "products": {("gemm", "forward", n, d, d): 2, ("gemm", "forward", n, d, f): 1},
-        "none": {("pointwise",): PASSES},
-    }
-    # The output of a block's last product is read again by the gradient of its gate alone, which is trained.
-    last = collections.Counter({("gemm", "forward", n, f, d): int(remat not in ("products", "none"))})
-    again = block["forward"] - collections.Counter({("gemm", "forward", n, f, d): 1})
-    for policy in list(kept)[: list(kept).index(remat) + 1]:
-        again -= collections.Counter(kept[policy])
+    found: collections.Counter = collections.Counter()
 
-    after_first_hint = depth - branch.layers[0] - 1
-    ops = times(depth + copies, block["forward"]) + times(after_first_hint, block["input"] + again)
-    ops += times(copies, block["input"] + block["weight"] + again + last)
-    exits_and_experts = copies + (branch.refinement.experts if branch.refinement else 0)
-    for kind in ("forward", "input", "weight"):
-        ops[("gemm", kind, n, d, d)] += exits_and_experts
-    return ops + collections.Counter({("optimizer",): 1})
+    def walk(jaxpr: Any, times: int) -> None:
+        for op in jaxprs.flatten(jaxpr, whole=ATTENTION)[0]:
+            params, shapes = op.eqn.params, [v.aval.shape for v in op.eqn.invars]
+            if params.get("name") in ATTENTION:
+                if flops.count(params["jaxpr"]):  # the other part of a split call makes constants
+                    (_, n, *_), (_, m, *_) = shapes[:2]
+                    found["attention", ATTENTION[params["name"]], n, m] += times
+            elif op.name == "dot_general":
+                dtype = op.eqn.invars[0].aval.dtype.name
+                found["product", *shapes, params["dimension_numbers"], dtype] += times
+            elif op.name == "tanh" and shapes[0][1:] == (tokens, ffn_dim):
+                found["pointwise",] += PASSES * times
+            else:
+                for body in jaxprs.bodies(op):
+                    walk(body, times * params.get("length", 1))
+
+    walk(jaxpr.jaxpr, 1)
+    found["pointwise",] += 2 * PASSES * found["attention", "backward", tokens, tokens]
+    least = LEAST_SHARE * flops.count(jaxpr)
+    return collections.Counter(
+        {op: count for op, count in found.items() if op[0] != "product" or count * op_flops(op) > least}
+    )
 
 
-def model_flops(op: Op, config: Any) -> float:
-    """Of one operation, by `physics.FLOP_RULE`, but that frozen cross-attention counts like trained."""
+def op_flops(op: Op, width: int = 0) -> int:
+    """Of one operation; of attention at a model's width, its backward pass as four products."""
     match op:
-        case ("gemm", _, m, k, n):
-            return 2 * m * k * n
+        case ("product", x, y, ((contracted, _), (batch, _)), _):
+            return 2 * math.prod(x) * math.prod(y) // math.prod(x[axis] for axis in (*contracted, *batch))
         case ("attention", kind, n, m):
-            return {"forward": 4, "backward": 8}[kind] * n * m * config.dim
+            return {"forward": 4, "backward": 8}[kind] * n * m * width
     return 0
 
 
@@ -141,12 +130,12 @@ class Rates:
 
     def _measure(self, op: Op) -> dict[Op, float]:
         """Of this operation, and of those that are measured with it."""
-        backbone, dtype = self._model.backbone, self._shape.dtype
+        backbone = self._model.backbone
         match op:
-            case ("gemm", kind, m, k, n):
-                return {op: gemm_seconds(kind, m, k, n, dtype)}
+            case ("product", *arguments):
+                return {op: product_seconds(*arguments)}
             case ("attention", _, n, m):
-                both = attention_seconds(backbone.attention, backbone.config, n, m, dtype)
+                both = attention_seconds(backbone.attention, backbone.config, n, m, self._shape.dtype)
                 return {("attention", kind, n, m): seconds for kind, seconds in both.items()}
             case ("pointwise",):
                 width = backbone.dtype.itemsize * self._shape.tokens * backbone.config.dim
@@ -164,21 +153,13 @@ class Rates:
         return dict(total)
 
 
-def gemm_seconds(kind: str, m: int, k: int, n: int, dtype: str) -> float:
-    """Of (m, k) @ (k, n), or of one of its gradients."""
+def product_seconds(x: tuple, y: tuple, dimension_numbers: tuple, dtype: str) -> float:
     import jax
     import jax.numpy as jnp
 
-    x, w, y = (
-        jax.random.normal(jax.random.key(i), size, jnp.dtype(dtype))
-        for i, size in enumerate([(m, k), (k, n), (m, n)])
-    )
-    function, arguments = {
-        "forward": (lambda x, w: x @ w, (x, w)),
-        "input": (lambda y, w: y @ w.T, (y, w)),
-        "weight": (lambda x, y: x.T @ y, (x, y)),
-    }[kind]
-    return measure.kernel_seconds(jax.jit(function), *arguments)
+    arrays = [jax.random.normal(jax.random.key(i), size, jnp.dtype(dtype)) for i, size in enumerate((x, y))]
+    function = jax.jit(lambda x, y: jax.lax.dot_general(x, y, dimension_numbers))
+    return measure.kernel_seconds(function, *arrays)
 
 
 def attention_inputs(config: Any, n: int, m: int, dtype: str) -> tuple[Any, Any, Any]:
@@ -217,7 +198,7 @@ def copy_bandwidth(size: int) -> float:
 
 
 def show(
-    name: str, seconds: float, flops: float = 0, size: float = 0, expected: str = "", **more: Any
+    name: str, seconds: float, counted: float = 0, size: float = 0, expected: str = "", **more: Any
 ) -> dict[str, Any]:
     """Prints a row and returns it. What is expected is of an H100: it is shown on GPUs."""
     import jax
@@ -226,8 +207,8 @@ def show(
         more["expected"] = expected
     row = {"name": name, "seconds": seconds, **more}
     text = f"{name:44} {seconds * 1e3:9.3f} ms"
-    if flops:
-        row["tflops_per_s"] = flops / seconds / 1e12
+    if counted:
+        row["tflops_per_s"] = counted / seconds / 1e12
         text += f" {row['tflops_per_s']:8.2f} TFLOP/s"
     if size:
         row["gb_per_s"] = size / seconds / 1e9
@@ -243,14 +224,14 @@ def ceilings(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
 
     config, small = model.backbone.config, jax.default_backend() == "cpu"
     side = 1024 if small else 8192
-    seconds = gemm_seconds("forward", side, side, side, shape.dtype)
+    seconds = product_seconds(*product("forward", side, side, side, shape.dtype)[1:])
     rows = [show(f"square {side}", seconds, 2 * side**3, expected=EXPECTED["square 8192"])]
     size = 2**28 if small else 2**31
     rows.append(show("copy", 2 * size / copy_bandwidth(size), size=2 * size, expected=EXPECTED["copy"]))
     n, d, f = shape.tokens, config.dim, config.ffn_dim
     for size in ((n, d, d), (n, d, 3 * d), (n, d, f), (n, f, d)):
         for kind in ("forward", "input", "weight"):
-            seconds = gemm_seconds(kind, *size, shape.dtype)
+            seconds = product_seconds(*product(kind, *size, shape.dtype)[1:])
             name = f"{kind} {' x '.join(map(str, size))}"
             rows.append(show(name, seconds, 2 * size[0] * size[1] * size[2], expected=EXPECTED["forward"]))
     return rows
@@ -264,9 +245,9 @@ def attention_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
     attention = model.backbone.attention
     seconds, rows = attention_seconds(attention, config, n, n, shape.dtype), []
     for kind, share in (("forward", 1), ("backward", 2.5)):
-        flops = share * 4 * n * n * config.dim
+        counted = share * 4 * n * n * config.dim
         rows.append(
-            show(f"attention {kind} {n}", seconds[kind], flops, expected=EXPECTED[f"attention {kind}"])
+            show(f"attention {kind} {n}", seconds[kind], counted, expected=EXPECTED[f"attention {kind}"])
         )
     q, k, v = attention_inputs(config, n, n, shape.dtype)
     exact = [x.astype(jnp.float32) for x in (q[:, :64], k, v)]
@@ -310,7 +291,7 @@ def torch_attention_rows(shape: measure.Shape) -> list[dict[str, Any]]:
     choices = {"default": list(SDPBackend.__members__.values())}
     if device == "cuda":
         choices |= {"cuDNN": [SDPBackend.CUDNN_ATTENTION], "FlashAttention": [SDPBackend.FLASH_ATTENTION]}
-    rows, flops = [], 4 * shape.tokens**2 * shape.dim
+    rows, counted = [], 4 * shape.tokens**2 * shape.dim
     print(f"torch {torch.__version__} on {device}")
     for name, backends in choices.items():
         with sdpa_kernel(backends) if name != "default" else torch.enable_grad():
@@ -318,8 +299,8 @@ def torch_attention_rows(shape: measure.Shape) -> list[dict[str, Any]]:
             with torch.no_grad():
                 forward = seconds(lambda: scaled_dot_product_attention(q, k, v))
             backward = seconds(lambda out=out: torch.autograd.grad(out, (q, k, v), weight, retain_graph=True))
-        rows.append(show(f"torch {name} forward {shape.tokens}", forward, flops))
-        rows.append(show(f"torch {name} backward {shape.tokens}", backward, 2.5 * flops))
+        rows.append(show(f"torch {name} forward {shape.tokens}", forward, counted))
+        rows.append(show(f"torch {name} backward {shape.tokens}", backward, 2.5 * counted))
     return rows
 
 
@@ -337,30 +318,29 @@ def block_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
     layer = jax.tree.map(lambda leaf: leaf[:1], params["blocks"])
     del params
 
-    def run(video, layer):
-        return backbone.blocks(layer, stream.replace(video=video), cond).video
+    def forward(backbone):
+        return lambda video, layer: backbone.blocks(layer, stream.replace(video=video), cond).video
 
-    def both(arguments):
+    def both(backbone, arguments):
         def function(video, layer):
-            out, back = jax.vjp(run, video, layer)
+            out, back = jax.vjp(forward(backbone), video, layer)
             return [g for i, g in enumerate(back(out)) if i in arguments]
 
-        return jax.jit(function)
+        return function
 
-    block, rates, rows = block_ops(config, n), Rates(model, shape), []
     works = {
-        "forward": (jax.jit(run), block["forward"]),
-        "forward and backward, frozen": (both((0,)), block["forward"] + block["input"]),
-        "forward and backward, trained": (
-            both((0, 1)),
-            block["forward"] + block["input"] + block["weight"],
-        ),
+        "forward": forward,
+        "forward and backward, frozen": functools.partial(both, arguments=(0,)),
+        "forward and backward, trained": functools.partial(both, arguments=(0, 1)),
     }
-    for name, (function, ops) in works.items():
-        seconds = measure.kernel_seconds(function, stream.video, layer, at_least=0.2)
-        roof = sum(rates.roof(ops).values())
-        flops = sum(count * model_flops(op, config) for op, count in ops.items())
-        rows.append(show(f"block {name}", seconds, flops, roof_ms=roof * 1e3, share_of_roof=roof / seconds))
+    traced, _ = measure.build(shape, backend="blockwise")
+    plain, rates, rows = flops.plain(model).backbone, Rates(model, shape), []
+    for name, work in works.items():
+        seconds = measure.kernel_seconds(jax.jit(work(backbone)), stream.video, layer, at_least=0.2)
+        jaxpr = jax.make_jaxpr(work(traced.backbone))(stream.video, layer)
+        roof = sum(rates.roof(operations(jaxpr, n, config.ffn_dim)).values())
+        counted = flops.model_flops(work(plain), stream.video, layer)
+        rows.append(show(f"block {name}", seconds, counted, roof_ms=roof * 1e3, share_of_roof=roof / seconds))
     return rows
 
 

@@ -124,11 +124,11 @@ def peak_flops() -> float | None:
 
 def head(title: str) -> dict[str, Any]:
     """Prints what was measured on what; returns it for `write`."""
-    from prophy_jax.models.beside.prophy import FLOP_RULE
+    from prophy_jax.plan import flops
 
     about = describe()
     print(
-        f"{title}\n{', '.join(f'{key} {value}' for key, value in about.items())}\nFLOPs: {FLOP_RULE}",
+        f"{title}\n{', '.join(f'{key} {value}' for key, value in about.items())}\nFLOPs: {flops.RULE}",
         flush=True,
     )
     peak = peak_flops()
@@ -269,8 +269,11 @@ def all_devices() -> Any:
     return parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, jax.devices())
 
 
-def build(shape: Shape, remat: str = "none", branch: bool = True):
-    """(ProPhy model, objective) of a shape, with the attention that `experiment.build` would choose."""
+def build(shape: Shape, remat: str = "none", branch: bool = True, backend: str = ""):
+    """(ProPhy model, objective) of a shape, with the attention that `experiment.build` would choose.
+
+    With a `backend` of `prophy_jax.models.attention`, the model is one to be traced for a single device.
+    """
     import functools
 
     import jax
@@ -282,9 +285,11 @@ def build(shape: Shape, remat: str = "none", branch: bool = True):
     from prophy_jax.run import parallel
 
     backbone = wan_model.build(**shape.sizes(), dtype=shape.dtype, remat=remat)
-    backend = attention.choose("auto", jax.default_backend(), backbone.dtype)
-    on_device = functools.partial(attention.attention, backend=backend)
-    backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, all_devices()))
+    chosen = backend or attention.choose("auto", jax.default_backend(), backbone.dtype)
+    attend = functools.partial(attention.attention, backend=chosen)
+    if not backend:
+        attend = parallel.over_mesh(attend, all_devices())
+    backbone = dataclasses.replace(backbone, attention=attend)
     parts = None
     if branch:
         semantic = physics.SemanticConfig(shape.latents)

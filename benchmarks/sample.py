@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import measure
+from prophy_jax.plan import flops
 from prophy_jax.run.errors import one_line_errors
 
 GUIDANCE, SHIFT = 6.0, 8.0
@@ -45,9 +46,11 @@ class Sampler:
 
         self.model, self._skip = model, skip
         settings = dict(solver="unipc", steps=shape.steps, shift=SHIFT, guidance=GUIDANCE)
-        config = SimpleNamespace(samples=SimpleNamespace(**settings, skip=skip))
+        settings |= dict(guidance_schedule="constant", skip=skip)
+        config = SimpleNamespace(samples=SimpleNamespace(**settings))
         self._begin, self._loop = sample.make_sampler(model, config)
         self._params = measure.random_params(model, shape)
+        self._config = config
         self._noise = jax.random.normal(jax.random.key(3), (1, *shape.latents, 16))
         self._steps = shape.steps
         self.read(text, mask)
@@ -63,6 +66,14 @@ class Sampler:
         negative = {"text": text[0] * short[:, None], "text_mask": short}
         rows = sample.text_rows(np.asarray(mask))
         self._prompt, self._start = self._begin(self._params, self._noise, text, mask, negative, rows=rows)
+
+    def step_flops(self) -> int:
+        """Of a guided step."""
+        from prophy_jax import sample
+
+        _, loop = sample.make_sampler(flops.plain(self.model), self._config)
+        arguments = self._params, self._start, self._prompt, 1.0, 0, 1
+        return flops.model_flops(loop, *arguments, unknown_length=1)
 
     def __call__(self, steps: int | None = None) -> Any:
         """Latents after `steps` steps, or all of them."""
@@ -131,10 +142,7 @@ def measure_shape(name: str, options: argparse.Namespace) -> Iterator[dict[str, 
     in_clip = shape.steps - len(options.skip)
     for branch, run in samplers.items():
         times = measure.best_and_median([s / called for s in seconds[branch]])
-        backbone = run.model.backbone
-        flops = 2 * backbone.forward_flops(shape.tokens)
-        if branch:
-            flops += 2 * len(shape.branch) * backbone.block_flops(shape.tokens)
+        step_flops = run.step_flops()
         row = {
             "shape": name,
             "branch": branch,
@@ -143,8 +151,8 @@ def measure_shape(name: str, options: argparse.Namespace) -> Iterator[dict[str, 
             "steps_timed": steps,
             "clip_steps": shape.steps,
             "clip_s": times["min_s"] * in_clip,
-            "step_tflop": flops / 1e12,
-            "tflops_per_s": flops / times["min_s"] / 1e12,
+            "step_tflop": step_flops / 1e12,
+            "tflops_per_s": step_flops / times["min_s"] / 1e12,
             "compiled_later": len(compiled),
             "peak_bytes": measure.peak_memory(),
             "expected": EXPECTED.get((name, branch)) if jax.default_backend() == "gpu" else None,

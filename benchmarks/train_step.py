@@ -20,6 +20,8 @@ N tokens, L text rows, C model width.
 """
 
 import argparse
+import collections
+import functools
 import pathlib
 import tempfile
 import time
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from benchmarks import kernels, measure
+from prophy_jax.plan import flops
 from prophy_jax.run.errors import one_line_errors
 
 # Of one H100, with ten physical blocks: computed from published or assumed rates, and the goals.
@@ -36,6 +39,29 @@ EXPECTED = {
     ("wan81", "self_attention"): "2.36 s at the kernels' roof, MFU 45 %; goal 42 %, memory 28 GB",
     ("wan81", "full"): "2.88 s at the kernels' roof, MFU 37 %",
 }
+
+
+def trace(shape: measure.Shape, remat: str, backend: str) -> Any:
+    """The jaxpr of a step of one clip on one device, with this attention."""
+    import jax
+
+    from prophy_jax import train
+    from prophy_jax.run import optim
+
+    model, objective = measure.build(shape, remat, backend=backend)
+    params = jax.eval_shape(lambda: measure.random_params(model, shape))
+    trainable, frozen = optim.split(params, measure.GROUPS)
+    optimizer = optim.make_optimizer(trainable, measure.GROUPS, **measure.OPTIMIZER)
+    state = jax.eval_shape(functools.partial(train.new_state, optimizer=optimizer), trainable)
+    batch, empty = measure.random_batch(shape)
+    batch = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    step = train.make_train_step(model, objective, optimizer, measure.train_settings())
+    return jax.make_jaxpr(step)(state, frozen, empty, batch)
+
+
+def step_operations(jaxpr: Any, shape: measure.Shape) -> collections.Counter:
+    """Operation -> how often a traced step with "blockwise" attention runs it: see `kernels.operations`."""
+    return kernels.operations(jaxpr, shape.tokens, shape.ffn) + collections.Counter({("optimizer",): 1})
 
 
 class Run:
@@ -50,6 +76,7 @@ class Run:
         self.model, objective = measure.build(shape, remat)
         trainable, self._frozen = optim.split(measure.random_params(self.model, shape), measure.GROUPS)
         optimizer = optim.make_optimizer(trainable, measure.GROUPS, **measure.OPTIMIZER)
+        self.operations = step_operations(trace(shape, remat, "blockwise"), shape)
         self.trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
         self._state = train.place_state(trainable, optimizer, measure.all_devices())
         del trainable
@@ -99,20 +126,20 @@ def measure_shape(
     works = {remat: lambda remat=remat: host[remat].append(runs[remat](steps)) for remat in runs}
     seconds = measure.alternate(works, rounds)
     first = next(iter(runs.values()))
+    step_flops = jax.device_count() * flops.count(trace(shape, "none", "xla"))
     rates = kernels.Rates(first.model, shape, first.trained)
     for remat, run in runs.items():
         times = measure.best_and_median([s / steps for s in seconds[remat]])
-        flops = jax.device_count() * run.model.train_flops(shape.tokens)
-        roof = rates.roof(kernels.step_ops(run.model, shape.tokens, remat))
+        roof = rates.roof(run.operations)
         row = {
             "shape": name,
             "tokens": shape.tokens,
             "remat": remat,
             **times,
             "loss": run.loss(),
-            "model_tflop": flops / 1e12,
-            "tflops_per_s": flops / times["min_s"] / 1e12,
-            "mfu": flops / times["min_s"] / peak if peak else None,
+            "model_tflop": step_flops / 1e12,
+            "tflops_per_s": step_flops / times["min_s"] / 1e12,
+            "mfu": step_flops / times["min_s"] / peak if peak else None,
             "roof_s": sum(roof.values()),
             "roofline_efficiency": sum(roof.values()) / times["min_s"],
             "roof": roof,

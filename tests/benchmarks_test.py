@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -11,13 +10,10 @@ import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu, kernels, measure, skipping, train_step
-from prophy_jax.models.attention import attention
-from prophy_jax.plan import memory
+from prophy_jax.plan import flops
 from tests.conftest import ROOT
 
 
@@ -26,70 +22,71 @@ def test_the_shapes_of_wan_have_its_tokens():
     assert tokens == {"tiny": 256, "base": 2048, "wan17": 7800, "wan49": 20_280, "wan81": 32_760}
 
 
-@pytest.mark.parametrize("shape", ["wan49", "wan81"])
-def test_the_operations_of_a_step_add_up_to_its_flops(shape):
-    model, _ = measure.build(measure.SHAPES[shape])
-    tokens, config = measure.SHAPES[shape].tokens, model.backbone.config
-    ops = kernels.step_ops(model, tokens, "none")
-    counted = sum(count * kernels.model_flops(op, config) for op, count in ops.items())
-    # Left out: embeddings and head. Counted once more: frozen cross-attention's keys and values.
-    assert abs(counted / model.train_flops(tokens) - 1) < 0.02
+POLICIES = ("none", "products", "qkv", "attention", "self_attention", "full")
 
 
-def test_what_a_policy_recomputes():
-    model, _ = measure.build(measure.SHAPES["wan49"])
+@pytest.fixture(scope="module")
+def steps():
+    """(FLOPs, operations) of a traced step of wan49 under every policy."""
+    shape, found = measure.SHAPES["wan49"], []
+    for remat in POLICIES:
+        jaxpr = train_step.trace(shape, remat, "blockwise")
+        found.append((flops.count(jaxpr), train_step.step_operations(jaxpr, shape)))
+    return found
+
+
+def listed(operations) -> int:
+    return sum(count * kernels.op_flops(op, 1536) for op, count in operations.items())
+
+
+def test_the_operations_of_a_step_add_up_to_its_flops(steps):
+    model_flops = flops.count(train_step.trace(measure.SHAPES["wan49"], "none", "xla"))
+    # Left out: the embeddings, the head and the routers.
+    assert listed(steps[0][1]) == pytest.approx(model_flops, rel=0.005)
+
+
+def test_what_a_policy_recomputes(steps):
     n, d, f = 20_280, 1536, 8960
-    policies = ("none", "products", "qkv", "attention", "self_attention", "full")
-    ops = [kernels.step_ops(model, n, remat) for remat in policies]
 
     def runs(*op) -> list[int]:
-        return [counted[op] for counted in ops]
+        return [operations[op] for _, operations in steps]
+
+    def products(kind, *size) -> list[int]:
+        return runs(*kernels.product(kind, *size, "bfloat16"))
 
     # 30 + 10 blocks run forward, 29 + 10 of them backward too.
     assert runs("attention", "forward", n, n) == [40, 40, 40, 40, 40, 40 + 39]
     assert runs("attention", "forward", n, 512) == [40, 40, 40, 40, 40 + 39, 40 + 39]
-    assert runs("gemm", "forward", n, d, f) == [40, 40, 79, 79, 79, 79]
-    assert runs("gemm", "forward", n, f, d) == [40, 40, *[40 + 10] * 4]  # for the trained gates
+    assert products("forward", n, d, f) == [40, 40, 79, 79, 79, 79]
+    assert products("forward", n, f, d) == [40, 40, *[40 + 10] * 4]  # for the trained gates
     # Six of each block, ten exits and eight experts.
-    assert runs("gemm", "forward", n, d, d) == [258, 258, 258 + 2 * 39, *[258 + 6 * 39] * 3]
-    assert runs("attention", "backward", n, n) == [39] * 6
+    assert products("forward", n, d, d) == [258, 258, 258 + 2 * 39, *[258 + 6 * 39] * 3]
+    # Backward, of 39 blocks, ten exits; 10 trained blocks have gradients of their weights too.
+    assert products("input", n, d, d) == [6 * 39 + 10] * 6
+    assert products("weight", n, d, d) == [6 * 10 + 10] * 6
+    assert products("weight", n, d, f) == products("weight", n, f, d) == [10] * 6
+    # Those of the eight experts are summed in fp32.
+    for kind in ("input", "weight"):
+        assert runs(*kernels.product(kind, n, d, d, "float32")) == [8] * 6
+    assert runs("attention", "backward", n, n) == runs("attention", "backward", n, 512) == [39] * 6
     assert runs("pointwise") == [40 * 22 + 39 * 44, *[40 * 22 + 39 * 66] * 5]
+    assert runs("optimizer") == [1] * 6
 
 
-def test_what_a_policy_recomputes_is_what_its_program_computes_again():
-    shape = measure.SHAPES["base"]
-
-    def flops(remat: str) -> tuple[float, float]:
-        model, _ = measure.build(shape, remat)
-        backbone = dataclasses.replace(
-            model.backbone, attention=functools.partial(attention, backend="blockwise")
-        )
-        model = dataclasses.replace(model, backbone=backbone)
-        params = jax.eval_shape(lambda: measure.random_params(model, shape))
-
-        def loss(branch, frozen, latents, t, text, mask):
-            output = model({"branch": branch, "backbone": frozen}, latents, t, text, mask)
-            return (output.velocity**2).mean() + output.routing.alignment.mean()
-
-        sizes = [(1, *shape.latents, 16), (1,), (1, shape.text, shape.text_dim), (1, shape.text)]
-        inputs = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
-        jaxpr = jax.make_jaxpr(jax.grad(loss))(params["branch"], params["backbone"], *inputs)
-        ops = kernels.step_ops(model, shape.tokens, remat)
-        listed = sum(count * kernels.model_flops(op, model.backbone.config) for op, count in ops.items())
-        return memory.flops(jaxpr), listed
-
-    program, listed = flops("products")
-    assert flops("none") == pytest.approx((program, listed))
+def test_what_a_policy_recomputes_is_what_its_program_computes_again(steps):
+    counts = dict(zip(POLICIES, [(program, listed(ops)) for program, ops in steps], strict=True))
+    assert counts["none"] == pytest.approx(counts["products"])
     for remat in ("qkv", "attention", "self_attention", "full"):
-        again = [now - before for now, before in zip(flops(remat), (program, listed), strict=True)]
-        assert again[0] == pytest.approx(again[1], rel=0.005)
+        program, ops = (now - before for now, before in zip(counts[remat], counts["products"], strict=True))
+        assert program == pytest.approx(ops, rel=0.005)
 
 
 def test_rates_are_summed_by_kind():
     rates = kernels.Rates.__new__(kernels.Rates)
-    rates._known = {("gemm", "forward", 1, 2, 3): 0.5, ("gemm", "weight", 1, 2, 3): 2.0, ("pointwise",): 0.25}
+    products = [kernels.product(kind, 1, 2, 3, "float32") for kind in ("forward", "weight")]
+    rates._known = {products[0]: 0.5, products[1]: 2.0, ("pointwise",): 0.25}
     ops = collections.Counter({op: count for count, op in enumerate(rates._known, start=1)})
-    assert rates.roof(ops) == {"gemm": 0.5 + 2 * 2.0, "pointwise": 3 * 0.25}
+    assert rates.roof(ops) == {"product": 0.5 + 2 * 2.0, "pointwise": 3 * 0.25}
 
 
 def test_idle_is_what_no_kernel_covers():

@@ -243,9 +243,9 @@ def test_public_sizes_have_the_public_parameter_counts(variant, parameters, tens
 @pytest.mark.parametrize(
     ("variant", "latents", "tokens", "tera"),
     [
-        ("2b", (13, 60, 90, 16), 17550, 120.0),
-        ("5b", (13, 60, 90, 16), 17550, 332.2),
-        ("1.5-5b", (22, 96, 170, 16), 44880, 1479.2),
+        ("2b", (13, 60, 90, 16), 17550, 119.997),
+        ("5b", (13, 60, 90, 16), 17550, 332.198),
+        ("1.5-5b", (22, 96, 170, 16), 44880, 1479.181),
     ],
 )
 def test_forward_flops_have_the_recorded_values(variant, latents, tokens, tera):
@@ -258,7 +258,7 @@ def test_forward_flops_have_the_recorded_values(variant, latents, tokens, tera):
         shapes = [jax.ShapeDtypeStruct((batch, *shape), "float32") for shape in (latents, (), text)]
         return flops.model_flops(model, params, *shapes)
 
-    assert round(count(1) / 1e12, 1) == tera
+    assert round(count(1) / 1e12, 3) == tera
     assert count(3) == 3 * count(1)
 
 

@@ -16,12 +16,13 @@ The counts are checked against compiled programs in tests/plan_test.py.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from prophy_jax.plan import jaxprs
 
 _ELEMENTWISE = """
     abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp concatenate
@@ -34,7 +35,6 @@ _ELEMENTWISE = """
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod"))
-LOOPS = ("scan", "while", "cond", "pallas_call")
 SMALL = 2**16  # bytes; smaller arrays are not followed
 
 
@@ -58,39 +58,8 @@ def peak(jaxpr: Any, size_of: Callable[[Any], float]) -> LiveBytes:
         jaxpr: Of `jax.make_jaxpr`.
         size_of: Abstract array -> bytes of it on one device.
     """
-    ops, outputs = _flatten(jaxpr.jaxpr)
+    ops, outputs = jaxprs.flatten(jaxpr.jaxpr)
     return _simulate(ops, set(), outputs, size_of, count_outputs=False)
-
-
-def flops(
-    jaxpr: Any, kernel_weights: Mapping[str, float] = MappingProxyType({}), unknown_length: int = 0
-) -> float:
-    """Operations that a closed jaxpr executes: 2 per multiply-add of matrix products, loops multiplied.
-
-    Args:
-        jaxpr: Of `jax.make_jaxpr`.
-        kernel_weights: Part of a Pallas kernel's name -> what its operations are multiplied by.
-        unknown_length: How often loops run whose bounds are not in the jaxpr.
-    """
-
-    def count(jaxpr: Any) -> float:
-        return sum(of(op) for op in _flatten(jaxpr)[0])
-
-    def of(op: _Op) -> float:
-        name, params = op.name, op.eqn.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            depth = math.prod(op.eqn.invars[0].aval.shape[axis] for axis in contracted)
-            return 2 * depth * math.prod(op.eqn.outvars[0].aval.shape)
-        if name == "pallas_call":
-            times = math.prod(params["grid_mapping"].grid)
-            for part, weight in kernel_weights.items():
-                times *= weight if part in str(params["name"]) else 1
-            return times * count(params["jaxpr"])
-        times = unknown_length if name == "while" else params.get("length", 1)
-        return times * max((count(body) for body in _bodies(op)), default=0.0)
-
-    return count(jaxpr.jaxpr)
 
 
 def array_bytes(aval: Any) -> float:
@@ -101,95 +70,21 @@ def array_bytes(aval: Any) -> float:
 # --- The walk --------------------------------------------------------------------------------------
 
 
-class _Value:
-    """One array of the flattened program."""
-
-    def __init__(self, aval: Any):
-        self.aval = aval
-
-
-@dataclasses.dataclass
-class _Op:
-    eqn: Any
-    inputs: list[Any]  # values; None for literals
-    outputs: list[Any]
-    backward: bool
-
-    @property
-    def name(self) -> str:
-        return self.eqn.primitive.name
-
-    def overwrites(self, value: Any) -> bool:
-        """Whether an output may lie where this input lay."""
-        if self.name in ELEMENTWISE:
-            return True
-        if self.name != "scan":
-            return False
-        return value in self.inputs[slice(*_carry(self.eqn))]
+def _overwrites(op: jaxprs.Op, value: Any) -> bool:
+    """Whether an output may be stored where this input was."""
+    if op.name in ELEMENTWISE:
+        return True
+    if op.name != "scan":
+        return False
+    return value in op.inputs[slice(*jaxprs.carry(op.eqn))]
 
 
-def _flatten(jaxpr: Any) -> tuple[list[_Op], list[Any]]:
-    """The operations of a jaxpr that its outputs need, calls inlined; and the outputs."""
-    ops: list[_Op] = []
-
-    def inline(jaxpr: Any, bound: dict[Any, Any], within_backward: bool) -> list[Any]:
-        def read(atom: Any) -> Any:
-            return None if hasattr(atom, "val") else bound.get(atom, atom)
-
-        for eqn in jaxpr.eqns:
-            inputs = [read(atom) for atom in eqn.invars]
-            backward = within_backward or "transpose" in str(eqn.source_info.name_stack)
-            inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-            if inner is not None and eqn.primitive.name not in LOOPS:
-                inner = getattr(inner, "jaxpr", inner)
-                outputs = inline(inner, dict(zip(inner.invars, inputs, strict=True)), backward)
-            else:
-                outputs = [_Value(var.aval) for var in eqn.outvars]
-                ops.append(_Op(eqn, inputs, outputs, backward))
-            bound.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    outputs = inline(jaxpr, {}, False)
-    needed, kept = {value for value in outputs if value is not None}, []
-    for op in reversed(ops):
-        if op.eqn.effects or not needed.isdisjoint(op.outputs):
-            needed.update(value for value in op.inputs if value is not None)
-            kept.append(op)
-    return kept[::-1], outputs
-
-
-def _bodies(op: _Op) -> list[Any]:
-    """Jaxprs of a loop's body or a condition's branches."""
-    params = op.eqn.params
-    found = {
-        "scan": [params.get("jaxpr")],
-        "while": [params.get("body_jaxpr")],
-        "cond": params.get("branches"),
-    }
-    found = found.get(op.name, [])
-    return [getattr(body, "jaxpr", body) for body in found]
-
-
-def _carry(eqn: Any) -> tuple[int, int]:
-    """Where the carry of a scan lies among its inputs: after the constants, before what is sliced.
-
-    Versions of JAX name these differently, but what is sliced or stacked has one axis more outside.
-    """
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-
-    def whole(outside: Any, inside: Any) -> int:
-        return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
-
-    stop = whole(eqn.invars, body.invars)
-    return stop - whole(eqn.outvars, body.outvars), stop
-
-
-def _inside(op: _Op, size_of: Callable) -> float:
+def _inside(op: jaxprs.Op, size_of: Callable) -> float:
     """What the body of a loop holds while it runs, besides what came in."""
     most = 0.0
-    for body in _bodies(op):
-        ops, outputs = _flatten(body)
-        sliced = set(body.invars[_carry(op.eqn)[1] :]) if op.name == "scan" else set()
+    for body in jaxprs.bodies(op):
+        ops, outputs = jaxprs.flatten(body)
+        sliced = set(body.invars[jaxprs.carry(op.eqn)[1] :]) if op.name == "scan" else set()
         most = max(most, _simulate(ops, sliced, outputs, size_of, count_outputs=True).total)
     return most
 
@@ -249,7 +144,7 @@ def _simulate(ops, sliced, leaving, size_of, count_outputs: bool) -> LiveBytes:
     total, best, best_live, best_inside = 0.0, -1.0, {}, 0.0
     for index, op in enumerate(ops):
         for value in free[index]:
-            if made[value] != index and op.overwrites(value):
+            if made[value] != index and _overwrites(op, value):
                 total -= live.pop(value, 0.0)
         for value in makes[index]:
             if value not in skip:

@@ -22,8 +22,7 @@ from jax.sharding import NamedSharding
 
 from prophy_jax import experiment, models, train
 from prophy_jax.models import attention
-from prophy_jax.models.beside.prophy import FLOP_RULE
-from prophy_jax.plan import collectives, hardware, memory
+from prophy_jax.plan import collectives, flops, hardware, memory
 from prophy_jax.run import optim, parallel
 from prophy_jax.run.errors import UserError
 
@@ -203,7 +202,8 @@ class Traced:
     jaxpr: Any
     tokens: int
     split: frozenset  # shapes of what fsdp splits
-    flops: float  # with what is recomputed
+    flops: int  # with what is recomputed
+    model_flops: int  # of one clip
 
     def held(self, mesh: Mapping[str, int]) -> memory.LiveBytes:
         """What one device of `mesh` holds beside its arguments: see `prophy_jax.plan.memory`.
@@ -220,8 +220,11 @@ class Traced:
         return memory.peak(self.jaxpr, size_of)
 
 
-def trace(config: Any, mode: str, platform: str, clips: int) -> Traced:
-    """Traces the program for `clips` clips on one device of a platform that need not be there."""
+def trace(config: Any, mode: str, platform: str, clips: int, model_flops: int = 0) -> Traced:
+    """Traces the program for `clips` clips on one device of a platform that need not exist.
+
+    `model_flops` of a clip are counted too unless they are given: they are equal for every remat policy.
+    """
     local = config.copy_and_resolve_references()
     local.unlock()
     local.mesh, local.batch_size = dict.fromkeys(parallel.AXES, 1), clips
@@ -233,14 +236,18 @@ def trace(config: Any, mode: str, platform: str, clips: int) -> Traced:
     run = experiment.build(local, jax.devices("cpu")[:1])
     kernel = functools.partial(attention.attention, backend="splash" if backend == "cudnn" else backend)
     backbone = dataclasses.replace(run.model.backbone, attention=kernel)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, backbone=backbone))
-    program, arguments = PROGRAMS[mode](run)
+    executed = dataclasses.replace(run, model=dataclasses.replace(run.model, backbone=backbone))
+    program, arguments = PROGRAMS[mode](executed)
+    steps = config.samples.steps
     with jax.set_mesh(run.mesh):
         jaxpr = jax.make_jaxpr(program)(*arguments)
+        if not model_flops:
+            program, arguments = PROGRAMS[mode](dataclasses.replace(run, model=flops.plain(run.model)))
+            model_flops = flops.model_flops(program, *arguments, unknown_length=steps) // clips
     large = {leaf.shape for leaf in jax.tree.leaves(arguments) if leaf.size >= parallel.MIN_SHARDED_SIZE}
     split = frozenset(large if mode == "train" else ())
-    flops = memory.flops(jaxpr, weights, unknown_length=config.samples.steps)
-    return Traced(jaxpr, _tokens(config, run), split, flops)
+    counted = flops.count(jaxpr, weights, unknown_length=steps)
+    return Traced(jaxpr, _tokens(config, run), split, counted, model_flops)
 
 
 def _tokens(config: Any, run: experiment.Experiment) -> int:
@@ -301,15 +308,10 @@ def make_plan(
         group = [one for one in sent if (one.axes, one.kind) == (axes, kind)]
         seconds = sum(one.sent / link_rate(chip, devices, run.mesh, one) for one in group)
         rows.append({"axes": list(axes), "kind": kind, **row, "seconds": seconds})
-    flops = traced.flops / mesh["context"]
+    executed = traced.flops / mesh["context"]
     # Everything is read once and, but for the parameters, written; the sampler reads all again in each step.
     traffic = 2 * sum(kinds.values()) - kinds["parameters"]
     traffic *= config.samples.steps if mode == "sample" else 1
-    per_clip = (
-        run.model.train_flops(traced.tokens)
-        if mode == "train"
-        else sample_flops(run.model, traced.tokens, config.samples)
-    )
     return Plan(
         topology=topology,
         devices=len(devices),
@@ -323,12 +325,12 @@ def make_plan(
         memory=kinds,
         compiled=total,
         capacity=chip.memory,
-        model_flops=config.batch_size * per_clip / len(devices),
-        executed_flops=flops,
+        model_flops=config.batch_size * traced.model_flops / len(devices),
+        executed_flops=executed,
         peak=chip.peak,
         collectives=rows,
         floors={
-            "compute": flops / chip.peak,
+            "compute": executed / chip.peak,
             "memory": traffic / chip.bandwidth,
             "links": sum(row["seconds"] for row in rows),
         },
@@ -410,16 +412,6 @@ def guess_sent(model: Any, mesh: Mapping[str, int], trained: int, clips: int, to
     return found
 
 
-def sample_flops(model: Any, tokens: int, settings: Any) -> float:
-    """Of one clip: every step of the solver, twice with guidance."""
-    backbone, forward = model.backbone, model.backbone.forward_flops(tokens)
-    if model.branch is not None:
-        blocks, refinement = len(model.branch.layers), model.branch.refinement
-        linear = blocks + (refinement.experts if refinement else 0)
-        forward += blocks * backbone.block_flops(tokens) + linear * 2 * tokens * backbone.config.dim**2
-    return settings.steps * (2 if settings.guidance > 1 else 1) * forward
-
-
 def link_rate(chip: hardware.Chip, devices: Sequence[Any], mesh: Any, one: collectives.Collective) -> float:
     """Bytes/s that a device sends in this group: the links of a torus that lead to its members.
 
@@ -461,12 +453,14 @@ def search(config: Any, topology: str, mode: str) -> tuple[list[Plan], Plan]:
     devices = len(get_devices(chip, topology, shape))
     heads = models.build(config.backbone).config.num_heads
     tried: list[tuple[Plan, Any]] = []
+    model_flops = 0
     for remat in REMATS if mode == "train" else (config.backbone.remat,):
         for clips in (1, 2, 4):
             variant = config.copy_and_resolve_references()
             variant.unlock()
             variant.backbone.remat, variant.accumulation = remat, 1
-            traced = trace(variant, mode, "gpu" if chip.per_server else "tpu", clips)
+            traced = trace(variant, mode, "gpu" if chip.per_server else "tpu", clips, model_flops)
+            model_flops = traced.model_flops
             for mesh in meshes(devices, heads):
                 one = variant.copy_and_resolve_references()
                 one.mesh, one.batch_size = mesh, clips * mesh["data"] * mesh["fsdp"]
@@ -509,7 +503,7 @@ def table(plan: Plan) -> str:
         *(f"  {kind:<34}{size / 1e9:10.3f}{size / plan.capacity:16.1%}" for kind, size in rows.items()),
         "",
         f"FLOPs of a device: {plan.model_flops:.4g} of the model, {plan.executed_flops:.4g} executed",
-        f"  rule: {FLOP_RULE}",
+        f"  rule: {flops.RULE}",
         "",
         f"{'sent by a device in a step':<36}{'calls':>10}{'array GB':>16}{'sent GB':>12}{'ms':>10}",
     ]
@@ -555,7 +549,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     own = dataclasses.asdict(plan)
     own |= {"bytes": plan.bytes, "fits": plan.fits, "limit": plan.limit, "seconds": plan.seconds}
     share = {how: plan.share_of_peak(how) for how in plan.seconds}
-    return own | {"share_of_peak": share, "efficiency": plan.efficiency, "flop_rule": FLOP_RULE}
+    return own | {"share_of_peak": share, "efficiency": plan.efficiency, "flop_rule": flops.RULE}
 
 
 def read_mesh(text: str) -> dict[str, int]:
