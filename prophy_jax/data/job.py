@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
