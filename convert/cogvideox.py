@@ -5,10 +5,11 @@
 DIR is a download of CogVideoX-2b, -5b or 1.5-5B (text to video) in the layout of diffusers (transformer/,
 vae/, text_encoder/, tokenizer/) or in that of the reference code, SAT (vae/3d-vae.pt, t5-v1_1-xxl/,
 transformer/1000/mp_rank_00_model_states.pt). The result is DST/transformer, DST/vae and DST/text_encoder,
-each with tree/ and manifest.json. A run that was cut off goes on when the same command is run again.
+each with tree/ and manifest.json. A run that was cut off resumes when the same command is run again.
 
-SAT keeps queries, keys and values of a layer in one tensor, and the modulation of both its norms in another:
-their rows are told apart while they are read. `convert.export` takes the way back, to diffusers alone.
+SAT keeps queries, keys and values of a layer in one tensor, and the modulation of both its norms in another.
+Each of our leaves is made of some of their rows. `convert.export` converts in the other direction, to the
+format of diffusers alone.
 
 Legend: C model width, E time width, c latent channels.
 """
@@ -65,8 +66,8 @@ _BLOCK = {
     "blocks/ffn/down": ("transformer_blocks.*.ff.net.2", "transformer.layers.*.mlp.dense_4h_to_h"),
 }
 
-# Rows of SAT's tensors of several, in units of C. Its modulation is shift, scale and gate of attention, then
-# of the MLP, for the video, then the same for the text.
+# The rows of a leaf in a tensor that SAT shares, in units of C. Its modulation is shift, scale and gate of
+# attention, then of the MLP, for the video, then the same for the text.
 _SAT_ROWS = {
     "blocks/attn/q": ((0, 1),),
     "blocks/attn/k": ((1, 2),),
@@ -77,8 +78,8 @@ _SAT_ROWS = {
 
 _SUFFIX = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# What SAT files have besides the weights: tables of positions, which are computed here, and a vocabulary
-# that is not used; in that of the VAE, networks of its training.
+# SAT files have more than the weights: tables of positions, which are computed here, and a vocabulary that is
+# not used. The file of the VAE also has networks of its training.
 _SAT_UNUSED = re.compile(
     r"^model\.diffusion_model\.(mixins\.pos_embed\.pos_embedding"
     r"|(.*\.)?(freqs_sin|freqs_cos|position_embeddings?|word_embeddings|embed_tokens)(\..*)?)$"
@@ -123,7 +124,7 @@ def vae_leaves(config: CogVideoXVAEConfig, naming: str) -> dict[str, lv.Leaf]:
 
 
 def _vae_sat(name: str, stages: int) -> str:
-    """SAT's name of a diffusers tensor: its decoder counts its stages from the output."""
+    """SAT's name of a diffusers tensor. SAT's decoder counts its stages from the output."""
     name = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up.{stages - 1 - int(match[1])}.", name)
     name = name.replace(".down_blocks.", ".down.").replace(".conv_shortcut.", ".nin_shortcut.")
     name = re.sub(r"\.mid_block\.resnets\.(\d+)\.", lambda match: f".mid.block_{int(match[1]) + 1}.", name)
@@ -159,8 +160,8 @@ _VAE_FIXED = {
     "use_post_quant_conv": False,
     "use_quant_conv": False,
 }
-# Of what the public model was trained on: 2B and 5B, and 1.5. The second is also how far rows and columns
-# are counted; the first comes from `base_grid`.
+# Sizes of the clips that the public models were trained on: frames of 2B and 5B, frames and sides of 1.5. The
+# sides of 2B and 5B come from `base_grid`.
 _FRAMES, _FRAMES_1_5, _SIDE_1_5 = 49, 81, 300
 
 
@@ -223,7 +224,7 @@ def diffusers_vae_config(config: CogVideoXVAEConfig) -> dict[str, Any]:
 
 
 def diffusers_pipeline(config: CogVideoXConfig) -> tuple[str, dict[str, Any]]:
-    """Class of the pipeline, and the scheduler that the reference code advises for 2B or for the others."""
+    """The class of the pipeline, and the scheduler that the reference code advises for the model."""
     two_b = config.positions == "sincos"
     return "CogVideoXPipeline", {
         "_class_name": "CogVideoXDDIMScheduler" if two_b else "CogVideoXDPMScheduler",
@@ -246,10 +247,10 @@ def diffusers_pipeline(config: CogVideoXConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _check_fixed(fields: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raises UserError where a config.json says otherwise; a field may be absent."""
+    """Raises UserError where a config.json has another value; a field may be absent."""
     for name, value in fixed.items():
         if fields.get(name, value) != value:
-            raise UserError(f"it has {name} {fields[name]!r}, every public CogVideoX for text {value!r}")
+            raise UserError(f"it has {name} {fields[name]!r}, every public CogVideoX for text has {value!r}")
 
 
 def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def _dit_of_sat(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
     patch_size = (1, *patch[2:]) if len(patch) == 4 else (2, 2, 2)
     if len(patch) == 2:
         positions = "rope_slice"
-    else:  # The table of 2B is in its file; one without it is known by its width.
+    else:  # The file of 2B may have its table; a file without one is recognised by the width of the model.
         table = "mixins.pos_embed.pos_embedding" in shapes
         positions = "sincos" if table or dim == COGVIDEOX_2B.dim else "rope_crop"
     volume = patch_size[0] * patch_size[1] * patch_size[2]
@@ -308,7 +309,7 @@ def _vae_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"scaling_factor": fields["scaling_factor"]} | command.known_fields(CogVideoXVAEConfig, fields)
 
 
-# Of the latents. SAT has it in a file for its own program, the weights are the same.
+# The scaling factor of the latents. SAT has it in a file for its own program; the weights are the same.
 SCALING = {"sincos": 1.15258426, "rope_crop": 0.7, "rope_slice": 0.7}
 
 
@@ -328,11 +329,11 @@ def _vae_of_sat(shapes: Mapping[str, lv.Shape], src: Path) -> dict[str, Any]:
 
 
 def _positions(src: Path) -> str:
-    """Of the transformer in a download."""
+    """The `positions` of the transformer in a download."""
     source = _find(src, "transformer")
     if source is None:
         raise UserError(
-            "nothing in it tells how latents are scaled, which 2B and 5B do differently: put the transformer "
+            "nothing in it says how latents are scaled, which 2B and 5B do differently: put the transformer "
             f"into {src} as well"
         )
     if source.config.is_file():
@@ -369,7 +370,7 @@ PARTS = {
         of_shapes={},
     ),
 }
-# For SAT the files of the text encoder and of the tokenizer are those of diffusers, in one folder.
+# SAT has the text encoder and the tokenizer in the files of diffusers, in one folder.
 _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
 _SAT_TEXT = "t5-v1_1-xxl"
 
@@ -388,13 +389,13 @@ def _find(src: Path, part: str) -> command.Source | None:
 
 
 def _find_sat_transformer(src: Path) -> list[Path]:
-    """One file, in a folder named after the step. Raises UserError on several, and on shards of training."""
+    """One file, in a folder named after the step. Raises UserError on several, and on a training state."""
     for folder in (src / "transformer", src / "transformer_t2v", src):
         states = sorted({*folder.glob("*.pt"), *folder.glob("[0-9]*/*.pt")})
         found = [file for file in states if file.name == _SAT_WEIGHTS]
         if len(found) > 1:
             raise UserError(f"{folder} has {_SAT_WEIGHTS} of several steps: leave only one of them there")
-        # Of whole weights only the optimizer may have been saved in pieces.
+        # Next to whole weights, only the optimizer may be in pieces.
         pieces = [file for file in states if file.name.endswith("_model_states.pt") and file not in found]
         pieces += [file for file in states if file.name.endswith("_optim_states.pt") and not found]
         if pieces:
@@ -417,7 +418,7 @@ def _wanted(part: str) -> str:
 
 
 def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:
-    """Raises UserError that says by name what a file holds instead of text-to-video weights."""
+    """Raises UserError if a file holds another known kind of model, and says which."""
     command.refuse_names(where, shapes, {})
     kind = str(fields.get("_class_name", ""))
     if kind and not kind.startswith(("CogVideoXTransformer", "AutoencoderKLCogVideoX")):

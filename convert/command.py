@@ -2,8 +2,8 @@
 
     python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry-run]
 
-What the models have in common. What tells them apart is a `Model`: key tables, and where a download has its
-files (`convert.wan`, `convert.cogvideox`).
+This file has what the models have in common. A `Model` has what differs: key tables, and where a download has
+its files (`convert.wan`, `convert.cogvideox`).
 """
 
 import argparse
@@ -43,24 +43,24 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """How a part of a model is recognised."""
+    """What identifies a part of a model."""
 
     module: str  # in prophy_jax.models
-    public: Any  # A configuration, whose names tell the naming of a file.
+    public: Any  # A configuration, whose names identify the naming of a file.
     namings: tuple[str, ...]
     leaves: Callable[[Any, str], dict[str, lv.Leaf]]  # of a configuration and a naming
     of_json: Callable[[Mapping[str, Any]], dict[str, Any]]  # Fields of a configuration, from config.json.
     # The same from the tensors and --src, for the namings whose files come without a config.json.
     of_shapes: Mapping[str, Callable[[Mapping[str, lv.Shape], Path], dict[str, Any]]]
-    unused: re.Pattern | None = None  # Finds names of tensors that are no parameters.
+    unused: re.Pattern | None = None  # Finds the names of tensors that are not parameters.
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The files of a part, as found in a download."""
+    """The files of a part in a download."""
 
     weights: list[Path]
-    config: Path  # of config.json, which may not be there
+    config: Path  # of config.json, which may be absent
     tokenizer: Path  # of the text encoder
 
 
@@ -68,13 +68,14 @@ class Source:
 class Model:
     """A published model."""
 
-    name: str  # as messages call it
+    name: str  # for messages
     command: str  # python -m of its module
     about: str  # the help
     parts: Mapping[str, Part]
-    find: Callable[[Path, str], Source | None]  # of --src and a part; None: it is not there
+    find: Callable[[Path, str], Source | None]  # of --src and a part; None where the part is absent
     wanted: Callable[[str], str]  # The names of a part's files, for messages: "neither A nor B".
-    # Of a place, the tensors' shapes and config.json: raises UserError that says what is there instead.
+    # Takes the place, the shapes of its tensors and its config.json. Raises UserError if they are of another
+    # kind of model, and says which.
     refuse: Callable[[str, Mapping[str, lv.Shape], Mapping[str, Any]], None]
 
 
@@ -106,10 +107,10 @@ class Component:
 
 
 def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -> Component:
-    """Recognises a part, checks names and shapes of all tensors; reads headers and no weights.
+    """Recognises a part and checks the names and shapes of all tensors. Reads headers and no weights.
 
     Raises:
-        UserError: it is missing, damaged, of another model, or does not fit its configuration.
+        UserError: the part is missing, damaged, of another model, or does not fit its configuration.
     """
     kind, source = model.parts[part], model.find(src, part)
     if source is None:
@@ -139,7 +140,7 @@ def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -
     lv.check(shapes, table, f"{where} is not the {part} of its configuration ({naming} naming)")
     job, tokenizer = stream.Job(table, tensors, copies, dtype), []
     if part == "text_encoder":
-        # It may be in the folder of the weights.
+        # The tokenizer may be in the folder of the weights.
         others = {*paths, *job.sources, source.config}
         tokenizer = [file for file in _tokenizer(source.tokenizer, sizes["vocab_size"]) if file not in others]
     return Component(part, naming, sizes, job, tokenizer)
@@ -185,10 +186,10 @@ def _missing(model: Model, src: Path, part: str) -> str:
 
 
 def convert(component: Component, dst: Path) -> str:
-    """Writes DST/<part>; returns the hash of its tree. Goes on where an earlier run was cut off.
+    """Writes DST/<part> and returns the hash of its tree. Resumes a run that was cut off.
 
     Raises:
-        UserError: a source is damaged, or the disk is full; then nothing is left behind.
+        UserError: a source is damaged, or the disk is full. What was written is removed then.
     """
     partial = dst / f"{component.part}.partial"
     missing = [folder for folder in (partial, *partial.parents) if not folder.exists()]
@@ -201,7 +202,7 @@ def convert(component: Component, dst: Path) -> str:
         if error.errno not in stream.DISK_FULL:
             raise UserError(f"{error.filename or partial}: {error.strerror}") from error
         shutil.rmtree((missing or [partial])[-1])
-        raise UserError(f"the disk is full and {partial} removed: free space or change --dst") from error
+        raise UserError(f"the disk is full, {partial} is removed: free some space or change --dst") from error
     (partial / stream.JOURNAL).unlink()
     partial.rename(dst / component.part)
     return sha256
@@ -266,20 +267,20 @@ def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--src", type=Path, required=True, help="folder of the download")
     parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="what to convert")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; as in the files by default")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; by default that of the files")
     parser.add_argument("--dry-run", action="store_true", help="check and describe, write nothing")
     return parser.parse_args(arguments)
 
 
 def _find_parts(model: Model, src: Path, wanted: str) -> list[str]:
-    """The parts to convert; says which of "all" are not there."""
+    """The parts to convert; prints which of "all" are absent."""
     if not src.is_dir():
         raise UserError(f"{src} is not a folder: --src names the folder of the download")
     if wanted != "all":
         return [wanted]
     parts = [part for part in model.parts if model.find(src, part)]
     if not parts:
-        for file in sorted(src.glob("*.safetensors")):  # Perhaps it is something that has a name.
+        for file in sorted(src.glob("*.safetensors")):  # It may be a known kind of file.
             model.refuse(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
         missing = "; ".join(_missing(model, src, part) for part in model.parts)
         raise UserError(f"no {model.name} weights: {missing}")
@@ -291,7 +292,7 @@ def _find_parts(model: Model, src: Path, wanted: str) -> list[str]:
 
 def main(model: Model, arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault of the user.
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of things that a user cannot change.
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
     options = _arguments(model, arguments)
     src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
@@ -322,4 +323,4 @@ def run(model: Model) -> None:
         try:
             main(model)
         except KeyboardInterrupt:
-            raise UserError("interrupted: the same command goes on from here") from None
+            raise UserError("interrupted: the same command resumes from here") from None

@@ -106,8 +106,8 @@ class Part:
     """One parameter tree on disk and its form in PyTorch."""
 
     name: str  # "transformer", "vae", "text_encoder", or as the run calls it, such as "branch"
-    beside: bool  # whether it was trained next to a backbone
-    form: Form  # then the form of the backbone
+    added: bool  # Whether it was trained next to a backbone; `form` is then that of the backbone.
+    form: Form
     folder: Path
     manifest: Mapping[str, Any]
     config: Any  # of the model file, or the part itself
@@ -123,11 +123,11 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
     """Writes every part of `checkpoint` as PyTorch files under `dst`. Returns their paths in `dst`.
 
     Args:
-        checkpoint: See the module.
+        checkpoint: The folder that --checkpoint names.
         naming: "diffusers" or "official".
         dst: A folder that does not exist yet.
-        shard_bytes: A file of the transformer, or of the text encoder for transformers, is at most this
-            large, unless one tensor is. The other files have no form in several pieces.
+        shard_bytes: The most bytes of a file of the transformer, or of the text encoder for transformers,
+            unless one tensor has more. The other files have no form in several pieces.
 
     Raises:
         UserError: on bad input, a damaged tree or a full disk. Nothing is at `dst` then.
@@ -162,7 +162,7 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
-# --- What there is to export -----------------------------------------------------------------------
+# --- What can be exported -----------------------------------------------------------------------
 
 
 def find_parts(checkpoint: str) -> list[Path]:
@@ -187,25 +187,27 @@ def find_parts(checkpoint: str) -> list[Path]:
 
 
 def _open_part(folder: Path, naming: str) -> Part:
-    """Everything but the values, checked against each other."""
-    manifest = _read_json(folder / "manifest.json", f"{folder} is not whole: convert or train again")
+    """Reads and checks everything but the values."""
+    manifest = _read_json(folder / "manifest.json", f"{folder} is not complete: convert or train again")
     name, spec = manifest.get("part"), manifest.get("model")
     if not spec:
         raise UserError(
-            f'{folder}/manifest.json has no "model", an older version wrote it: convert again, or run the '
-            "training command of its workdir again, which ends at once and writes it anew"
+            f'{folder}/manifest.json has no "model", because an older version wrote it: convert again, or '
+            "run the training command of its workdir again, which ends at once and rewrites it"
         )
-    beside = name in spec and "backbone" in spec
-    kind, module = ("backbone", spec["backbone"].get("module")) if beside else (name, spec.get("module"))
+    added = name in spec and "backbone" in spec
+    kind, module = ("backbone", spec["backbone"].get("module")) if added else (name, spec.get("module"))
     known = [key for key, form in FORMS.items() if kind in form.parts]
     if not known:
         raise UserError(f"{folder} holds {name!r}, which has no PyTorch form: name a folder of parameters")
     if module not in known:
-        raise UserError(f"{folder} is of the model {module!r}: a {name} is exported of {', '.join(known)}")
+        raise UserError(
+            f"{folder} is of the model {module!r}: a {name} can be exported of {', '.join(known)}"
+        )
     form = FORMS[module]
     if naming not in form.configs:
         raise UserError(f"{folder} is of the model {module!r}: use --format={next(iter(form.configs))}")
-    if beside:
+    if added:
         own = {"module": "prophy", **spec[name]}  # older manifests name no module
         if own["module"] not in BESIDE:
             raise UserError(f"{folder} holds {own['module']!r}: only {', '.join(BESIDE)} has a PyTorch form")
@@ -230,11 +232,13 @@ def _open_part(folder: Path, naming: str) -> Part:
             )
     strange = {dtype for _, dtype in stored.values()} - _SAFETENSORS_DTYPES.keys()
     if strange:
-        raise UserError(f"{folder} holds values of {sorted(strange)}: parameters are floating-point numbers")
+        raise UserError(
+            f"{folder} holds values of {sorted(strange)}: name a folder of floating-point numbers"
+        )
     wanted = {path: jax.ShapeDtypeStruct(leaf.shape, "float32") for path, leaf in table.items()}
     checkpoints.check_shapes(stored, unflatten_dict(wanted, sep="/"), str(folder), dtypes=False)
     name = "transformer" if name == "backbone" else name
-    return Part(name, beside, form, folder, manifest, config, table, arrays)
+    return Part(name, added, form, folder, manifest, config, table, arrays)
 
 
 def _read_json(path: Path, remedy: str) -> Any:
@@ -247,8 +251,8 @@ def _read_json(path: Path, remedy: str) -> Any:
 
 
 def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of an Orbax PyTree checkpoint, by path; no value is read yet."""
-    remedy, tree = "the tree is not whole, convert or train again", folder.absolute() / "tree"
+    """The arrays of an Orbax PyTree checkpoint, by path. No value is read yet."""
+    remedy, tree = "the tree is not complete, convert or train again", folder.absolute() / "tree"
     metadata = _read_json(tree / "_METADATA", remedy)
     context = tensorstore.Context()
     opening = {}
@@ -273,7 +277,7 @@ def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
 def _write_part(
     part: Part, naming: str, root: Path, shard_bytes: int, progress: Callable[[int], Any]
 ) -> None:
-    stem = f"prophy_{part.name}" if part.beside else STEMS[naming][part.name]
+    stem = f"prophy_{part.name}" if part.added else STEMS[naming][part.name]
     in_shards = part.name == "transformer" or (part.name == "text_encoder" and naming == "diffusers")
     shapes = {}
     for path in sorted(part.table):
@@ -281,7 +285,7 @@ def _write_part(
         shapes |= {name: (leaf.torch_shape, dtype) for name in leaf.names}
     shards = _split(shapes, shard_bytes if in_shards else sum(map(_nbytes, shapes.values())))
     metadata = {"format": "pt", "tree_sha256": part.manifest["sha256"]}
-    if part.beside:
+    if part.added:
         metadata |= _about_training(part, naming)
     (root / stem).parent.mkdir(exist_ok=True)
     tensors = _read(part, progress)
@@ -291,7 +295,7 @@ def _write_part(
         path = root / f"{stem}{number}.safetensors"
         _write_safetensors(path, shard, tensors, metadata)
         files |= dict.fromkeys(shard, path.name)
-    next(tensors, None)  # lets the reader come to its last check
+    next(tensors, None)  # The reader makes its last check.
     if len(shards) > 1:
         total = {"total_size": part.nbytes}
         _write_json(root / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": files})
@@ -309,7 +313,7 @@ def _nbytes(tensor: tuple[lv.Shape, np.dtype]) -> int:
 
 
 def _split(shapes: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    """Consecutive tensors in groups of at most `limit` bytes, or one tensor."""
+    """Consecutive tensors in groups of at most `limit` bytes, or of one tensor."""
     shards, size = [{}], 0
     for name, tensor in shapes.items():
         if shards[-1] and size + _nbytes(tensor) > limit:
@@ -324,7 +328,7 @@ def _read(part: Part, progress: Callable[[int], Any]) -> Iterator[tuple[str, np.
     """PyTorch names and the bits of the tensors as integers, by sorted path of the leaf.
 
     Raises:
-        UserError: when the values are not those that the manifest has the hash of.
+        UserError: the hash of the values is not that of the manifest.
     """
     digests = {}
     for path in sorted(part.table):
@@ -357,9 +361,10 @@ def _write_safetensors(
 ) -> None:
     """Writes the next len(shapes) of `tensors` as they come.
 
-    The safetensors library would want all of a file in memory. The format: the length of a JSON header as
-    8 bytes, the header, the values without gaps. Wide numbers come first, so that all are aligned, and the
-    header is filled up, so that tensors of the usual sizes lie on a processor's cache lines when mapped.
+    The safetensors library needs a whole file in memory, and orders the metadata at random, so that the same
+    export has other bytes. The format: the length of a JSON header in 8 bytes, the header, the values without
+    gaps. Wide numbers come first, so that all are aligned. The header is padded, so that tensors of the usual
+    sizes start on a cache line of the processor when they are mapped.
     """
     header, offset = {"__metadata__": dict(metadata)}, 0
     for name, tensor in sorted(shapes.items(), key=lambda item: -item[1][1].itemsize):
@@ -411,7 +416,7 @@ def _first_line(error: Exception) -> str:
 
 def _config(part: Part, naming: str) -> dict[str, Any] | None:
     """The config.json of a part; None where the format has none."""
-    if part.beside:
+    if part.added:
         return None
     fields = part.form.configs[naming](part.config)
     if fields and part.name == "text_encoder":
@@ -423,7 +428,7 @@ def _config(part: Part, naming: str) -> dict[str, Any] | None:
 
 
 def _write_pipeline(parts: list[Part], root: Path) -> None:
-    """What makes a pipeline of diffusers of the components, when all of them are there."""
+    """Writes the files that make the components a pipeline of diffusers, when all of them are present."""
     whole = {part.name: part for part in parts}
     if not {"transformer", "vae", "text_encoder"} <= whole.keys() or not (root / "tokenizer").is_dir():
         return

@@ -2,8 +2,6 @@
 
 Opening a file loads no tensor and runs no code of the file. It gives names, types and shapes; the rows of a
 tensor are read when the caller asks for them.
-
-The reader of .pth files stays next to torch.load so that a conversion needs no torch.
 """
 
 import collections
@@ -70,10 +68,10 @@ class Tensor:
 
 
 def find(folder: Path, stem: str) -> list[Path]:
-    """The files of a model saved as `stem`: one file, or shards, with their index if there is one.
+    """The files of a model that was saved as `stem`: one file, or shards, with their index if there is one.
 
     Returns:
-        The index, the .safetensors files or the .pth file; empty when the folder has none.
+        The index, the .safetensors files or the .pth file. The list is empty when the folder has none.
     """
     for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors", f"{stem}.pth"):
         if (folder / name).is_file():
@@ -124,14 +122,17 @@ def _sharded(index: Path) -> list[Tensor]:
     for name in sorted(set(shard_of.values())):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
-            raise UserError(f"{index} names the file {name}, which is not beside it: download it")
+            raise UserError(f"{index} names the file {name}, which is not next to it: download it")
         found += _tensors(path)
-    held = {(tensor.name, tensor.file.name) for tensor in found}
-    problems = [f"{name} is in {file} but not in the index" for name, file in sorted(held - shard_of.items())]
-    problems += [f"{name} is not in {file}" for name, file in sorted(shard_of.items() - held)]
+    present = {(tensor.name, tensor.file.name) for tensor in found}
+    problems = [
+        f"{name} is in {file} but not in the index" for name, file in sorted(present - shard_of.items())
+    ]
+    problems += [f"{name} is not in {file}" for name, file in sorted(shard_of.items() - present)]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{index} does not fit its files: {'; '.join(problems[:4])}{more}")
+        listed = "; ".join(problems[:4]) + more
+        raise UserError(f"{index} does not fit its files, download all of them again: {listed}")
     return found
 
 
@@ -166,6 +167,7 @@ def _load_safetensors(path: Path, name: str, start: int, stop: int) -> np.ndarra
 
 
 # .pth: a zip archive with a pickle of names and shapes, and one uncompressed entry per storage.
+# This reader is kept, although torch.load exists, because a conversion then needs no torch.
 
 
 class _Inert:
@@ -189,7 +191,7 @@ class _Storage(_Inert):
 
 @dataclasses.dataclass(frozen=True)
 class _View(_Inert):
-    """What a pickled tensor says of itself."""
+    """The description of a tensor in a pickle."""
 
     storage: _Storage
     offset: int
@@ -210,7 +212,7 @@ class _Forbidden(Exception):
 
 
 class _StateDictUnpickler(pickle.Unpickler):
-    """Builds dicts of tensor descriptions; every other class or function of the pickle is refused."""
+    """Builds dicts of tensor descriptions and refuses every other class or function of the pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -253,10 +255,12 @@ def _pth_tensors(
         raise UserError(f"{path} is compressed or encrypted, which torch.save never does: unpack it")
     root = pickles[0].partition("/")[0]
     if entries[pickles[0]].file_size > _PICKLE_LIMIT:
-        raise UserError(f"{path} is not a plain state dict: its pickle alone has more than 100 MB")
+        raise UserError(
+            f"{path} is not a plain state dict: its pickle has over 100 MB; save model.state_dict() alone"
+        )
     order = f"{root}/byteorder"
     if order in entries and archive.read(order) != b"little":
-        raise UserError(f"{path} was saved on a big-endian machine: save it again on another")
+        raise UserError(f"{path} was saved on a big-endian machine: save it again on another machine")
     views = _state_dict(path, archive.read(pickles[0]))
 
     found, spans = [], []
@@ -303,7 +307,7 @@ def _state_dict(path: Path, data: bytes) -> dict[str, _View]:
     except Exception as error:  # Any opcode may fail in any way on a damaged pickle.
         raise _broken(path, f"its pickle does not load: {error}") from error
     if isinstance(content, dict):
-        # Beside the weights there may be plain values, such as the number of a step, but no further states.
+        # Next to the weights there may be plain values, such as the number of a step, but no other states.
         states = [key for key, value in content.items() if not isinstance(value, _PLAIN)]
         if len(states) == 1 and states[0] in _WRAPPERS:
             content = content[states[0]]
@@ -312,11 +316,13 @@ def _state_dict(path: Path, data: bytes) -> dict[str, _View]:
         ):
             raise UserError(
                 f"{path} is not a plain state dict: its entry {wrapper} is {_describe(content[wrapper])} and "
-                f"beside it are {', '.join(_key(key) for key in states if key != wrapper)}, as training "
-                "saves them; save model.state_dict() alone"
+                f"next to it are {', '.join(_key(key) for key in states if key != wrapper)}, as in a "
+                "training state; save model.state_dict() alone"
             )
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} is not a plain state dict but {_describe(content)}")
+        raise UserError(
+            f"{path} is not a plain state dict but {_describe(content)}: save model.state_dict() alone"
+        )
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, _View):
             raise UserError(
@@ -346,11 +352,11 @@ def _contiguous(view: _View) -> bool:
 
 
 def _data_offset(path: Path, entry: zipfile.ZipInfo, raw: io.BufferedReader) -> int:
-    """Where the bytes of an uncompressed entry begin: behind its local header and two variable fields."""
+    """Where the bytes of an uncompressed entry begin: after its local header and two variable fields."""
     raw.seek(entry.header_offset)
     header = raw.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
-        raise _broken(path, f"no entry {entry.filename} where the archive says")
+        raise _broken(path, f"the entry {entry.filename} is not where the archive lists it")
     offset = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if offset + entry.file_size > os.path.getsize(path):
         raise _broken(path, f"the entry {entry.filename} reaches beyond the file")

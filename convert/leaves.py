@@ -27,7 +27,7 @@ _ROWS = 32  # Transposed at a time: a few kilobytes of every column, which fit i
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of our tree and the PyTorch tensors it is made of."""
+    """One leaf of our tree and the PyTorch tensors that it is made of."""
 
     names: tuple[str, ...]  # One tensor, or one per layer.
     torch_shape: Shape  # Of each of them, or of its `rows`.
@@ -102,7 +102,7 @@ def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
     """Names and shapes of the PyTorch tensors of a table."""
     shapes = {}
     for entry in table.values():
-        # Of a tensor that several leaves share, the one with the last rows tells how many there are.
+        # Of the leaves that share a tensor, the one with its last rows says how many rows there are.
         length = max((stop for _, stop in entry.rows), default=None)
         for name in entry.names:
             if length is None:
@@ -113,7 +113,7 @@ def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
 
 
 def recognise(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) -> str | None:
-    """The naming whose table shares most names with `names`; None when no table shares any."""
+    """The naming whose table shares the most names with `names`; None when no table shares any."""
     names = set(names)
     shared = {naming: len(names & tensor_shapes(table).keys()) for naming, table in tables.items()}
     best = max(shared, key=shared.get)
@@ -145,7 +145,7 @@ def compare(found: list[tuple[str, Shape]], expected: Mapping[str, Shape], summa
 
 
 def _by_layer(problems: list[str]) -> list[str]:
-    """Says once what is wrong with the same tensor of many layers, so that all of it fits on a line."""
+    """One entry for the same problem in many layers, so that all of them fit on a line."""
     groups: dict[str, list[str]] = {}
     for problem in problems:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", problem), []).append(problem)

@@ -13,14 +13,14 @@ from prophy_jax.run.errors import UserError
 
 NAMINGS = ("official", "diffusers")
 
-# A file of transformers may hold the embedding once more.
+# A file of transformers may hold the embedding under both names.
 EMBEDDING, ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 
 # ours: (official, diffusers)
 _TOP = {
     "embedding/embedding": ("token_embedding.weight", EMBEDDING),
     "norm/scale": ("norm.weight", "encoder.final_layer_norm.weight"),
-    # T5 v1.1 keeps one table of position biases, transformers in its first layer.
+    # T5 v1.1 has one table of position biases; transformers keeps it in the first layer.
     "position_bias/embedding": (
         "pos_embedding.embedding.weight",
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -81,7 +81,7 @@ def sizes_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sizes_of_shapes(shapes: Mapping[str, lv.Shape]) -> dict[str, Any]:
-    """Fields of `T5Config` from the tensors of an official file. Raises KeyError of a missing one."""
+    """Fields of `T5Config` from the tensors of an official file. Raises KeyError if one is missing."""
     vocab_size, d_model = shapes["token_embedding.weight"]
     num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     return {
@@ -121,6 +121,6 @@ def transformers_config(config: T5Config) -> dict[str, Any]:
 
 
 def official_config(config: T5Config) -> None:
-    """The official format has no config.json. Raises UserError on a T5 v1.1."""
+    """The official format has no config.json. Raises UserError for a T5 v1.1."""
     if config.shared_bias:
         raise UserError("is a T5 v1.1, the official Wan2.1 format has none: use --format=diffusers")

@@ -5,10 +5,10 @@
 DIR is a download of Wan2.1-T2V in the official layout (diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth,
 models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) or in that of diffusers (transformer/, vae/, text_encoder/,
 tokenizer/). The result is DST/transformer, DST/vae and DST/text_encoder, each with tree/ and manifest.json.
-A run that was cut off goes on when the same command is run again.
+A run that was cut off resumes when the same command is run again.
 
 Both formats name the same tensors differently and store them alike, so one table of names per model covers
-reading and writing (here and in `convert.t5`). `convert.export` takes the way back.
+reading and writing (here and in `convert.t5`). `convert.export` converts in the other direction.
 """
 
 import functools
@@ -125,8 +125,8 @@ def vae_leaves(config: WanVAEConfig, naming: str) -> dict[str, lv.Leaf]:
 
 def _vae_official(name: str, num_res_blocks: int) -> str:
     """The official name of a diffusers tensor."""
-    # The official decoder numbers through: the residual blocks of a stage, one more than the encoder has,
-    # then its upsampler.
+    # The official decoder counts through all stages: the residual blocks of a stage, one more than the
+    # encoder has, then its upsampler.
     per_stage = num_res_blocks + 2
 
     def number(match: re.Match) -> str:
@@ -149,7 +149,7 @@ def official_config(config: WanConfig) -> dict[str, Any]:
     """config.json for the reference code.
 
     Raises:
-        UserError: it has no field for two sizes, where the reference code takes Wan2.1's.
+        UserError: two sizes have no field, and differ from those of Wan2.1, which the reference code uses.
     """
     for name in ("patch_size", "text_dim"):
         if getattr(config, name) != getattr(WAN_1_3B, name):
@@ -216,7 +216,7 @@ def diffusers_vae_config(config: WanVAEConfig) -> dict[str, Any]:
 
 
 def diffusers_pipeline(config: WanConfig) -> tuple[str, dict[str, Any]]:
-    """Class of the pipeline, and the scheduler of the public 1.3B repository."""
+    """The class of the pipeline, and the scheduler of the public 1.3B repository."""
     return "WanPipeline", {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -241,7 +241,7 @@ def _dit_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dit_of_shapes(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
-    """Fields of `WanConfig` from official tensors. Every Wan2.1 has heads of width 128."""
+    """Fields of `WanConfig` from official tensors. The heads of every Wan2.1 are 128 wide."""
     dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
     return {
         "dim": dim,
@@ -332,7 +332,7 @@ def _wanted(part: str) -> str:
     return f"neither {OFFICIAL[part]}{suffix} nor {part}/{command.STEMS[part]}*.safetensors"
 
 
-# Names of tensors, and what has them.
+# What finds the names of tensors of other models, and what those models are.
 _OTHER_MODELS = {
     r"(^|[._])(img_emb|image_embedder|k_img|add_k_proj)[._]": "an image-to-video model: give a Wan2.1-T2V",
     r"(^|[._])vace_": "a VACE model: give a Wan2.1-T2V",
@@ -340,7 +340,7 @@ _OTHER_MODELS = {
 
 
 def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:
-    """Raises UserError that says by name what a file holds instead of text-to-video weights."""
+    """Raises UserError if a file holds another known kind of model, and says which."""
     command.refuse_names(where, shapes, _OTHER_MODELS)
     kind = fields.get("model_type", "t2v")
     if kind not in ("t2v", "umt5", "t5"):

@@ -78,7 +78,7 @@ def random_tree(part: str, variant: str = "5b"):
     return state_dicts.read(random_tensors(part, variant), table_of(part, "diffusers", variant))
 
 
-# SAT's files, made of diffusers' tensors by rules of their own, not by the tables that are tested.
+# SAT's files. They are made of diffusers' tensors without the tables that are tested.
 
 _SAT_BLOCK = {
     "attn1.norm_q": "mixins.adaln_layer.query_layernorm_list.{}",
@@ -102,7 +102,7 @@ _SAT_TOP = {
 
 
 def to_sat(tensors) -> dict[str, np.ndarray]:
-    """A transformer's tensors as SAT has them."""
+    """The tensors of a transformer as SAT has them."""
     sat, rest = {}, dict(tensors)
     for kind in ("weight", "bias"):
         for i in range(SIZES["num_layers"]):
@@ -144,14 +144,14 @@ def vae_to_sat(tensors) -> dict[str, np.ndarray]:
 
 
 class _Pickled:
-    """Writes what torch.save writes: a tensor by a function's name and a reference to its bytes."""
+    """What torch.save writes for a tensor: the name of a function and a reference to the bytes."""
 
     def __init__(self, function: str, *arguments):
         self.function, self.arguments = function, arguments
 
 
 class _Pickler(pickle._Pickler):
-    """Of protocol 2. Functions and storages are named, as torch need not be there to name them."""
+    """A pickler of protocol 2 that writes functions and storages by name, since torch may be absent."""
 
     def persistent_id(self, value):
         return value.arguments if isinstance(value, _Pickled) and value.function == "storage" else None
@@ -180,7 +180,7 @@ class _Global:
 
 
 def save_pt(path, content, wrap=lambda tensors: tensors) -> None:
-    """A file as of torch.save(wrap(content)), without torch. `content` is a dict of arrays."""
+    """Writes the file that torch.save(wrap(content)) writes, without torch. `content` is a dict of arrays."""
     kinds = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
     kinds["int64"] = "LongStorage"
     tensors = {}
@@ -199,7 +199,7 @@ def save_pt(path, content, wrap=lambda tensors: tensors) -> None:
 
 
 def unused(variant: str) -> dict[str, np.ndarray]:
-    """What SAT's file of a transformer has besides the weights."""
+    """What SAT's file of a transformer has next to the weights."""
     zeros = functools.partial(np.zeros, dtype=np.float32)
     names = {
         "transformer.word_embeddings.weight": zeros((1, 48)),
@@ -335,7 +335,7 @@ def test_names_and_shapes_of_the_published_files():
 
 
 @pytest.mark.parametrize("variant", TRANSFORMERS)
-def test_rows_of_shared_tensors_are_each_taken_once(variant):
+def test_each_row_of_a_shared_tensor_is_used_once(variant):
     rows = {}
     for leaf in table_of("transformer", "sat", variant).values():
         for name in leaf.names:
@@ -347,7 +347,7 @@ def test_rows_of_shared_tensors_are_each_taken_once(variant):
         assert taken[-1][1] == shape[0]
 
 
-def test_layouts():
+def test_layouts_of_kernels():
     tensors, tree = random_tensors("transformer"), random_tree("transformer")
     # A patch is flattened (c, ph, pw): channel 5, row 1, column 0.
     kernel = tree["embed"]["patch"]["kernel"]
@@ -383,7 +383,7 @@ def test_every_part_is_bit_equal(tmp_path, layout, variant):
         assert manifest["sha256"] == checkpoints.tree_hash(tree)
         assert models.build(manifest["model"]) == models.build(spec_of(part, variant))
         assert manifest["source"]["format"] == ("diffusers" if part == "text_encoder" else layout)
-    # From the folder of the text encoder's weights, the tokenizer's files alone.
+    # The folder of the text encoder's weights also has the tokenizer's files: only these are copied.
     assert sorted(os.listdir(dst / "text_encoder" / "tokenizer")) == [
         "special_tokens_map.json",
         "tokenizer.json",
@@ -394,7 +394,7 @@ def test_every_part_is_bit_equal(tmp_path, layout, variant):
 @pytest.mark.parametrize("variant", ["5b", "1.5"])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BF16], ids=str)
 def test_sat_files_in_half_precision(tmp_path, monkeypatch, variant, dtype):
-    """Thresholds for tiny models too: every layer apart, chunks with a rest, reads of a part of a row."""
+    """With thresholds of a tiny model: single layers, chunks with a remainder, reads of one row."""
     for name, value in {"_GATHERED": 256, "_CHUNK": 900, "_READ": 100}.items():
         monkeypatch.setattr(stream, name, value)
     monkeypatch.setattr(lv, "_ROWS", 5)
@@ -435,8 +435,8 @@ cogvideox.main(["--src", sys.argv[1], "--dst", sys.argv[2]])
 @pytest.mark.parametrize(
     ("kill_at", "done", "missing"), [(14, "attn/k", "attn/q"), (36, "norm1/modulation", "norm2/modulation")]
 )
-def test_a_killed_run_is_taken_up_and_ends_the_same(tmp_path, monkeypatch, kill_at, done, missing):
-    """Killed when some of the leaves were written that share a tensor, here of the third layer."""
+def test_a_killed_run_resumes_and_writes_the_same_files(tmp_path, monkeypatch, kill_at, done, missing):
+    """The run is killed when it has written some of the leaves that share a tensor of the third layer."""
     src, dst = save_sat(tmp_path / "src", ["transformer"]), tmp_path / "dst"
     arguments = [sys.executable, "-c", KILLED, str(src), str(dst), str(kill_at)]
     killed = subprocess.run(arguments, capture_output=True, text=True)
@@ -456,7 +456,7 @@ def test_a_killed_run_is_taken_up_and_ends_the_same(tmp_path, monkeypatch, kill_
     assert contents(dst) == contents(tmp_path / "straight")
 
 
-def test_there_and_back_by_the_command_lines(tmp_path):
+def test_round_trips_of_the_commands_are_exact(tmp_path):
     """SAT -> ours -> diffusers -> ours -> diffusers: the same bits and the same files."""
     ours = convert(save_sat(tmp_path / "src", variant="2b"), tmp_path / "ours")
     for source, files, again in [("ours", "first", "ours2"), ("ours2", "second", "ours3")]:
@@ -480,7 +480,7 @@ def test_there_and_back_by_the_command_lines(tmp_path):
         convert_export.export(str(ours), "official", str(tmp_path / "official"))
 
 
-def test_a_branch_beside_cogvideox_has_the_documented_keys(tmp_path):
+def test_a_branch_next_to_cogvideox_has_the_documented_keys(tmp_path):
     branch = dict(
         module="prophy",
         layers=[0, 2],
@@ -502,14 +502,14 @@ def test_a_branch_beside_cogvideox_has_the_documented_keys(tmp_path):
 
 
 def fails(src, tmp_path, *flags) -> str:
-    """What the command says of it; nothing is written."""
+    """The error of the command, which writes nothing."""
     with pytest.raises(UserError) as caught:
         convert(src, tmp_path / "dst", *flags)
     assert not (tmp_path / "dst").exists() and "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_keys_of_sat_that_do_not_fit_are_named_at_once(tmp_path):
+def test_all_keys_of_sat_that_do_not_fit_are_named_at_once(tmp_path):
     sat = to_sat(random_tensors("transformer"))
     prefix = "model.diffusion_model"
     del sat[f"{prefix}.transformer.layers.1.attention.query_key_value.weight"]
@@ -529,7 +529,7 @@ def test_keys_of_sat_that_do_not_fit_are_named_at_once(tmp_path):
     assert message.count(";") == 3
 
 
-def test_keys_of_diffusers_that_do_not_fit(tmp_path):
+def test_all_keys_of_diffusers_that_do_not_fit_are_named_at_once(tmp_path):
     src = save_diffusers(tmp_path / "src", ["transformer"])
     tensors = dict(random_tensors("transformer"))
     del tensors["norm_final.bias"]
@@ -553,45 +553,45 @@ def test_keys_of_diffusers_that_do_not_fit(tmp_path):
     [
         (
             lambda t: {"module": t, "optimizer": {"state": {}}, "lr_scheduler": {}},
-            "beside it are optimizer, lr_",
+            "next to it are optimizer, lr_",
         ),
-        (lambda t: {"module": t, "optimizer": t}, "beside it are optimizer"),
+        (lambda t: {"module": t, "optimizer": t}, "next to it are optimizer"),
         (lambda t: {"optimizer_state_dict": t}, "its entry optimizer_state_dict is a dict with the keys"),
         (lambda t: {"module": t, "ds_config": pytest.approx}, "needs _pytest"),
     ],
 )
-def test_training_states(tmp_path, wrap, message):
+def test_training_states_are_refused(tmp_path, wrap, message):
     save_pt(tmp_path / SAT_TRANSFORMER, to_sat(random_tensors("transformer")), wrap)
-    told = fails(tmp_path, tmp_path)
-    assert message in told and SAT_TRANSFORMER in told
+    error = fails(tmp_path, tmp_path)
+    assert message in error and SAT_TRANSFORMER in error
 
 
 @pytest.mark.parametrize(
     "name",
     ["zero_pp_rank_0_mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt", "mp_rank_01_model_states.pt"],
 )
-def test_pieces_of_training_states(tmp_path, name):
+def test_pieces_of_training_states_are_refused(tmp_path, name):
     (tmp_path / "transformer" / "1000").mkdir(parents=True)
     (tmp_path / "transformer" / "1000" / name).touch()
-    told = fails(tmp_path, tmp_path)
-    assert name in told and "piece of a training state" in told
+    error = fails(tmp_path, tmp_path)
+    assert name in error and "piece of a training state" in error
 
 
-def test_weights_of_several_steps(tmp_path):
+def test_weights_of_several_steps_are_refused(tmp_path):
     save_sat(tmp_path, ["transformer"])
     save_pt(tmp_path / "transformer/500/mp_rank_00_model_states.pt", {})
     assert "of several steps: leave only one" in fails(tmp_path, tmp_path)
 
 
-def test_a_truncated_file(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     save_sat(tmp_path, ["transformer"])
     file = tmp_path / SAT_TRANSFORMER
     os.truncate(file, file.stat().st_size - 100)
-    told = fails(tmp_path, tmp_path)
-    assert str(file) in told and "cut short or damaged" in told
+    error = fails(tmp_path, tmp_path)
+    assert str(file) in error and "cut short or damaged" in error
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+def test_a_file_that_shrinks_during_a_run_is_refused(tmp_path):
     save_sat(tmp_path, ["transformer"])
     component = command.open_component(convert_cogvideox.MODEL, tmp_path, "transformer", None)
     os.truncate(tmp_path / SAT_TRANSFORMER, 5000)
@@ -608,7 +608,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
         ({"ofs_embedding.linear_1.weight": (20, 20)}, "ofs_embedding.linear_1.weight"),
     ],
 )
-def test_image_to_video_models(tmp_path, tensors, found):
+def test_image_to_video_models_are_refused(tmp_path, tensors, found):
     odd = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
     save_file(odd, tmp_path / "downloaded.safetensors")
     assert f"is an image-to-video model (it has {found}" in fails(tmp_path, tmp_path)
@@ -623,7 +623,7 @@ def test_image_to_video_models(tmp_path, tensors, found):
     ("name", "shape"),
     [("mixins.patch_embed.proj.weight", (48, 32, 2, 2)), ("ofs_embed.0.weight", (20, 20))],
 )
-def test_image_to_video_models_of_sat(tmp_path, name, shape):
+def test_image_to_video_models_of_sat_are_refused(tmp_path, name, shape):
     odd = {f"model.diffusion_model.{name}": np.zeros(shape, np.float32)}
     save_pt(tmp_path / SAT_TRANSFORMER, to_sat(random_tensors("transformer")) | odd, lambda t: {"module": t})
     assert f"is an image-to-video model (it has model.diffusion_model.{name}" in fails(tmp_path, tmp_path)
@@ -642,7 +642,7 @@ def test_image_to_video_models_of_sat(tmp_path, name, shape):
         ("vae", {"scaling_factor": None}, "config.json lacks 'scaling_factor'"),
     ],
 )
-def test_configurations_that_do_not_fit(tmp_path, part, change, message):
+def test_configurations_that_do_not_fit_are_refused(tmp_path, part, change, message):
     src = save_diffusers(tmp_path / "src", [part])
     where = src / part / "config.json"
     fields = json.loads(where.read_text()) | change
@@ -657,7 +657,7 @@ def test_a_vae_of_sat_needs_its_transformer(tmp_path):
     assert "put the transformer into" in fails(tmp_path, tmp_path)
 
 
-def test_what_is_missing_is_said(tmp_path, capsys):
+def test_missing_parts_are_named(tmp_path, capsys):
     assert "no CogVideoX weights: " in fails(tmp_path, tmp_path)
     save_sat(tmp_path / "src", ["transformer"])
     convert(tmp_path / "src", tmp_path / "dst", "--dry-run")
@@ -665,7 +665,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert "nor vae/3d-vae.pt" in fails(tmp_path / "src", tmp_path, "--component=vae")
 
 
-def test_another_size_under_a_configuration_is_one_line(tmp_path):
+def test_a_checkpoint_of_another_size_is_refused_in_one_line(tmp_path):
     dst = convert(save_diffusers(tmp_path / "src", ["transformer"], "1.5"), tmp_path / "dst")
     wanted = jax.eval_shape(models.build(SPECS["transformer"]).init, jax.random.key(0))
     with pytest.raises(UserError, match="does not fit the configuration: .*embed/patch/kernel is") as caught:
@@ -673,7 +673,7 @@ def test_another_size_under_a_configuration_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_models_for_which_diffusers_has_no_fields():
+def test_models_without_fields_in_diffusers_are_refused():
     for change in (dict(ffn_dim=70), dict(positions="rope_slice"), dict(patch_size=[2, 2, 2])):
         config = models.build(SPECS["transformer"] | change).config
         with pytest.raises(UserError, match="diffusers has fields for"):
@@ -685,8 +685,8 @@ def test_models_for_which_diffusers_has_no_fields():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_memory_at_the_width_of_5b(tmp_path, dtype):
-    """Peak memory of converting SAT's file, two layers of 42: no tensor is held twice."""
+def test_peak_memory_at_the_width_of_5b(tmp_path, dtype):
+    """Peak memory while SAT's file is converted, two layers of 42: no tensor is in memory twice."""
     table = convert_cogvideox.dit_leaves(cogvideox.build("5b", num_layers=2).config, "sat")
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1 << 22, np.float32).astype(BF16)
@@ -695,7 +695,7 @@ def test_memory_at_the_width_of_5b(tmp_path, dtype):
     save_pt(tmp_path / "src" / SAT_TRANSFORMER, tensors, lambda tensors: {"module": tensors})
     largest = max(tensor.nbytes for tensor in tensors.values()) * (1 if dtype is None else 2)
     del tensors
-    # Of the program itself: what wait4 reports counts the memory of the test, which it was forked from.
+    # The program reads its own peak: that of wait4 counts the memory of the test, which forked it.
     program = (
         "import sys; from convert import cogvideox; cogvideox.main(sys.argv[1:]);"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"

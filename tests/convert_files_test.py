@@ -1,4 +1,4 @@
-"""`python -m convert.wan` on files: both layouts, exactness, interruption, and every kind of bad input."""
+"""`python -m convert.wan` on files: both layouts, exactness, interruption, and all kinds of bad input."""
 
 import hashlib
 import json
@@ -97,7 +97,7 @@ def params():
 
 
 def save(params, folder, layout: str, parts=tuple(SPECS), shards: int = 1):
-    """Writes parts in a layout, with tokenizer; several shards come with an index."""
+    """Writes parts in a layout, with the tokenizer. Several shards have an index."""
     for part in parts:
         tensors = state_dicts.write(params[part], table_of(part, layout))
         where = folder if layout == "official" else folder / part
@@ -142,7 +142,7 @@ def assert_same(got, want):
 
 
 def contents(folder) -> dict[str, bytes]:
-    """Every file, but for two in which Orbax notes the time and the folder's first name."""
+    """Every file, except two in which Orbax writes the time and the first name of the folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -159,7 +159,7 @@ def test_every_part_of_both_layouts_is_bit_equal(tmp_path, params, layout, shard
     for part, spec in SPECS.items():
         manifest = checkpoints.read_manifest(str(dst / part), "")
         assert_same(load(dst / part), params[part])
-        # The hash says nothing of the layout, and every way of computing it agrees.
+        # The hash does not depend on the layout, and both ways of computing it agree.
         assert manifest["sha256"] == checkpoints.tree_hash(params[part])
         assert models.build(manifest["model"]) == models.build(spec)
         assert manifest["part"] == part and manifest["source"]["format"] == layout
@@ -189,7 +189,7 @@ def test_official_sizes_are_derived_from_shapes(tmp_path, params):
 
 
 def test_large_arrays_are_cut_and_read_back_sharded(tmp_path, params, monkeypatch):
-    """Thresholds for tiny models: layers apart, chunks with a rest, reads of a part of a row."""
+    """With thresholds of a tiny model: single layers, chunks with a remainder, reads of one row."""
     src = save(params, tmp_path / "src", "official")
     convert(src, tmp_path / "whole")
     for name, value in {"_GATHERED": 256, "_CHUNK": 900, "_READ": 100}.items():
@@ -263,7 +263,7 @@ def test_the_embedding_may_have_its_other_name(tmp_path, params, both):
         assert not (tmp_path / "other").exists()
 
 
-def test_what_is_missing_is_said_and_one_part_can_be_asked_for(tmp_path, params, capsys):
+def test_missing_parts_are_named_and_one_part_can_be_converted(tmp_path, params, capsys):
     src = save(params, tmp_path / "src", "diffusers", ["transformer", "vae"])
     dst = convert(src, tmp_path / "dst", "--component", "vae")
     assert os.listdir(dst) == ["vae"]
@@ -307,7 +307,7 @@ wan.main(["--src", sys.argv[1], "--dst", sys.argv[2]])
 
 
 @pytest.mark.parametrize("kill_at", [1, 25])
-def test_a_killed_run_is_taken_up_and_ends_the_same(tmp_path, params, monkeypatch, kill_at):
+def test_a_killed_run_resumes_and_writes_the_same_files(tmp_path, params, monkeypatch, kill_at):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     dst = tmp_path / "dst"
     command = [sys.executable, "-c", KILLED, str(src), str(dst), str(kill_at)]
@@ -328,7 +328,7 @@ def test_a_killed_run_is_taken_up_and_ends_the_same(tmp_path, params, monkeypatc
     assert contents(dst) == contents(tmp_path / "straight")
 
 
-def test_work_of_another_kind_is_discarded(tmp_path, params, capsys, monkeypatch):
+def test_the_work_of_a_run_with_another_dtype_is_discarded(tmp_path, params, capsys, monkeypatch):
     src = save(params, tmp_path / "src", "official", ["transformer"])
 
     def interrupt(*_):
@@ -358,7 +358,7 @@ def test_chunks_that_a_power_cut_lost_are_written_again(tmp_path, params, monkey
     assert_same(load(dst / "transformer"), params["transformer"])
 
 
-def test_two_runs_at_once(tmp_path, params):
+def test_a_second_run_at_the_same_time_is_refused(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     component = convert_command.open_component(convert_wan.MODEL, src, "transformer", None)
     partial = tmp_path / "transformer.partial"
@@ -375,7 +375,7 @@ def run(src, dst, *flags):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_command_answers_bad_input_with_one_line(tmp_path, params):
+def test_bad_input_gives_one_line_of_error(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     done = run(src, tmp_path / "dst")
     assert done.returncode == 0 and "MB/s" in done.stdout
@@ -392,7 +392,7 @@ def test_the_command_answers_bad_input_with_one_line(tmp_path, params):
 
 
 def fails(src, tmp_path, *flags) -> str:
-    """What the command says of it; nothing is written."""
+    """The error of the command, which writes nothing."""
     with pytest.raises(UserError) as caught:
         convert(src, tmp_path / "dst", *flags)
     assert not (tmp_path / "dst").exists()
@@ -441,7 +441,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shards(tmp_path, params, damage):
+def test_damaged_shards_are_refused(tmp_path, params, damage):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     file = src / "diffusion_pytorch_model.safetensors"
     file.write_bytes(DAMAGES[damage](*header_of(file)))
@@ -449,7 +449,7 @@ def test_damaged_shards(tmp_path, params, damage):
     assert str(file) in message and "cut short or damaged" in message and "\n" not in message
 
 
-def test_quantised_weights(tmp_path, params):
+def test_quantised_weights_are_refused(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     file = src / "diffusion_pytorch_model.safetensors"
     header, data = header_of(file)
@@ -458,7 +458,7 @@ def test_quantised_weights(tmp_path, params):
     assert "head.head.bias is of type F8_E4M3" in fails(src, tmp_path)
 
 
-def test_an_index_that_does_not_fit(tmp_path, params):
+def test_an_index_that_does_not_fit_is_refused(tmp_path, params):
     src = save(params, tmp_path / "src", "diffusers", ["transformer"], shards=3)
     index = src / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     whole = json.loads(index.read_text())
@@ -481,14 +481,14 @@ def test_an_index_that_does_not_fit(tmp_path, params):
     assert "no weight_map" in fails(src, tmp_path)
     index.write_text(json.dumps(whole))
     (index.parent / bias).unlink()
-    assert f"names the file {bias}, which is not beside it" in fails(src, tmp_path)
+    assert f"names the file {bias}, which is not next to it" in fails(src, tmp_path)
 
 
 def resave(file, change) -> None:
     save_file(change(load_file(file)), file)
 
 
-def test_keys_that_do_not_fit_are_named_at_once(tmp_path, params):
+def test_all_keys_that_do_not_fit_are_named_at_once(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
 
     def change(arrays):
@@ -524,7 +524,7 @@ def test_keys_that_do_not_fit_are_named_at_once(tmp_path, params):
         ("diffusers", "text_encoder", {"vocab_size": 255}, "shared.weight is (256, 24), not (255, 24)"),
     ],
 )
-def test_configurations_that_do_not_fit(tmp_path, params, layout, part, change, message):
+def test_configurations_that_do_not_fit_are_refused(tmp_path, params, layout, part, change, message):
     src = save(params, tmp_path / "src", layout, [part])
     where = (src if layout == "official" else src / part) / "config.json"
     fields = json.loads(where.read_text()) | change
@@ -550,14 +550,14 @@ def test_diffusers_files_need_their_configuration(tmp_path, params):
     ],
 )
 @pytest.mark.parametrize("public_name", [True, False])
-def test_other_models_are_called_by_their_name(tmp_path, name, message, public_name):
+def test_other_kinds_of_models_are_named(tmp_path, name, message, public_name):
     stem = "diffusion_pytorch_model" if public_name else "downloaded"
     save_file({name: np.zeros((4, 4), np.float32)}, tmp_path / f"{stem}.safetensors")
-    told = fails(tmp_path, tmp_path)
-    assert message in told and name in told
+    error = fails(tmp_path, tmp_path)
+    assert message in error and name in error
 
 
-def test_an_image_to_video_model_is_known_by_its_input_channels(tmp_path, params):
+def test_an_image_to_video_model_is_recognised_by_its_input_channels(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     (src / "config.json").unlink()
     wide = {"patch_embedding.weight": np.zeros((48, 36, 1, 2, 2), np.float32)}
@@ -565,7 +565,7 @@ def test_an_image_to_video_model_is_known_by_its_input_channels(tmp_path, params
     assert "image-to-video model (36 input channels)" in fails(src, tmp_path)
 
 
-def test_files_of_nothing_that_we_know(tmp_path):
+def test_unknown_files_are_refused(tmp_path):
     assert "nowhere is not a folder" in fails(tmp_path / "nowhere", tmp_path)
     assert "no Wan2.1 weights" in fails(tmp_path, tmp_path)
     save_file({"layer.weight": np.zeros(3, np.float32)}, tmp_path / "diffusion_pytorch_model.safetensors")
@@ -573,7 +573,7 @@ def test_files_of_nothing_that_we_know(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
-def test_tokenizers(tmp_path, params, layout):
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path, params, layout):
     src = save(params, tmp_path / "src", layout, ["text_encoder"])
     folder = src / ("google/umt5-xxl" if layout == "official" else "tokenizer")
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
@@ -584,7 +584,7 @@ def test_tokenizers(tmp_path, params, layout):
     assert "they are of different models" in fails(src, tmp_path)
 
 
-def test_not_enough_room(tmp_path, params, monkeypatch):
+def test_a_disk_without_enough_room_is_refused(tmp_path, params, monkeypatch):
     src = save(params, tmp_path / "src", "official")
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage)
@@ -592,14 +592,14 @@ def test_not_enough_room(tmp_path, params, monkeypatch):
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_the_disk_fills_up_in_the_middle(tmp_path, params, existing):
-    """A limit on the size of files stands for a full disk: Linux answers both from the same call."""
+def test_a_disk_that_fills_up_during_a_run(tmp_path, params, existing):
+    """A limit on the size of files replaces a full disk: Linux reports both from the same call."""
     src = save(params, tmp_path / "src", "official", ["transformer"])
     dst = tmp_path / "dst"
     if existing:
         dst.mkdir()
         (dst / "mine").write_text("")
-    # The journal and every metadata file fit into this limit, the largest array does not.
+    # The journal and every metadata file fit into this limit. The largest array does not.
     program = (
         "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
         "runpy.run_module('convert.wan', run_name='__main__')"
@@ -611,7 +611,7 @@ def test_the_disk_fills_up_in_the_middle(tmp_path, params, existing):
     assert os.listdir(dst) == ["mine"] if existing else not dst.exists()
 
 
-def test_the_disk_is_full_before_anything_is_written(tmp_path, params, monkeypatch):
+def test_a_disk_that_is_full_from_the_start(tmp_path, params, monkeypatch):
     src = save(params, tmp_path / "src", "official", ["transformer"])
 
     def full(*_, **__):
@@ -621,7 +621,7 @@ def test_the_disk_is_full_before_anything_is_written(tmp_path, params, monkeypat
     assert "the disk is full" in fails(src, tmp_path)
 
 
-def test_a_source_that_shrinks_while_it_is_read(tmp_path, params):
+def test_a_file_that_shrinks_during_a_run_is_refused(tmp_path, params):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     component = convert_command.open_component(convert_wan.MODEL, src, "transformer", None)
     file = src / "diffusion_pytorch_model.safetensors"
@@ -630,7 +630,7 @@ def test_a_source_that_shrinks_while_it_is_read(tmp_path, params):
         convert_command.convert(component, tmp_path / "dst")
 
 
-# .pth files; those of torch.save are in convert_parity_test.py.
+# .pth files. The files of torch.save itself are tested in convert_parity_test.py.
 
 
 class Evil:
@@ -660,15 +660,15 @@ def write_pth(path, content: bytes, **entries):
         (b"", "its pickle does not load"),
     ],
 )
-def test_pickles_that_are_no_state_dict(tmp_path, monkeypatch, content, message):
+def test_pickles_that_are_not_a_state_dict_are_refused(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     write_pth(tmp_path / "Wan2.1_VAE.pth", content)
-    told = fails(tmp_path, tmp_path)
-    assert message in told and str(tmp_path / "Wan2.1_VAE.pth") in told and "\n" not in told
+    error = fails(tmp_path, tmp_path)
+    assert message in error and str(tmp_path / "Wan2.1_VAE.pth") in error and "\n" not in error
     assert not (tmp_path / "evil").exists()
 
 
-def test_files_that_are_no_archive_of_torch(tmp_path):
+def test_files_that_are_not_an_archive_of_torch_are_refused(tmp_path):
     path = tmp_path / "Wan2.1_VAE.pth"
     path.write_bytes(pickle.dumps({"a": 1}))
     assert "is not a zip archive of torch.save" in fails(tmp_path, tmp_path)
@@ -691,7 +691,7 @@ def test_files_that_are_no_archive_of_torch(tmp_path):
 
 
 def write_large(file, table, kind: str) -> int:
-    """Random bytes under the names of a table; returns the bytes of the largest tensor."""
+    """Writes random bytes under the names of a table. Returns the bytes of the largest tensor."""
     size = {"F32": 4, "BF16": 2}[kind]
     header, end, largest = {}, 0, 0
     for name, shape in lv.tensor_shapes(table).items():
@@ -716,13 +716,13 @@ def write_large(file, table, kind: str) -> int:
     ],
 )
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_memory_of_the_widths_of_the_public_models(tmp_path, part, kind, spec, dtype):
-    """Peak memory at full width, some layers; prints throughput, which depends on the machine."""
+def test_peak_memory_at_the_widths_of_the_public_models(tmp_path, part, kind, spec, dtype):
+    """Peak memory at full width with some layers. Prints the throughput, which depends on the machine."""
     table = convert_wan.PARTS[part].leaves(models.build(spec).config, "official")
     src, dst = tmp_path / "src", tmp_path / "dst"
     src.mkdir()
     largest = write_large(src / f"{OFFICIAL[part]}.safetensors", table, kind)
-    # Of the program itself: what wait4 reports counts the memory of the test, which it was forked from.
+    # The program reads its own peak: that of wait4 counts the memory of the test, which forked it.
     program = (
         "import sys; from convert import command, wan; command._tokenizer = lambda *_: [];"
         "wan.main(sys.argv[1:]);"

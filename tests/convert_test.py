@@ -196,10 +196,10 @@ def test_round_trips_are_exact(part, dtype):
             assert_same(state_dicts.read(state_dicts.write(params, leaves(other)), leaves(other)), params)
             again = state_dicts.read(state_dicts.write(params, leaves(other)), leaves(other))
             hashes.add((naming, checkpoints.tree_hash(again)))
-    assert len(hashes) == len(NAMINGS)  # the naming of the file does not change the hash
+    assert len(hashes) == len(NAMINGS)  # The naming of the file does not change the hash.
 
 
-def test_layouts():
+def test_layouts_of_kernels():
     table = convert_wan.dit_leaves(DIT.config, "official")
     tensors = random_tensors(table)
     params = state_dicts.read(tensors, table)
@@ -223,7 +223,7 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_rows_of_a_tensor_land_where_the_whole_tensor_puts_them(part):
+def test_rows_of_a_tensor_have_the_place_that_the_whole_tensor_gives_them(part):
     _, leaves = MODELS[part]
     table = leaves("official")
     tensors = random_tensors(table)
@@ -270,7 +270,7 @@ def test_one_error_names_every_problem():
     assert message.count(";") == 5
 
 
-def test_the_same_problem_in_many_layers_is_said_once():
+def test_the_same_problem_in_many_layers_is_one_entry():
     config = wan.build(dim=24, num_heads=2, num_layers=5, ffn_dim=32, text_dim=8).config
     table = convert_wan.dit_leaves(config, "official")
     shapes = lv.tensor_shapes(table)
@@ -280,12 +280,12 @@ def test_the_same_problem_in_many_layers_is_said_once():
         lv.check(shapes.items(), table, "odd")
 
 
-def test_tensors_that_are_something_else():
+def test_tensors_of_another_model_are_not_recognised():
     tables = {naming: convert_wan.dit_leaves(DIT.config, naming) for naming in NAMINGS}
     assert lv.recognise(["decoder.conv1.weight"], tables) is None
 
 
-def test_writing_refuses_a_tree_that_is_not_the_model():
+def test_a_tree_that_is_not_the_model_is_refused():
     table = convert_wan.dit_leaves(DIT.config, "official")
     params = state_dicts.read(random_tensors(table), table)
     params["blocks"]["self_attn"]["q"]["lora_a"] = np.zeros((3, 24, 4), np.float32)

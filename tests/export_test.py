@@ -1,4 +1,4 @@
-"""Export to PyTorch files: exact round trips from both stored forms, names of the branch, bad input."""
+"""Export to PyTorch files: exact round trips from both stored forms, the names of the branch, bad input."""
 
 import dataclasses
 import json
@@ -66,12 +66,12 @@ def random_tensors(part: str, naming: str, dtype=np.float32, spec=None) -> dict[
 
 
 def save(folder, part: str, tree, spec=None, **about):
-    """As `convert.wan` and `prophy_jax.train` leave it."""
+    """Writes a part as `convert.wan` and `prophy_jax.train` do."""
     checkpoints.save_params(str(folder), tree, {"part": part, "model": spec or SPECS[part], **about})
 
 
 def save_in_chunks(folder, part: str, tree):
-    """One plain file per chunk, several chunks along every axis."""
+    """Writes one plain file per chunk, with several chunks along every axis."""
     save(folder, part, tree)
     shutil.rmtree(folder / "tree")
     arguments = ocp.args.PyTreeSave(
@@ -86,7 +86,7 @@ def save_random(folder, part: str, naming="official", dtype=np.float32):
 
 
 def random_branch(spec=BRANCH):
-    """Random values for every parameter, those included that start at zero."""
+    """Random values for every parameter, also for those that start at zero."""
     backbone, part = models.build(SPECS["transformer"]), models.build({"module": "prophy"} | spec)
     frozen = jax.eval_shape(backbone.init, jax.random.key(0))
     shapes = jax.eval_shape(lambda key, frozen: part.init(key, backbone, frozen), jax.random.key(0), frozen)
@@ -124,7 +124,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize("write", [save, save_in_chunks])
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
-def test_every_tensor_comes_back_bit_by_bit(tmp_path, part, naming, write, dtype):
+def test_round_trips_of_tensors_are_exact(tmp_path, part, naming, write, dtype):
     tensors = random_tensors(part, naming, dtype)
     write(tmp_path / "ours", part, state_dicts.read(tensors, table(part, naming)))
     convert_export.export(str(tmp_path / "ours"), naming, str(tmp_path / "out"))
@@ -134,7 +134,7 @@ def test_every_tensor_comes_back_bit_by_bit(tmp_path, part, naming, write, dtype
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_vae_comes_back_bit_by_bit(tmp_path, naming):
+def test_round_trips_of_the_vae_are_exact(tmp_path, naming):
     tensors = random_tensors("vae", naming)
     save(tmp_path / "vae", "vae", state_dicts.read(tensors, table("vae", naming)))
     convert_export.export(str(tmp_path / "vae"), naming, str(tmp_path / "out"))
@@ -157,9 +157,9 @@ def test_shards_and_their_index(tmp_path, part, naming):
     files = sorted((tmp_path / "out").glob(f"{stem}-*.safetensors"))
     assert len(files) > 2 and files[1].name.endswith(f"-00002-of-{len(files):05d}.safetensors")
     for file in files:
-        held = load_file(file)
-        assert sum(tensor.nbytes for tensor in held.values()) <= limit or len(held) == 1
-        assert {name for name, shard in index["weight_map"].items() if shard == file.name} == held.keys()
+        shard = load_file(file)
+        assert sum(tensor.nbytes for tensor in shard.values()) <= limit or len(shard) == 1
+        assert {name for name, place in index["weight_map"].items() if place == file.name} == shard.keys()
 
 
 def test_trees_of_two_dtypes_are_written_aligned(tmp_path):
@@ -181,7 +181,7 @@ def test_trees_of_two_dtypes_are_written_aligned(tmp_path):
     assert_same(load_all(tmp_path / "out", "transformer/diffusion_pytorch_model"), tensors)
 
 
-def test_a_whole_folder_makes_a_whole_pipeline(tmp_path, capsys):
+def test_a_complete_folder_makes_a_complete_pipeline(tmp_path, capsys):
     for part in SPECS:
         save_random(tmp_path / "ours" / part, part)
     tokenizer = tmp_path / "ours" / "text_encoder" / "tokenizer"
@@ -233,7 +233,7 @@ def test_a_whole_folder_makes_a_whole_pipeline(tmp_path, capsys):
     }
 
 
-def test_there_and_back_by_the_command_lines(tmp_path):
+def test_round_trips_of_the_commands_are_exact(tmp_path):
     """Ours -> diffusers -> ours -> official -> ours -> diffusers: the same bits and the same files."""
     specs = {**SPECS, "text_encoder": {**SPECS["text_encoder"], "vocab_size": 250}}  # as the tokenizer
     for part, spec in specs.items():
@@ -261,7 +261,7 @@ def test_there_and_back_by_the_command_lines(tmp_path):
         assert (first / file).read_bytes() == (last / file).read_bytes(), file
 
 
-def test_components_alone_make_no_pipeline(tmp_path):
+def test_some_components_make_no_pipeline(tmp_path):
     save_random(tmp_path / "ours" / "vae", "vae")
     convert_export.export(str(tmp_path / "ours"), "diffusers", str(tmp_path / "out"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["vae"]
@@ -337,7 +337,7 @@ def test_parts_that_a_branch_lacks_have_no_keys(tmp_path, absent):
     assert tops == {"blocks", "exits", "semantic", "refinement"} - set(absent)
 
 
-def test_workdir_of_a_run_that_trained_the_backbone_too(tmp_path):
+def test_the_workdir_of_a_run_that_trained_the_backbone_too(tmp_path):
     save_branch(tmp_path / "run" / "branch", backbone_sha256="of the first backbone")
     tensors = random_tensors("transformer", "diffusers")
     tree = state_dicts.read(tensors, table("transformer", "diffusers"))
@@ -497,10 +497,10 @@ def narrow_text(root):
         (missing, "no folder .*nowhere"),
         (empty, "nothing to export in .*empty"),
         (unfinished_run, "nothing to export in .*finished run"),
-        (half_written, "vae is not whole"),
+        (half_written, "vae is not complete"),
         (cut_off_conversion, "transformer.partial is not finished"),
         (without_tree, "no .*_METADATA.*convert or train again"),
-        (without_an_array, "tree is not readable .*head.out.bias.*not whole"),
+        (without_an_array, "tree is not readable .*head.out.bias.*not complete"),
         (torn_manifest, "manifest.json is not readable"),
         (manifest_of_other_sizes, r"\(3, 24, 32\).*\(3, 24, 48\)"),
         (tree_of_another_manifest, "does not fit its manifest: blocks/cross_attn/k/bias is missing"),
@@ -530,7 +530,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, make, words):
         (["--checkpoint=a", "--format=official"], "required: --dst"),
     ],
 )
-def test_bad_arguments(arguments, words):
+def test_bad_arguments_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         convert_export.main(arguments)
 
@@ -543,7 +543,7 @@ def test_the_command_fails_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
-def test_an_existing_destination_is_left_alone(tmp_path, kind):
+def test_an_existing_destination_is_not_changed(tmp_path, kind):
     save_random(tmp_path / "vae", "vae")
     out = tmp_path / "out"
     make = {"file": out.touch, "folder": out.mkdir, "dangling link": lambda: out.symlink_to("nowhere")}
@@ -554,10 +554,10 @@ def test_an_existing_destination_is_left_alone(tmp_path, kind):
     assert out.lstat() == before
 
 
-def test_a_disk_that_fills_up(tmp_path):
+def test_a_disk_that_fills_up_during_an_export(tmp_path):
     save_random(tmp_path / "vae", "vae")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the system then refuses to write on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the system then refuses to write more
     try:
         with pytest.raises(UserError, match="cannot write .*too large"):
             convert_export.export(str(tmp_path / "vae"), "official", str(tmp_path / "out"))
@@ -575,7 +575,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_what_a_killed_export_left_is_replaced(tmp_path):
+def test_the_files_of_a_killed_export_are_replaced(tmp_path):
     save_random(tmp_path / "vae", "vae")
     (tmp_path / "out.writing").mkdir()
     (tmp_path / "out.writing" / "transformer").touch()
