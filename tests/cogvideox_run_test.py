@@ -102,7 +102,7 @@ def test_every_row_of_text_reaches_the_batch(finished):
     batch = next(loader.make_loader(config.data.dir, "train", 8, seed=0))
     mask, rows = batch["text_mask"], np.abs(batch["text"]).max(-1)
     assert (mask.any(1) & ~mask.all(1)).any() and rows.min() > 0.1
-    text, mask = loader.load_empty_text(config.data.dir)
+    text, mask = (loader.load_empty_text(config.data.dir)[name] for name in ("text", "text_mask"))
     assert mask.sum() == 1 and np.abs(text).max(-1).min() > 0.1
 
 

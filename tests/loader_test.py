@@ -272,7 +272,7 @@ def test_what_place_raises_arrives(data_dir):
 
 
 def test_empty_text(data_dir, tmp_path):
-    text, mask = loader.load_empty_text(data_dir)
+    text, mask = (loader.load_empty_text(data_dir)[name] for name in ("text", "text_mask"))
     assert text.shape == (LENGTH, WIDTH) and mask.tolist() == [True] + [False] * (LENGTH - 1)
     with pytest.raises(UserError, match="no training data"):
         loader.load_empty_text(tmp_path)

@@ -150,8 +150,10 @@ def test_encoded_padding_reaches_the_batch(tmp_path, monkeypatch):
     np.testing.assert_array_equal(batch["text_mask"], mask)
     np.testing.assert_array_equal(batch["text"], text.astype(np.float16))
     [text], [mask] = encode([""])
-    for kept, expected in zip(loader.load_empty_text(tmp_path), (text, mask), strict=True):
-        np.testing.assert_array_equal(kept, expected)
+    empty = loader.load_empty_text(tmp_path)
+    assert empty.keys() == {"text", "text_mask"}
+    np.testing.assert_array_equal(empty["text"], text)
+    np.testing.assert_array_equal(empty["text_mask"], mask)
     assert mask.sum() == 1 and text[1:].all()
 
 
@@ -165,7 +167,7 @@ def test_sandbox_batch_and_empty_text(sandbox_dir):
     assert batch["latents"].shape == (2, 2, 8, 8, 16)
     assert batch["text"].shape == (2, 8, 16)
     assert batch["alignment"].shape == (2, 2 * 4 * 4, 17)
-    text, mask = loader.load_empty_text(sandbox_dir)
+    text, mask = (loader.load_empty_text(sandbox_dir)[name] for name in ("text", "text_mask"))
     assert text.shape == (8, 16) and mask.sum() == 1 and text[0].any() and not text[1:].any()
 
 
