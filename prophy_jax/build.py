@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from prophy_jax import losses, models
 from prophy_jax.data import batch, records
+from prophy_jax.diffusion import guided, solvers
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import checkpoints, optim, parallel, workdir
@@ -52,7 +53,9 @@ def build_objective(config: ConfigDict) -> Any:
     would come out wrong without a word.
     """
     objective = models.build(config.objective, package="prophy_jax.diffusion")
-    objective.solver(config.samples.solver, config.samples.steps, config.samples.shift)
+    settings = config.samples
+    solvers.skipping(objective.solver(settings.solver, settings.steps, settings.shift), settings.skip)
+    guided.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
     return objective
 
 
@@ -135,7 +138,7 @@ def init_params(config: ConfigDict, model: Model, layout: Mapping[str, Any]) -> 
         params = {"backbone": draw(model.backbone.init, layout["backbone"], backbone_key)}
     for name in model.parts:
         init = functools.partial(model.init_part, name)
-        params[name] = draw(init, layout[name], parts_key, params["backbone"])
+        params[name] = draw(init, layout.get(name, {}), parts_key, params["backbone"])
     return params
 
 

@@ -32,12 +32,14 @@ def get_config(arg: str):
     return module.get_config(arg)
 
 
-def build_run(config, devices=None) -> types.SimpleNamespace:
-    """What `config` describes, built on all devices or on those given."""
+def build_run(config, devices=None, more_parts=None) -> types.SimpleNamespace:
+    """What `config` describes, built on all devices or on those given; with parts that have no file, too."""
     from prophy_jax import build
+    from prophy_jax.models.beside.part import Model
 
     mesh = build.build_mesh(config.mesh, build.microbatch(config), devices)
     model, objective = build.build_model(config, mesh), build.build_objective(config)
+    model = Model(model.backbone, {**model.parts, **(more_parts or {})})
     return types.SimpleNamespace(
         config=config,
         mesh=mesh,

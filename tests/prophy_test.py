@@ -80,13 +80,13 @@ def test_step_zero_is_the_backbone_bit_for_bit(name, jit):
     model, params = make(BRANCHES[name])
     wrap = jax.jit if jit else lambda f: f
     x, t, prompt = inputs()
-    with_branch = wrap(lambda p: model(p, x, t, prompt).prediction)(params)
-    alone = wrap(lambda p: model.backbone(p, x, t, prompt["text"]))(params["backbone"])
+    with_branch = wrap(model)(params, x, t, prompt).prediction
+    alone = wrap(model.backbone)(params["backbone"], x, t, prompt["text"])
     assert with_branch.dtype == alone.dtype
     assert np.asarray(with_branch).tobytes() == np.asarray(alone).tobytes()
     # The same comparison must be able to fail: a hint that is not zero changes the output.
     params["branch"]["exits"]["bias"] += 1e-3
-    changed = wrap(lambda p: model(p, x, t, prompt).prediction)(params)
+    changed = wrap(model)(params, x, t, prompt).prediction
     assert np.asarray(changed).tobytes() != np.asarray(alone).tobytes()
 
 
@@ -125,8 +125,8 @@ def test_semantic_basis_by_hand():
     )
     without = Model(model.backbone, {"branch": dataclasses.replace(BRANCHES["full"], semantic=None)})
     # Both branches get X~; only their backbones differ in input, so compare the routing.
-    expected = without(params, jnp.float32(enhanced), t, prompt).seen["branch"].refinement
-    got = model(params, x, t, prompt).seen["branch"].refinement
+    expected = jax.jit(without)(params, jnp.float32(enhanced), t, prompt).seen["branch"].refinement
+    got = jax.jit(model)(params, x, t, prompt).seen["branch"].refinement
     np.testing.assert_allclose(got, expected, atol=1e-5)  # fp32 against one fp64 sum
 
 

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import build, train
+from prophy_jax import build, losses, train
 from prophy_jax.losses import prophy
+from prophy_jax.models.beside.part import Part
 from prophy_jax.run import optim, parallel
 from prophy_jax.run.errors import UserError
+from tests.backbone_test import Bias
 from tests.conftest import ROOT, build_run, get_config
 
 BATCH, TOKENS = 8, 3 * 4 * 4
+EMPTY = {"text": np.zeros((6, 8), np.float32), "text_mask": np.arange(6) < 1}
 
 
 def tiny(**changes):
@@ -49,27 +52,30 @@ def init(run):
     return optim.split(params, run.config.optimizer.groups)
 
 
-def run_steps(config, devices=None, steps=2, batch=None):
-    """Metrics of each step, trained parameters, frozen parameters. Exits start away from zero."""
-    run = build_run(config, devices)
+def start(run):
+    """As `init`, with exits and a head away from zero."""
+    trainable, frozen = init(run)
+    if "branch" in trainable:
+        exits = trainable["branch"]["exits"]
+        exits["kernel"] = exits["kernel"] + 0.05 * jax.random.normal(jax.random.key(9), exits["kernel"].shape)
+    head = (frozen if "backbone" in frozen else trainable)["backbone"]["head"]["out"]
+    head["kernel"] = head["kernel"] + 0.1 * jax.random.normal(jax.random.key(8), head["kernel"].shape)
+    return trainable, frozen
+
+
+def run_steps(config, devices=None, steps=2, batch=None, more_parts=None):
+    """Metrics of each step, trained parameters, frozen parameters, from `start`."""
+    run = build_run(config, devices, more_parts)
     with jax.set_mesh(run.mesh):
-        trainable, frozen = init(run)
-        if "branch" in trainable:
-            exits = trainable["branch"]["exits"]
-            exits["kernel"] = exits["kernel"] + 0.05 * jax.random.normal(
-                jax.random.key(9), exits["kernel"].shape
-            )
-        head = (frozen if "backbone" in frozen else trainable)["backbone"]["head"]["out"]
-        head["kernel"] = head["kernel"] + 0.1 * jax.random.normal(jax.random.key(8), head["kernel"].shape)
+        trainable, frozen = start(run)
         optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
         state = train.place_state(trainable, optimizer, run.mesh)
         step = train.make_train_step(run.model, run.objective, run.chosen, optimizer, config)
         step = jax.jit(step)
-        empty = {"text": jnp.zeros((6, 8)), "text_mask": jnp.arange(6) < 1}
         placed = parallel.put_batch(batch or make_batch(), run.mesh)
         history = []
         for _ in range(steps):
-            state, metrics = step(state, frozen, empty, placed)
+            state, metrics = step(state, frozen, EMPTY, placed)
             history.append({name: float(value) for name, value in metrics.items()})
         return history, jax.device_get(state), frozen
 
@@ -232,6 +238,77 @@ def test_edge_labels_stay_finite(labels):
         assert history[0]["loss/alignment"] == 0
     if labels == "none":
         assert history[0]["loss/relative"] == 0
+
+
+def test_two_parts_train_next_to_each_other(whole):
+    config, batch = tiny(), make_batch()
+    config.optimizer.groups = (("bias/", 1e-2), *config.optimizer.groups)
+    history, state, _ = run_steps(config, jax.devices()[:1], more_parts={"bias": Bias()})
+    for name, value in losses_of(whole[0][0]).items():  # the bias starts at zero
+        assert history[0][name] == pytest.approx(value, rel=1e-6), name
+    assert min(history[0][f"gradient/{name}"] for name in ("bias/bias", "branch/exits", "branch/blocks")) > 0
+    assert np.abs(state.params["bias"]["bias"]).max() > 1e-3
+    assert history[1]["loss/diffusion"] != whole[0][1]["loss/diffusion"]
+    categories = batch["category"].sum(-1).mean()
+    assert history[0]["bias/categories"] == pytest.approx(categories, rel=1e-6)
+    config.accumulation = 4
+    split, _, _ = run_steps(config, jax.devices()[:1], steps=1, more_parts={"bias": Bias()})
+    assert split[0]["bias/categories"] == pytest.approx(categories, rel=1e-6)
+    assert split[0]["gradient/bias/bias"] == pytest.approx(history[0]["gradient/bias/bias"], rel=1e-2)
+
+
+def test_a_loss_that_reads_the_model_without_its_parts(monkeypatch):
+    """The distance from what the backbone alone predicts, which no gradient reaches though it is trained."""
+
+    def share(seen, batch, count):
+        assert seen.part is None and seen.of_part is None and not seen.reference.seen
+        distance = jnp.square(seen.output.prediction - seen.reference.prediction)
+        return len(distance) / count * distance.mean()
+
+    monkeypatch.setitem(losses.TABLE, "distance", losses.Loss(share=share, reference=True))
+    config = tiny(losses=dict(diffusion=0.0, distance=2.0))
+    config.optimizer.groups = (("branch/", 1e-2), ("backbone/", 1e-2))
+    run = build_run(config, jax.devices()[:1])
+    assert run.chosen.reference and not build_run(tiny(), jax.devices()[:1]).chosen.reference
+    trainable, _ = start(run)
+    key, batch = jax.random.fold_in(jax.random.key(config.seed), 0), jax.tree.map(jnp.asarray, make_batch())
+    drawn = train.draw_inputs(key, run.objective, batch, EMPTY, config.caption_dropout)
+    noisy = run.objective.add_noise(drawn["latents"], drawn["noise"], drawn["time"])
+    prompt = {"text": drawn["input_text"], "text_mask": drawn["input_text_mask"]}
+    times = run.objective.model_time(drawn["time"])
+    alone = jax.jit(run.model.backbone)(trainable["backbone"], noisy, times, prompt["text"])
+
+    @jax.jit
+    @jax.value_and_grad
+    def by_hand(params):
+        return jnp.square(run.model(params, noisy, times, prompt).prediction - alone).mean()
+
+    value, gradient = by_hand(trainable)
+    assert value > 1e-3
+    for accumulation in (1, 4):
+        config.accumulation = accumulation
+        history, _, _ = run_steps(config, jax.devices()[:1], steps=1)
+        assert history[0]["loss/distance"] == pytest.approx(float(value), rel=1e-4)
+        assert history[0]["loss/total"] == pytest.approx(2 * float(value), rel=1e-4)
+        for name, norm in optim.group_norms(gradient).items():
+            assert history[0][f"gradient/{name}"] == pytest.approx(2 * float(norm), rel=1e-3, abs=1e-6), name
+
+
+def test_random_choices_of_parts_are_their_own():
+    """A part's key draws neither the noise of the step nor what another microbatch's draws."""
+    keys = []
+
+    class Random(Part):
+        def leave(self, params, flow, outs):
+            jax.debug.callback(lambda key: keys.append(key.tobytes()), jax.random.key_data(flow.key))
+            return flow.stream, None
+
+    run_steps(tiny(accumulation=4), jax.devices()[:1], more_parts={"random": Random()})
+    jax.effects_barrier()
+    steps = [jax.random.fold_in(jax.random.key(0), step) for step in range(2)]
+    drawn = [key for step in steps for key in (step, *jax.random.split(step, 3))]
+    assert len(set(keys)) == 8
+    assert not set(keys) & {np.asarray(jax.random.key_data(key)).tobytes() for key in drawn}
 
 
 def test_first_bad_step_is_kept():

@@ -1,7 +1,9 @@
 """The training command end to end: resume to the bit, signals, bad input, what it leaves behind."""
 
+import importlib
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from prophy_jax import build, train
 from prophy_jax.prepare import prepare
 from prophy_jax.run import checkpoints, metrics
+from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, build_run, get_config
 
@@ -140,11 +143,76 @@ def test_metrics_and_files_of_a_finished_run(uninterrupted):
 
 
 def test_finished_run_started_again_does_nothing(uninterrupted, tiny_data):
-    before = hashes(uninterrupted)
+    """Also one that was begun before parts and side data sets had their names."""
+    before, path = hashes(uninterrupted), pathlib.Path(uninterrupted, "config.json")
+    run = json.loads(path.read_text())
+    run["config"] = as_before(run["config"])
+    path.write_text(json.dumps(run))
     process = command(uninterrupted, tiny_data)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert hashes(uninterrupted) == before
+
+
+def as_before(config):
+    """A configuration in JSON types, with the keys that earlier versions saved it under."""
+    old = json.loads(json.dumps(config))
+    (branch,) = old.pop("parts").values() or (None,)
+    if branch:
+        assert branch.pop("module") == "prophy"
+    labels = old["data"].pop("side")["alignment"]
+    old["reduction"].pop("absolute_alignment", None)
+    return {**old, "branch": branch, "data": {**old["data"], "labels": labels}}
+
+
+@pytest.mark.parametrize("file", ["wan", "cogvideox"])
+@pytest.mark.parametrize("variant", ["", "tiny", "demo_backbone", "demo,absolute", "demo,pb"])
+def test_workdirs_of_earlier_versions_are_of_the_same_run(tmp_path, file, variant):
+    config = importlib.import_module(f"configs.{file}").get_config(variant)
+    own = folders.config_as_json(config)
+    old = as_before(own)
+    assert old.keys() - own.keys() == {"branch"} and own.keys() - old.keys() == {"parts"}
+    for scope in folders.IDENTITY:
+        assert folders.run_identity(old, scope) == folders.run_identity(config, scope)
+    (tmp_path / "config.json").write_text(json.dumps({"config": old, "references": {}}))
+    folders.claim_run(tmp_path, config, {})
+    config.seed += 1
+    with pytest.raises(UserError, match="seed was 0, is 1"):
+        folders.claim_run(tmp_path, config, {})
+
+
+@pytest.mark.parametrize(
+    ("objective", "samples", "message"),
+    [
+        (
+            dict(module="flow"),
+            dict(solver="ddim"),
+            "samples.solver='ddim' is not for this objective: .* unipc",
+        ),
+        (dict(module="flow"), dict(solver="unipc", shift=0.0), "the shift must be a positive number"),
+        (
+            dict(module="v_prediction"),
+            dict(solver="unipc", shift=1.0),
+            "'unipc' is not for this objective: .* ddim",
+        ),
+        (
+            dict(module="v_prediction", snr_shift=3.0),
+            dict(solver="ddim", shift=1.0),
+            "samples.shift=1.0 is not objective.snr_shift=3.0",
+        ),
+        (dict(module="v_prediction", snr_shift=3.0), dict(solver="ddim", steps=1001), "lower the steps"),
+        (dict(module="flow"), dict(skip=(0,)), "samples.skip"),
+        (dict(module="flow"), dict(guidance_schedule="wave"), "guidance schedule 'wave'"),
+    ],
+)
+def test_samplers_that_do_not_fit_the_objective_are_refused(
+    tmp_path, tiny_config, objective, samples, message
+):
+    tiny_config.objective, tiny_config.batch_size = objective, 8
+    tiny_config.samples.update(samples)
+    with pytest.raises(UserError, match=message) as error:
+        train.train(tiny_config, str(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_workdir_of_another_configuration_is_refused(uninterrupted, tiny_data, tiny_config):

@@ -78,10 +78,8 @@ class Chosen:
     def whole(self, model: Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """The losses that compare the clips of the whole batch with each other."""
         return {
-            name: loss.whole(
-                model.parts[self.parts[name]], params[self.parts[name]], batch, self.reductions[name]
-            )
-            for name, loss in self.rows.items()
+            name: loss.whole(model.parts[part], params.get(part, {}), batch, self.reductions[name])
+            for (name, loss), part in zip(self.rows.items(), self.parts.values(), strict=True)
             if loss.whole
         }
 

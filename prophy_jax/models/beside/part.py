@@ -150,6 +150,7 @@ class Model:
             prompt: text (B, L, D), padded as the backbone was trained on it; text_mask (B, L); and the
                 `fields` of the parts.
         """
+        params = self._whole(params)
         text = self._adapted(params).embed_text(params["backbone"], prompt["text"])
         read = {name: part.read(params[name], prompt) for name, part in self.parts.items()}
         return Prompt(text, read, dict.fromkeys(("backbone", *self.parts)))
@@ -159,6 +160,7 @@ class Model:
 
         `rows` shortens the padding, see `Backbone.text_ahead`.
         """
+        params = self._whole(params)
         read, backbone, mask = self.read(params, prompt), self._adapted(params), prompt["text_mask"]
         ahead = {"backbone": backbone.text_ahead(params["backbone"]["blocks"], read.text, mask, rows)}
         for name, part in self.parts.items():
@@ -196,6 +198,7 @@ class Model:
             scale: Multiplies what the parts add; 0 is the backbone alone.
             key: For random choices of the parts in training.
         """
+        params = self._whole(params)
         backbone, frozen = self._adapted(params), params["backbone"]
         stream, cond = backbone.embed(frozen, latents, t, prompt.text)
         flow = Flow(backbone, frozen, latents, t, prompt.text, stream, cond, scale=scale, key=key)
@@ -219,6 +222,10 @@ class Model:
             stream, seen[name] = part.leave(params[name], of(name), mine)
             flow = flow._replace(stream=stream)
         return Output(backbone.head(frozen, flow.stream, flow.cond), seen)
+
+    def _whole(self, params: Params) -> Params:
+        """With the trees of parts that have no parameters, which trees of arrays do not keep."""
+        return {**{name: {} for name in self.parts}, **params}
 
     def _adapted(self, params: Params) -> Backbone:
         backbone = self.backbone
