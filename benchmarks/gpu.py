@@ -1,10 +1,10 @@
-"""Every figure of one GPU in ten minutes: kernels, the training step, sampling, and PyTorch beside it.
+"""Every figure of one GPU in ten minutes: kernels, the training step, sampling, and the same in PyTorch.
 
     python -m benchmarks.gpu [--out=DIR] [--budget=585] [--smoke]     (or: make bench-gpu OUT=DIR)
 
-Runs the other benchmarks one after the other, each part in a process of its own with a time limit, in the
-order in which their results build on each other, and writes DIR/gpu.json after every part: a part that fails,
-or that time has run out for, loses nothing but itself. DIR is $OUT unless --out names it. At the end, a table
+Runs the other benchmarks one after the other, the most important first, each part in a process of its own
+with a time limit, and writes DIR/gpu.json after every part: one that fails or runs out of time loses only its
+own figures. DIR is $OUT unless --out names it. At the end, a table
 of the goals. Needs jax with CUDA, flax, optax and numpy; PyTorch, safetensors and orbax for the comparison.
 
 --smoke runs every part on a CPU at tiny sizes.
@@ -124,7 +124,7 @@ GOALS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], Callable[[floa
 
 
 def goals(results: Mapping[str, Any]) -> str:
-    """The goals beside what was measured, a line each."""
+    """A line for each goal, with what was measured."""
     lines = []
     for name, (bar, value, met) in GOALS.items():
         try:

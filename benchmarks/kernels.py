@@ -5,12 +5,12 @@
 
 ceilings   a large square product, the products of one block (forward, gradient of the input, of the weight),
            copy bandwidth
-attention  self-attention forward and backward apart; in half precision also how far it is from fp32, on a
-           slice of the queries
+attention  self-attention forward and backward; in half precision also how far it is from fp32, for some
+           of the queries
 block      one block forward, and with its backward pass when frozen and when trained
 experts    the refinement experts, all for every token and only the chosen ones
 
-Times are of calls that follow each other without waiting, the smallest of three rounds; TFLOP/s count 2 per
+A time is the smallest of three rounds of calls that follow each other without waiting. TFLOP/s count 2 per
 multiply-add, and attention's own backward pass as 2.5 forward passes, which is what its kernels do.
 
 N tokens, L text rows, C model width, F feed-forward width, H heads, D head width.
@@ -64,7 +64,7 @@ def product(kind: str, m: int, k: int, n: int, dtype: str) -> Op:
 def operations(jaxpr: Any, tokens: int, ffn_dim: int) -> collections.Counter:
     """Operation -> how often a program runs it, what it recomputes included.
 
-    Passes over (N, C) for what lies between the products of a block are an assumption: PASSES for each GELU
+    Passes over (N, C) for what a block computes between its products are an assumption: PASSES for each GELU
     of a feed-forward network, twice as many for each backward pass of self-attention.
 
     Args:
@@ -349,9 +349,9 @@ def expert_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from prophy_jax.models.beside import prophy as physics
+    from prophy_jax.models.beside import prophy
 
-    settings, width, n = model.branch.refinement, model.backbone.config.dim, shape.tokens
+    settings, width, n = model.parts["branch"].refinement, model.backbone.config.dim, shape.tokens
     dtype, sizes = jnp.dtype(shape.dtype), [(1, n, width), (1, n, settings.experts)]
     keys = jax.random.split(jax.random.key(0), 3)
     tokens, scores = (jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=False))
@@ -360,8 +360,8 @@ def expert_rows(model: Any, shape: measure.Shape) -> list[dict[str, Any]]:
     bias = jnp.zeros((settings.experts, width), dtype)
 
     def dense(tokens, kernel):
-        weights = rho * physics.top_k_mask(rho, settings.top_k)
-        return physics.mix_experts(tokens, weights.astype(dtype), kernel, bias)
+        weights = rho * prophy.top_k_mask(rho, settings.top_k)
+        return prophy.mix_experts(tokens, weights.astype(dtype), kernel, bias)
 
     def grouped(tokens, kernel):
         weights, chosen = jax.lax.top_k(rho[0], settings.top_k)  # (N, k)

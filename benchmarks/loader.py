@@ -1,4 +1,4 @@
-"""How fast the loader reads, beside reading the same files raw and beside what training needs.
+"""How fast the loader reads, compared with reading the same files raw and with what training needs.
 
     python benchmarks/loader.py [--records=400] [--batch=8] [--repeat=5] [--dir=DIR]
 
@@ -7,12 +7,12 @@ be measured): latents 21x60x104x16 and 128 rows of text of width 4096, float16, 
 about 6.4 MB a clip. Then reads all of them, in turns:
 
     raw, one buffer    the files one after the other into the same 8 MB, which stay in the processor's cache
-    raw, kept          the files one after the other into new memory, as whoever uses what was read must
+    raw, kept          the files one after the other into new memory, which whoever uses the data needs
     loader             shuffled batches, as in training
 
-with the page cache warm, and after dropping the files from it (the disk of a virtual machine may be cached
-further down). Prints the median and the best of each, what the loader spends the processor's time on, and how
-many times over it covers one host of a training job.
+with the page cache warm, and after the files are dropped from it (a virtual machine may still cache its
+disk). Prints the median and the best of each, what the loader spends the processor's time on, and how many
+times faster it is than one host of a training job needs.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def main() -> None:
         )
         print(
             f"  {name}: {256 // chips} hosts of {chips} chips, a step takes {step:.1f} s at {share:.0%} of "
-            f"{peak} TFLOP/s;\n    a host eats {rate:.2f} clips/s = {rate * clip / 1e6:.1f} MB/s, covered "
+            f"{peak} TFLOP/s;\n    a host needs {rate:.2f} clips/s = {rate * clip / 1e6:.1f} MB/s, covered "
             f"{warm:.0f} times over (cold: {cold:.0f})"
         )
 

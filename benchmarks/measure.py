@@ -6,7 +6,6 @@ B batch, T h w latent grid, N video tokens, L text length.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -16,7 +15,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,24 +182,6 @@ def kernel_seconds(function: Callable, *args: Any, repeats: int = 3, at_least: f
     return min(times)
 
 
-@contextlib.contextmanager
-def count_compiles() -> Iterator[list[str]]:
-    """The list grows by one entry for every program that jax compiles, or takes from its cache."""
-    import jax
-
-    compiled: list[str] = []
-
-    def note(event: str, *_: Any, **__: Any) -> None:
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
-
-
 def compile_seconds(lower: Callable[[], Any], cache: str) -> tuple[Any, dict[str, float]]:
     """Traces and compiles with the empty folder `cache` as compile cache, then once more with what it holds.
 
@@ -269,10 +250,11 @@ def all_devices() -> Any:
     return parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, jax.devices())
 
 
-def build(shape: Shape, remat: str = "none", branch: bool = True, backend: str = ""):
-    """(ProPhy model, objective) of a shape, with the attention that `experiment.build` would choose.
+def build(shape: Shape, remat: str = "none", parts: bool = True, backend: str = "") -> tuple[Any, Any]:
+    """(model, objective) of a shape, with the attention that `prophy_jax.build` would choose.
 
     With a `backend` of `prophy_jax.models.attention`, the model is one to be traced for a single device.
+    Without `parts` it is the backbone alone.
     """
     import functools
 
@@ -281,7 +263,8 @@ def build(shape: Shape, remat: str = "none", branch: bool = True, backend: str =
     from prophy_jax.diffusion import flow
     from prophy_jax.models import attention
     from prophy_jax.models import wan as wan_model
-    from prophy_jax.models.beside import prophy as physics
+    from prophy_jax.models.beside import prophy
+    from prophy_jax.models.beside.part import Model
     from prophy_jax.run import parallel
 
     backbone = wan_model.build(**shape.sizes(), dtype=shape.dtype, remat=remat)
@@ -290,17 +273,15 @@ def build(shape: Shape, remat: str = "none", branch: bool = True, backend: str =
     if not backend:
         attend = parallel.over_mesh(attend, all_devices())
     backbone = dataclasses.replace(backbone, attention=attend)
-    parts = None
-    if branch:
-        semantic = physics.SemanticConfig(shape.latents)
-        parts = physics.BranchConfig(shape.branch, semantic, physics.RefinementConfig())
-    return physics.ProPhy(backbone, parts), flow.build(distribution="logit_normal")
+    semantic, refinement = prophy.SemanticConfig(shape.latents), prophy.RefinementConfig()
+    branch = prophy.ProPhy(shape.branch, semantic, refinement)
+    return Model(backbone, {"branch": branch} if parts else {}), flow.build(distribution="logit_normal")
 
 
 def random_params(model: Any, shape: Shape) -> dict[str, Any]:
-    """Parameters around 0 (gains around 1), none of them 0, so that no part is silent; whole on every device.
+    """Parameters around 0 (gains around 1), none of them 0, so that every layer counts; whole on each device.
 
-    The backbone is in `shape.dtype`, the branch in fp32. All leaves are windows of one long draw, since a
+    The backbone is in `shape.dtype`, the parts in fp32. All leaves are windows of one long draw, since a
     draw for each would take a minute to compile.
     """
     import jax
@@ -310,8 +291,8 @@ def random_params(model: Any, shape: Shape) -> dict[str, Any]:
 
     def init(key):
         params = {"backbone": model.backbone.init(key, jnp.dtype(shape.dtype))}
-        if model.branch:
-            params["branch"] = model.init_branch(key, params["backbone"])
+        for name in model.parts:
+            params[name] = model.init_part(name, key, params["backbone"])
         return params
 
     layout, tree = jax.tree.flatten_with_path(jax.eval_shape(init, jax.random.key(0)))
@@ -330,20 +311,20 @@ def random_params(model: Any, shape: Shape) -> dict[str, Any]:
     return jax.jit(draw, out_shardings=parallel.replicated(all_devices()))(jax.random.key(0))
 
 
-def train_settings() -> SimpleNamespace:
-    """What `train.make_train_step` reads of a configuration: the values of configs/wan.py, one microbatch."""
-    return SimpleNamespace(
-        seed=0,
-        caption_dropout=0.1,
-        accumulation=1,
-        losses={"relative": 0.1, "alignment": 0.02, "balance": 0.01},
-        reduction=SimpleNamespace(relative="sum", alignment="mean"),
-        optimizer=SimpleNamespace(ema=0.999),
-    )
-
-
-OPTIMIZER = dict(steps=1000, warmup=10, clip=1.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-4)
-GROUPS = (("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None))
+# What the train step reads of a configuration: the values of configs/wan.py, one microbatch.
+TRAIN = SimpleNamespace(
+    seed=0,
+    steps=1000,
+    caption_dropout=0.1,
+    accumulation=1,
+    losses={"relative": 0.1, "alignment": 0.02, "balance": 0.01},
+    reduction={"relative": "sum", "alignment": "mean"},
+    optimizer=SimpleNamespace(
+        groups=(("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None)),
+        **dict(warmup=10, decay="constant", clip=1.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-4),
+        ema=0.999,
+    ),
+)
 
 
 def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -351,6 +332,7 @@ def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
+    from prophy_jax.data.taxonomy import NUM_PHENOMENA
     from prophy_jax.run import parallel
 
     mesh = all_devices()
@@ -360,9 +342,9 @@ def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
         "latents": jax.random.normal(keys[0], (size, *shape.latents, 16)),
         "text": jax.random.normal(keys[1], (size, shape.text, shape.text_dim)) * mask[:, None],
         "text_mask": jnp.broadcast_to(mask, (size, shape.text)),
-        "category": jnp.broadcast_to(jnp.arange(17) % 5 == 0, (size, 17)).astype(jnp.float32),
-        "alignment": jax.random.uniform(keys[2], (size, shape.tokens, 17)),
-        "alignment_present": jnp.ones((size, 17)),
+        "category": jnp.broadcast_to(jnp.arange(NUM_PHENOMENA) % 5 == 0, (size, NUM_PHENOMENA)) * 1.0,
+        "alignment": jax.random.uniform(keys[2], (size, shape.tokens, NUM_PHENOMENA)),
+        "alignment_present": jnp.ones((size, NUM_PHENOMENA)),
     }
     empty = {"text": jnp.zeros((shape.text, shape.text_dim)), "text_mask": jnp.arange(shape.text) < 1}
     return parallel.put_batch(batch, mesh), jax.device_put(empty, parallel.replicated(mesh))

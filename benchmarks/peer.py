@@ -6,19 +6,19 @@
 
 Works:
     forward  one forward pass of the backbone
-    train    loss and gradients of the physical branch beside the frozen backbone
+    train    loss and gradients of the physical branch next to the frozen backbone
     sample   a guided sampling loop of the backbone, 8 Euler steps, prompts already encoded
 
 PyTorch runs diffusers' `WanTransformer3DModel`, or `benchmarks/torch_wan.py` where diffusers is missing, with
-`docs/prophy_branch.py` beside it: eager, with --compile also compiled, and on a GPU also with cuDNN's
+`benchmarks/prophy_branch.py` next to it: eager, with --compile also compiled, and on a GPU also with cuDNN's
 attention forced. Sampling, it takes the faster of one call for both prompts and two calls. With --remat, JAX
 keeps what its policy of that name says, and PyTorch nothing but the input of each block.
 
 Each contender is a process of its own, pinned to the same cores; with several, JAX has one simulated device
 per core. Both read the same random weights, none of them zero, and must agree on the result before anything
-is timed. First calls are timed apart: they compile. Then the contenders take turns, forwards and backwards. A
-ratio above 1 says that JAX is faster: of the medians, of the smallest times, and of the smallest processor
-times, the steadiest when other programs run.
+is timed. First calls have a time of their own: they compile. Then the contenders take turns, forwards and
+backwards. A ratio above 1 says that JAX is faster: of the medians, of the smallest times, and of the smallest
+processor times, the steadiest when other programs run.
 
 B batch, T h w latent grid, N tokens.
 """
@@ -70,9 +70,9 @@ def inputs(shape: Shape) -> dict[str, np.ndarray]:
 
 def schedule() -> tuple[np.ndarray, np.ndarray]:
     """(noise levels (STEPS + 1,), model times (STEPS,)) of the sampling loop."""
-    from prophy_jax.diffusion import solvers
+    from prophy_jax.diffusion import flow
 
-    solver = solvers.solver("euler", STEPS, SHIFT)
+    solver = flow.build().solver("euler", STEPS, SHIFT)
     return solver.sigmas, solver.timesteps
 
 
@@ -83,7 +83,7 @@ def write_weights(shape: Shape, folder: pathlib.Path) -> None:
     from convert import export, leaves
     from convert import wan as convert_wan
     from prophy_jax.models import wan as wan_model
-    from prophy_jax.models.beside.prophy import BranchConfig
+    from prophy_jax.models.beside import prophy
 
     model = wan_model.build(**shape.sizes())
     spec = {
@@ -91,7 +91,7 @@ def write_weights(shape: Shape, folder: pathlib.Path) -> None:
         "semantic": {"basis_grid": shape.latents, "hidden": 64},
         "refinement": {},
     }
-    branch = BranchConfig.from_dict(spec)
+    branch = prophy.build(**spec)
     rng = np.random.default_rng(0)
 
     def draw(name: str, size: tuple[int, ...]) -> np.ndarray:
@@ -131,14 +131,16 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
 
     from convert import export
     from convert import wan as convert_wan
-    from prophy_jax import sample
-    from prophy_jax.models.beside.prophy import BranchConfig, ProPhy
+    from prophy_jax.diffusion import generate
+    from prophy_jax.models.beside import prophy
+    from prophy_jax.models.beside.part import Model
     from prophy_jax.testing import state_dicts
 
     mesh = measure.all_devices()
-    backbone = measure.build(shape, remat, branch=False)[0].backbone
+    alone, objective = measure.build(shape, remat, parts=False)
+    backbone = alone.backbone
     with safe_open(folder / "branch.safetensors", "numpy") as file:
-        config = BranchConfig.from_dict(json.loads(file.metadata()["branch"]))
+        branch = prophy.build(**json.loads(file.metadata()["branch"]))
     params = {
         "backbone": state_dicts.read(
             load_file(folder / "transformer.safetensors"),
@@ -146,23 +148,24 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
         ),
         "branch": state_dicts.read(
             load_file(folder / "branch.safetensors"),
-            export.branch_leaves(backbone, config, export.FORMS["wan"], "diffusers"),
+            export.branch_leaves(backbone, branch, export.FORMS["wan"], "diffusers"),
         ),
     }
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    prophy = ProPhy(backbone, config)
+    model = Model(backbone, {"branch": branch})
     clip = {name: jnp.asarray(value) for name, value in inputs(shape).items()}
     settings = dict(solver="euler", steps=STEPS, shift=SHIFT, guidance=GUIDANCE)
     settings |= dict(guidance_schedule="constant", skip=())
-    generate = sample.make_generator(ProPhy(backbone), SimpleNamespace(samples=SimpleNamespace(**settings)))
+    sample = generate.make_generator(alone, objective, SimpleNamespace(**settings))
     forward = jax.jit(backbone)
 
     @jax.jit
     def train(branch, frozen, clip):
         def loss(branch):
             both = {"branch": branch, "backbone": frozen}
-            out = prophy(both, clip["latents"], clip["time"], clip["text"][:1], clip["mask"][:1])
-            return ((out.velocity - clip["target"]) ** 2).mean()
+            prompt = {"text": clip["text"][:1], "text_mask": clip["mask"][:1]}
+            out = model(both, clip["latents"], clip["time"], prompt)
+            return ((out.prediction - clip["target"]) ** 2).mean()
 
         return jax.value_and_grad(loss)(branch)
 
@@ -177,9 +180,9 @@ def jax_works(shape: Shape, folder: pathlib.Path, remat: str) -> dict:
 
     def run_sample():
         negative = {"text": clip["text"][1], "text_mask": clip["mask"][1]}
-        prompt = (clip["text"][:1], clip["mask"][:1], negative)
+        prompt = {"text": clip["text"][:1], "text_mask": clip["mask"][:1]}
         with jax.set_mesh(mesh):
-            return np.asarray(generate(params, clip["latents"], *prompt))
+            return np.asarray(sample(params, clip["latents"], prompt, negative))
 
     return {"forward": run_forward, "train": run_train, "sample": run_sample}
 
@@ -206,8 +209,7 @@ def torch_works(shape: Shape, folder: pathlib.Path, remat: str, device: str, how
         from diffusers import WanTransformer3DModel
     except ImportError:
         from benchmarks.torch_wan import WanTransformer3DModel
-    sys.path.insert(0, str(ROOT / "docs"))
-    from prophy_branch import ProPhy
+    from benchmarks.prophy_branch import ProPhy
 
     def transformer():
         model = WanTransformer3DModel(**arguments)

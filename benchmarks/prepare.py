@@ -4,8 +4,8 @@
 
 Decodes clips of the source at 81 frames of 480x832 as the command does, over and over to `clips` of them, for
 an accelerator that takes `encode` seconds a clip and no processor time. Prints the time of decoding alone, of
-the accelerator alone, and of both together: the longer of the two, and the start, as the first clip comes
-when the first few have been decoded side by side.
+the accelerator alone, and of both at once. The last should be the longer of the two, plus the start: the
+first few clips are decoded at the same time, before the first is ready.
 """
 
 import argparse

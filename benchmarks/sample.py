@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks import measure
 from prophy_jax.plan import flops
 from prophy_jax.run.errors import one_line_errors
+from prophy_jax.testing.counting import count_compiles
 
 GUIDANCE, SHIFT = 6.0, 8.0
 # Seconds of a clip on one H100, computed from published or assumed rates, and the goals; by shape and branch.
@@ -39,20 +40,25 @@ EXPECTED = {
 class Sampler:
     """The compiled loop of one model with what it reads, ready to run steps."""
 
-    def __init__(self, model: Any, shape: measure.Shape, skip: tuple[int, ...], text: Any, mask: Any):
+    def __init__(
+        self, model: Any, objective: Any, shape: measure.Shape, skip: tuple[int, ...], text: Any, mask: Any
+    ):
         import jax
 
-        from prophy_jax import sample
+        from prophy_jax.diffusion import generate
 
-        self.model, self._skip = model, skip
-        settings = dict(solver="unipc", steps=shape.steps, shift=SHIFT, guidance=GUIDANCE)
-        settings |= dict(guidance_schedule="constant", skip=skip)
-        config = SimpleNamespace(samples=SimpleNamespace(**settings))
-        self._begin, self._loop = sample.make_sampler(model, config)
+        self.model, self._objective = model, objective
+        self._settings = SimpleNamespace(
+            solver="unipc",
+            steps=shape.steps,
+            shift=SHIFT,
+            guidance=GUIDANCE,
+            guidance_schedule="constant",
+            skip=skip,
+        )
+        self._begin, self._loop = generate.make_sampler(model, objective, self._settings)
         self._params = measure.random_params(model, shape)
-        self._config = config
         self._noise = jax.random.normal(jax.random.key(3), (1, *shape.latents, 16))
-        self._steps = shape.steps
         self.read(text, mask)
 
     def read(self, text: Any, mask: Any) -> None:
@@ -60,18 +66,18 @@ class Sampler:
         import jax.numpy as jnp
         import numpy as np
 
-        from prophy_jax import sample
+        from prophy_jax.diffusion import generate
 
         short = jnp.arange(mask.shape[1]) < mask.shape[1] // 8
         negative = {"text": text[0] * short[:, None], "text_mask": short}
-        rows = sample.text_rows(np.asarray(mask))
-        self._prompt, self._start = self._begin(self._params, self._noise, text, mask, negative, rows=rows)
+        prompt, rows = {"text": text, "text_mask": mask}, generate.text_rows(np.asarray(mask))
+        self._prompt, self._start = self._begin(self._params, self._noise, prompt, negative, rows=rows)
 
     def step_flops(self) -> int:
         """Of a guided step."""
-        from prophy_jax import sample
+        from prophy_jax.diffusion import generate
 
-        _, loop = sample.make_sampler(flops.plain(self.model), self._config)
+        _, loop = generate.make_sampler(flops.plain(self.model), self._objective, self._settings)
         arguments = self._params, self._start, self._prompt, 1.0, 0, 1
         return flops.model_flops(loop, *arguments, unknown_length=1)
 
@@ -81,7 +87,7 @@ class Sampler:
         import jax.numpy as jnp
 
         state = jax.tree.map(jnp.copy, self._start)  # the loop takes its state for itself
-        last = self._steps if steps is None else steps
+        last = self._settings.steps if steps is None else steps
         return self._loop(self._params, state, self._prompt, jnp.float32(1), 0, last).x
 
 
@@ -132,10 +138,10 @@ def measure_shape(name: str, options: argparse.Namespace) -> Iterator[dict[str, 
     steps = options.steps or (shape.steps if jax.default_backend() == "cpu" else 5)
     samplers = {}
     for branch in (False, True):
-        model, _ = measure.build(shape, branch=branch)
-        samplers[branch] = Sampler(model, shape, options.skip, text, mask)
+        model, objective = measure.build(shape, parts=branch)
+        samplers[branch] = Sampler(model, objective, shape, options.skip, text, mask)
         assert bool(jnp.isfinite(samplers[branch](steps)).all()), "the clip is not finite"
-    with measure.count_compiles() as compiled:
+    with count_compiles() as compiled:
         works = {branch: lambda run=run: run(steps) for branch, run in samplers.items()}
         seconds = measure.alternate(works, options.rounds)
     called = sum(step not in options.skip for step in range(steps))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale [--variant=] [--topologies=v5p:2x2x2,v5p:4x4x4,v5p:8x8x4] [--json=FILE]
 
-Compiles the train step of configs/wan.py for TPUs that are not there (see prophy_jax.plan), data parallel,
+Compiles the train step of configs/wan.py for TPUs that need not exist (see prophy_jax.plan), data parallel,
 one clip a chip. Prints for each topology what a device sends in a step, its floors of time, and the
 efficiency when no communication hides behind computation. What is reduced should be the same for any number
 of chips: the goals are 1 % between the least and the most, and an efficiency of 97 %. A topology takes
@@ -15,8 +15,8 @@ import json
 import jax
 
 from configs import wan
-from prophy_jax.plan import hardware
-from prophy_jax.plan import planner as plan
+from prophy_jax.plan import hardware, table
+from prophy_jax.plan.planner import Job, make_plan
 from prophy_jax.run.errors import one_line_errors
 
 
@@ -33,9 +33,9 @@ def main() -> None:
     for topology in options.topologies.split(","):
         config = wan.get_config(options.variant)
         chip, shape = hardware.parse(topology)
-        config.mesh = dict(data=-1, fsdp=1, context=1)
-        config.batch_size = len(plan.get_devices(chip, topology, shape))
-        one = plan.make_plan(config, topology)
+        chips = len(hardware.get_devices(chip, topology, shape))
+        mesh = dict(data=-1, fsdp=1, context=1)
+        one = make_plan(Job(config, "train", mesh, chips, config.backbone.remat), topology)
         plans.append(one)
         reduced.append(sum(row["bytes"] for row in one.collectives if row["kind"] == "all-reduce"))
         sent = sum(row["sent"] for row in one.collectives)
@@ -55,7 +55,7 @@ def main() -> None:
     )
     if options.json:
         with open(options.json, "w") as file:
-            json.dump([plan.as_json(one) for one in plans], file, indent=1)
+            json.dump([table.as_json(one) for one in plans], file, indent=1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ another function of time than a trained one.
 """
 
 import pathlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,38 +44,38 @@ def main(config) -> None:
     import jax
     from absl import flags
 
-    from prophy_jax import experiment, models, sample
+    from prophy_jax import build, models
+    from prophy_jax.diffusion import generate
     from prophy_jax.run import encoders
 
     options = flags.FLAGS
-    config.batch_size = 0  # divides over any mesh
+    mesh, objective = build.build_mesh(config.mesh), build.build_objective(config)
+    model = build.build_model(config, mesh)
     if not options.branch:
-        config.branch, config.losses = None, {}
-        config.optimizer.groups = (("backbone/", None),)
-    run = experiment.build(config)
+        model = model.without()
+    layout = build.place(model, mesh, config.frozen_dtype)
     about = measure.head(f"skipping steps, {'trained' if options.checkpoint else 'RANDOM'} weights")
     if options.checkpoint:
-        params = experiment.load_params(run, options.checkpoint, options.branch)
+        folders = {"backbone": options.checkpoint, "branch": options.branch}
+        params = build.load_params(config, layout, folders)
     else:
-        shapes = experiment.abstract_params(run)
         params = jax.tree.map(
-            lambda leaf, key: 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype), shapes, _keys(shapes)
+            lambda leaf, key: 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype), layout, _keys(layout)
         )
     prompts = list(options.prompt or PROMPTS)
     text, mask = models.build(config.text_encoder)([*prompts, config.samples.negative_prompt])
-    codec = encoders.load_codec(config, run.mesh)
+    codec = encoders.load_codec(config, mesh)
     shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
     inputs = {
-        "noise": np.asarray(sample.make_noise(config.seed, np.arange(len(prompts)), shape)),
-        "text": text[:-1],
-        "text_mask": mask[:-1],
+        "noise": np.asarray(generate.make_noise(config.seed, np.arange(len(prompts)), shape)),
+        "prompt": {"text": text[:-1], "text_mask": mask[:-1]},
         "negative": {"text": text[-1], "text_mask": mask[-1]},
     }
 
     def loop(steps: int, skip: tuple[int, ...]):
-        config.samples.update(steps=steps, skip=skip)
-        generate = sample.make_generator(run.model, config)
-        return lambda: generate(params, **inputs)
+        settings = SimpleNamespace(**{**config.samples, "steps": steps, "skip": skip})
+        sample = generate.make_generator(model, objective, settings)
+        return lambda: sample(params, **inputs)
 
     steps = config.samples.steps
     plans = {"all steps": (steps, ())}
@@ -82,7 +83,7 @@ def main(config) -> None:
         skip = evenly(steps, share)
         plans[f"{name} skipped"] = (steps, skip)
         plans[f"{steps - len(skip)} steps"] = (steps - len(skip), ())
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(mesh):
         works = {name: loop(*plan) for name, plan in plans.items()}
         latents = {name: np.asarray(work()) for name, work in works.items()}
         seconds = measure.alternate(works, options.rounds)

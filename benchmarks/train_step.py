@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks import kernels, measure
 from prophy_jax.plan import flops
 from prophy_jax.run.errors import one_line_errors
+from prophy_jax.testing.counting import count_compiles
 
 # Of one H100, with ten physical blocks: computed from published or assumed rates, and the goals.
 EXPECTED = {
@@ -39,6 +40,17 @@ EXPECTED = {
     ("wan81", "self_attention"): "2.36 s at the kernels' roof, MFU 45 %; goal 42 %, memory 28 GB",
     ("wan81", "full"): "2.88 s at the kernels' roof, MFU 37 %",
 }
+
+
+def make_step(model: Any, objective: Any, trainable: Any) -> tuple[Callable, Any]:
+    """(the step of `prophy_jax.train`, its optimizer)."""
+    from prophy_jax import losses, train
+    from prophy_jax.run import optim
+
+    settings = measure.TRAIN
+    optimizer = optim.make_optimizer(trainable, settings.steps, settings.optimizer)
+    chosen = losses.choose(settings.losses, settings.reduction, model)
+    return train.make_train_step(model, objective, chosen, optimizer, settings), optimizer
 
 
 def trace(shape: measure.Shape, remat: str, backend: str) -> Any:
@@ -50,12 +62,11 @@ def trace(shape: measure.Shape, remat: str, backend: str) -> Any:
 
     model, objective = measure.build(shape, remat, backend=backend)
     params = jax.eval_shape(lambda: measure.random_params(model, shape))
-    trainable, frozen = optim.split(params, measure.GROUPS)
-    optimizer = optim.make_optimizer(trainable, measure.GROUPS, **measure.OPTIMIZER)
+    trainable, frozen = optim.split(params, measure.TRAIN.optimizer.groups)
+    step, optimizer = make_step(model, objective, trainable)
     state = jax.eval_shape(functools.partial(train.new_state, optimizer=optimizer), trainable)
     batch, empty = measure.random_batch(shape)
     batch = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    step = train.make_train_step(model, objective, optimizer, measure.train_settings())
     return jax.make_jaxpr(step)(state, frozen, empty, batch)
 
 
@@ -74,15 +85,16 @@ class Run:
         from prophy_jax.run import optim
 
         self.model, objective = measure.build(shape, remat)
-        trainable, self._frozen = optim.split(measure.random_params(self.model, shape), measure.GROUPS)
-        optimizer = optim.make_optimizer(trainable, measure.GROUPS, **measure.OPTIMIZER)
+        params = measure.random_params(self.model, shape)
+        trainable, self._frozen = optim.split(params, measure.TRAIN.optimizer.groups)
+        step, optimizer = make_step(self.model, objective, trainable)
         self.operations = step_operations(trace(shape, remat, "blockwise"), shape)
         self.trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
         self._state = train.place_state(trainable, optimizer, measure.all_devices())
-        del trainable
+        del params, trainable
         self._batch, self._empty = measure.random_batch(shape)
         self._step = jax.jit(
-            train.make_train_step(self.model, objective, optimizer, measure.train_settings()),
+            step,
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self._state), None),
         )
@@ -116,7 +128,7 @@ def measure_shape(
         compiled_later = {}
         for remat, run in runs.items():
             run(2)
-            with measure.count_compiles() as compiled:
+            with count_compiles() as compiled:
                 run(1)
             compiled_later[remat] = len(compiled)
     start = time.perf_counter()

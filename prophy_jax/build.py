@@ -33,15 +33,17 @@ def build_mesh(
     return parallel.make_mesh(shape, rows, devices or jax.devices())
 
 
-def build_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
-    """The backbone and the parts that `config` names, with the attention of the mesh's devices.
+def build_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """The backbone and the parts that `config` names.
 
+    Its attention is that of the mesh's devices; plain attention without a mesh, to describe or trace it.
     Raises UserError on names and sizes that do not exist or do not fit together.
     """
     backbone = models.build(config.backbone)
-    backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
-    on_device = functools.partial(attention.attention, backend=backend)
-    backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
+    if mesh is not None:
+        backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
+        on_device = functools.partial(attention.attention, backend=backend)
+        backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
     parts = {name: models.build(spec) for name, spec in (config.parts or {}).items() if spec}
     return Model(backbone, parts)
 

@@ -166,7 +166,7 @@ def test_bad_input_is_one_line(command, message):
 def test_the_parts_of_the_gpu_run_fit_into_ten_minutes_in_order():
     limits = [limit for limit, _, _ in gpu.PARTS.values()]
     names = list(gpu.PARTS)
-    assert sum(limits[: names.index("train 81 qkv")]) < 700  # limits, of which few are reached
+    assert sum(limits[: names.index("train 81 qkv")]) < 700  # few reach their limit
     for _, command, _ in (gpu.PARTS | gpu.SMOKE).values():
         assert (ROOT / "benchmarks" / f"{command.split()[0]}.py").exists()
 
@@ -211,6 +211,6 @@ def test_a_whole_run_at_tiny_sizes_needs_no_more_than_a_gpu_machine_has(tmp_path
 
 
 def test_sizes_of_a_shape_are_those_that_wan_is_built_with():
-    model, _ = measure.build(measure.SHAPES["tiny"], branch=False)
+    model, _ = measure.build(measure.SHAPES["tiny"], parts=False)
     own = dataclasses.asdict(model.backbone.config)
-    assert measure.SHAPES["tiny"].sizes().items() <= own.items() and model.branch is None
+    assert measure.SHAPES["tiny"].sizes().items() <= own.items() and not model.parts

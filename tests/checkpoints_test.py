@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure
 from prophy_jax.run import checkpoints, parallel
 from prophy_jax.run.errors import UserError
+from prophy_jax.testing.counting import count_compiles
 
 TREE = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "b": jnp.zeros((), jnp.int32)}
 
@@ -33,7 +33,7 @@ def test_round_trip_is_bit_equal_and_replaces_the_old_tree(tmp_path):
 def test_saving_arrays_of_many_devices_compiles_nothing(tmp_path):
     mesh = parallel.make_mesh({"data": 8, "fsdp": 1, "context": 1}, 8, jax.devices())
     tree = jax.device_put({"a": np.ones((16, 48)), "b": np.ones((24, 8))}, parallel.replicated(mesh))
-    with measure.count_compiles() as compiled:
+    with count_compiles() as compiled:
         checkpoints.save_params(str(tmp_path / "tree"), tree, {})
     assert not compiled
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from prophy_jax import models
-from prophy_jax.plan import flops, planner
+from prophy_jax.plan import flops
+from prophy_jax.plan.traced import trace
 from tests.conftest import get_config
 
 # Below: n tokens of video, s rows of text, d model width, f feed-forward width, e time width.
@@ -80,7 +81,7 @@ def test_the_papers_train_steps_by_hand(get):
     """
     config = get()
     module = config.backbone.module
-    traced = planner.trace(config, "train", "tpu", 1)
+    traced = trace(config, "train", "tpu", 1)
     backbone, n = models.build(config.backbone).config, traced.tokens
     block, frozen, rest = BY_HAND[module](backbone, n)
     layers, experts = config.parts.branch.layers, 8

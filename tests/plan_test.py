@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from prophy_jax import experiment
-from prophy_jax.plan import collectives, hardware, memory
-from prophy_jax.plan import planner as plan
+from prophy_jax import build
+from prophy_jax.plan import collectives, hardware, memory, programs, search, table
+from prophy_jax.plan.planner import Job, make_plan
+from prophy_jax.plan.traced import trace
 from prophy_jax.run import parallel
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config
@@ -99,7 +100,7 @@ def test_parts_of_axes_that_xla_names_are_groups_too():
     assert sorted(map(sorted, groups)) == [[0, 3], [1, 2]]
 
 
-def test_a_loop_whose_length_is_not_to_be_seen_is_an_error():
+def test_a_loop_of_unknown_length_is_an_error():
     with pytest.raises(ValueError, match="outer_condition"):
         collectives.count(HLO.replace("known_trip_count", "something_else"), MESH)
 
@@ -114,9 +115,10 @@ def tiny(mesh, **backbone):
 
 
 def compiled(config, devices):
-    run = experiment.build(config, devices)
-    program, arguments = plan.train_program(run)
-    with jax.set_mesh(run.mesh):
+    mesh = build.build_mesh(config.mesh, config.batch_size, devices)
+    model = build.build_model(config, mesh)
+    program, arguments = programs.train_program(config, model, mesh, config.batch_size)
+    with jax.set_mesh(mesh):
         return program.lower(*arguments).compile(), arguments
 
 
@@ -125,10 +127,12 @@ def test_data_parallel_steps_sum_each_gradient_once():
     found = collectives.count(executable.as_text(), {"data": 8, "fsdp": 1, "context": 1})
     trained = 4 * sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params))
     summed = sum(one.bytes * one.count for one in found if one.kind == "all-reduce")
-    # Beside gradients in fp32: losses, statistics, and the small arrays of the loss that compares clips.
+    # Besides gradients in fp32: losses, statistics, and the small arrays of the loss that compares clips.
     assert trained <= summed <= trained + 20_000
     stated = executable.memory_analysis().argument_size_in_bytes
-    assert sum(plan.argument_bytes("train", arguments).values()) == pytest.approx(stated, abs=1000)  # padding
+    assert sum(programs.argument_bytes("train", arguments).values()) == pytest.approx(
+        stated, abs=1000
+    )  # padding
 
 
 def test_steps_with_split_parameters_gather_each_once_and_sum_each_gradient_once(monkeypatch):
@@ -137,7 +141,7 @@ def test_steps_with_split_parameters_gather_each_once_and_sum_each_gradient_once
     found = collectives.by_axis(collectives.count(executable.as_text(), {"data": 1, "fsdp": 8, "context": 1}))
     assert {kind for _, kind in found} == {"all-gather", "all-reduce"}  # no activations go anywhere
     trained = 4 * sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params))
-    for row in found.values():  # beside them, as above
+    for row in found.values():  # and the small arrays, as above
         assert row["bytes"] == pytest.approx(trained, abs=20_000)
 
 
@@ -174,19 +178,19 @@ def test_held_memory_of_small_programs_is_counted_by_hand():
 
 
 def test_executed_operations_without_remat_are_those_of_the_model():
-    traced = plan.trace(tiny((1, 1, 1), remat="none"), "train", "cpu", 1)
+    traced = trace(tiny((1, 1, 1), remat="none"), "train", "cpu", 1)
     assert traced.flops == traced.model_flops > 0
 
 
 def test_model_operations_are_of_one_clip_whatever_remat_and_kernels_compute_again():
-    traced = [plan.trace(tiny((1, 1, 1), remat=remat), "train", "tpu", 4) for remat in ("none", "full")]
+    traced = [trace(tiny((1, 1, 1), remat=remat), "train", "tpu", 4) for remat in ("none", "full")]
     assert traced[0].model_flops == traced[1].model_flops
     assert traced[1].flops > 4 * traced[1].model_flops
 
 
 def test_activations_grow_with_what_remat_keeps_and_shrink_with_context():
     held = {
-        remat: plan.trace(tiny((1, 1, 1), remat=remat, num_layers=4), "train", "cpu", 16).held(
+        remat: trace(tiny((1, 1, 1), remat=remat, num_layers=4), "train", "cpu", 16).held(
             {"fsdp": 1, "context": 1}
         )
         for remat in ("none", "products", "qkv", "attention", "self_attention", "full")
@@ -198,27 +202,24 @@ def test_activations_grow_with_what_remat_keeps_and_shrink_with_context():
 def test_counted_memory_is_near_the_compilers():
     """Without remat, when most of it is saved arrays: XLA fuses less for a CPU than for accelerators."""
     config = tiny((1, 1, 1), remat="none", num_layers=6, dim=96, ffn_dim=384)
-    config.branch, config.losses = None, {}
+    config.parts, config.losses = {}, {}
     config.optimizer.groups = (("backbone/", 1e-2),)
     config.data.update(frames=33, height=128, width=128)
     executable, arguments = compiled(config, jax.devices()[:1])
     temporary = executable.memory_analysis().temp_size_in_bytes
-    counted = plan.trace(config, "train", "cpu", 1).held({"fsdp": 1, "context": 1}).total
+    counted = trace(config, "train", "cpu", 1).held({"fsdp": 1, "context": 1}).total
     assert counted == pytest.approx(temporary, rel=0.1)  # measured: 6 % more
 
 
 def test_links_are_those_of_the_torus_or_of_the_server():
     chip = hardware.CHIPS["h100"]
-    mesh = parallel.make_mesh({"data": 8, "fsdp": 1, "context": 1}, 8, jax.devices())
 
-    def rate(*members):
-        one = collectives.Collective("all-reduce", ("data",), len(members), 8, 1, members)
-        return plan.link_rate(chip, jax.devices(), mesh, one)
+    def rate(chip, *members):
+        return hardware.link_rate(chip, jax.devices(), [jax.devices()[member] for member in members])
 
-    assert rate(0, 7) == chip.link
+    assert rate(chip, 0, 7) == chip.link
     small = hardware.Chip("small", 1, 1, 1, link=100.0, network=5.0, per_server=4)
-    one = collectives.Collective("all-reduce", ("data",), 2, 8, 1, (3, 4))
-    assert plan.link_rate(small, jax.devices(), mesh, one) == 5.0
+    assert rate(small, 3, 4) == 5.0
 
 
 def test_a_job_that_does_not_fit_is_answered_with_what_is_too_much_and_a_remedy(monkeypatch):
@@ -226,17 +227,17 @@ def test_a_job_that_does_not_fit_is_answered_with_what_is_too_much_and_a_remedy(
     config.batch_size = 16
     chip = hardware.Chip("h100", 1e12, 10_000, 1e9, 1e9, 1e9, 8)
     monkeypatch.setitem(hardware.CHIPS, "h100", chip)
-    small = plan.make_plan(config, "h100:8", compiled=False)
+    small = make_plan(Job.of(config), "h100:8", compiled=False)
     assert not small.fits
-    line = plan.does_not_fit(small)
+    line = table.does_not_fit(small)
     assert "most of it" in line and "try " in line and "\n" not in line
-    assert small.compiled is None and json.dumps(plan.as_json(small))
+    assert small.compiled is None and json.dumps(table.as_json(small))
     with pytest.raises(UserError, match="nothing fits h100:8"):
-        plan.search(config, "h100:8", "sample")
+        search.search(config, "h100:8", "sample")
 
 
 def test_gpu_plans_count_gradients_in_the_type_in_which_they_are_summed():
-    found = plan.make_plan(tiny((8, 1, 1), dtype="bfloat16"), "h100:8")
+    found = make_plan(Job.of(tiny((8, 1, 1), dtype="bfloat16")), "h100:8")
     summed = sum(row["bytes"] for row in found.collectives if row["kind"] == "all-reduce")
     # Matrices of the copied blocks in bfloat16, everything else in float32.
     assert 2 * found.trained < summed < 4 * found.trained
@@ -244,8 +245,8 @@ def test_gpu_plans_count_gradients_in_the_type_in_which_they_are_summed():
 
 
 def test_every_line_of_the_table_has_its_figures():
-    found = plan.make_plan(tiny((8, 1, 1)), "h100:8", compiled=False)
-    text = plan.table(found)
+    found = make_plan(Job.of(tiny((8, 1, 1))), "h100:8", compiled=False)
+    text = table.table(found)
     for words in ("parameters", "optimizer and EMA", "activations", "all-reduce over data", "limited by"):
         assert words in text
     kinds = found.memory
@@ -271,7 +272,7 @@ def test_topologies_that_mean_nothing_are_refused(topology, words):
 @pytest.mark.parametrize("mesh", ["1,2", "1,2,x", "1,2,3,4"])
 def test_meshes_are_three_numbers(mesh):
     with pytest.raises(UserError, match="three numbers"):
-        plan.read_mesh(mesh)
+        table.read_mesh(mesh)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_meshes_that_do_not_fit_are_refused(mesh, words):
     config = tiny(mesh)
     config.batch_size = 4
     with pytest.raises(UserError, match=words):
-        plan.make_plan(config, "h100:8", compiled=False)
+        make_plan(Job.of(config), "h100:8", compiled=False)
 
 
 def test_bad_input_is_answered_in_one_line():
@@ -305,14 +306,14 @@ def test_bad_input_is_answered_in_one_line():
 @needs_tpu_compiler
 def test_tpu_topologies_that_do_not_exist_are_refused_in_one_line():
     with pytest.raises(UserError, match="the TPU compiler refuses it"):
-        plan.get_devices(hardware.CHIPS["v5p"], "v5p:3x3", (3, 3))
+        hardware.get_devices(hardware.CHIPS["v5p"], "v5p:3x3", (3, 3))
 
 
 @needs_tpu_compiler
 def test_the_step_compiles_for_a_tpu_that_is_not_there():
     # Not smaller: libtpu 0.0.50 aborts on all-reduces of a few values.
     config = tiny((4, 1, 1), dtype="bfloat16", dim=256, num_heads=2, ffn_dim=512)
-    found = plan.make_plan(config, "v5p:2x2x1")
+    found = make_plan(Job.of(config), "v5p:2x2x1")
     assert found.attention == "splash" and found.compiled > sum(
         found.memory[kind] for kind in ("parameters", "optimizer and EMA", "inputs")
     )

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure
 from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate, solvers, v_prediction
 from prophy_jax.run import checkpoints, parallel
 from prophy_jax.run.errors import UserError
+from prophy_jax.testing.counting import count_compiles
 from tests.conftest import ROOT, build_run, get_config
 from tests.videos import read_clip
 
@@ -232,7 +232,7 @@ def test_one_program_makes_every_clip_whole_or_in_pieces(weights):
     run, make_clips = make(config, weights, devices=2)
     noise = np.asarray(make_clips.keywords["noise"])
     other_noise = parallel.put_batch({"noise": noise + 1}, run.mesh)["noise"]
-    with jax.set_mesh(run.mesh), measure.count_compiles() as compiled:
+    with jax.set_mesh(run.mesh), count_compiles() as compiled:
         whole = np.asarray(make_clips())
         assert len(compiled) >= 2  # `begin` and `loop`
         compiled.clear()

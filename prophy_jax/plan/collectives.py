@@ -1,11 +1,12 @@
 """Counts what a compiled program sends between devices, from its HLO text.
 
-    bytes   of one call: the reduced, gathered or exchanged array as one device holds it, of a reduce-scatter
-            before it is scattered, of a permutation what is passed on
-    sent    what each device puts on the wire for it in a ring, n devices in a group: 2 (n-1)/n of the bytes
-            of an all-reduce, (n-1)/n of those of a gather, scatter or exchange, all those of a permutation
+    bytes   of one call: the reduced, gathered or exchanged array as one device holds it; of a reduce-scatter
+            before it is scattered; of a permutation what each device passes on
+    sent    what each device sends for it in a ring of n devices: 2 (n-1)/n of the bytes of an all-reduce,
+            (n-1)/n of those of a gather, scatter or exchange, all those of a permutation
 
-Loop bodies count as often as they run. Groups of one device are left out: nothing moves.
+Loop bodies count as often as they run. Groups of one device are left out: nothing moves. The text is the only
+place where XLA says which devices exchange what, hence this reader.
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ def count(
 ) -> int:
     """Operations that a closed jaxpr executes: 2 per multiply-add of matrix products, loops multiplied.
 
-    Operations whose results nobody reads are left out, as compilers leave them out.
+    Operations whose results are not used are left out, as compilers do.
 
     Args:
         jaxpr: Of `jax.make_jaxpr`.

@@ -1,4 +1,4 @@
-"""Published rates of the chips that the planner knows: one table.
+"""The chips that the planner knows, in one table of published rates; and the devices of a topology.
 
 Rates are those of one JAX device: a TPU7x chip is two of them. Peaks are dense bfloat16. `link` is what one
 device sends per second over all its links inside a slice or a server, one way: half of the bidirectional rate
@@ -10,7 +10,14 @@ adapter of 200 or 400 Gb/s a GPU.
 """
 
 import dataclasses
+import importlib.util
+import math
+import os
 import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 
 from prophy_jax.run.errors import UserError
 
@@ -28,6 +35,10 @@ class Chip:
     link: float  # bytes/s sent, in a slice or server
     network: float = 0.0  # bytes/s sent, between servers
     per_server: int = 0  # GPUs in a server; 0: a TPU slice, all linked
+
+    @property
+    def platform(self) -> str:
+        return "gpu" if self.per_server else "tpu"
 
 
 CHIPS = {
@@ -56,3 +67,52 @@ def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
     if chip.per_server and len(shape) > 1:
         raise UserError(f"--topology={topology}: GPUs have a number, not a shape, such as {chip.name}:8")
     return chip, shape
+
+
+def get_devices(chip: Chip, topology: str, shape: Sequence[int]) -> list[Any]:
+    """Compile-only TPU devices, or as many simulated CPU devices as there are GPUs. Raises UserError."""
+    if chip.per_server:
+        count = math.prod(shape)
+        if len(jax.devices("cpu")) < count:
+            raise UserError(
+                f"{count} devices must be simulated: jax.config.update('jax_num_cpu_devices', {count})"
+            )
+        return jax.devices("cpu")[:count]
+    from jax.experimental import topologies
+
+    # Only the compiler is used: it must not look for a TPU on this machine, or lock one.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f'the TPU compiler is not installed: pip install "jax[tpu]=={jax.__version__}", without any TPU'
+        )
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].partition(": ")[2]
+        raise UserError(f"--topology={topology}: the TPU compiler refuses it: {reason}") from error
+
+
+def link_rate(chip: Chip, devices: Sequence[Any], members: Sequence[Any]) -> float:
+    """Bytes/s that a device sends to the other `members` of a group.
+
+    On a torus, over the links that lead to them. GPUs of one server use all of their links; groups over
+    several servers are as fast as the network.
+
+    Args:
+        chip: Of all devices.
+        devices: All of the job.
+        members: Those of the group.
+    """
+    if chip.per_server:
+        servers = {device.id // chip.per_server for device in members}
+        return chip.link if len(servers) == 1 else chip.network
+    sides = [len({device.coords[axis] for device in devices}) for axis in range(len(devices[0].coords))]
+    used = [len({device.coords[axis] for device in members}) > 1 for axis in range(len(sides))]
+    links = sum(side > 1 for side in sides)
+    return chip.link * max(sum(used), 1) / max(links, 1)

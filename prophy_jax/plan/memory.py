@@ -1,7 +1,8 @@
 """Counts the bytes that a traced program holds at once, without compiling it.
 
-A walk over the jaxpr in its own order, which keeps forward and backward passes as JAX laid them out. What is
-stored, and what a compiler fuses away, follows four rules:
+An estimate, for chips whose compiler is not installed, and for a search that cannot compile every candidate;
+where there is a compiler, its own figures count. It walks over the jaxpr in its order, which keeps
+forward and backward passes as JAX wrote them. Four rules say what is stored, and what a compiler fuses away:
 
 - Kernels (matrix products, attention, loops, everything not listed here) store what they make and read
   stored operands. Reductions store what they make and read through fused operands.
@@ -11,7 +12,7 @@ stored, and what a compiler fuses away, follows four rules:
 - A loop stores its carry and its stacked outputs in full, and what its body holds at once.
 - Donated arguments are overwritten: outputs of the same program take no more room.
 
-The counts are checked against compiled programs in tests/plan_test.py.
+tests/plan_test.py compares the counts with compiled programs.
 """
 
 import dataclasses

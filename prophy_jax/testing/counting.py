@@ -1,7 +1,9 @@
-"""Counts what a jaxpr runs, loops by their length."""
+"""Counts what a jaxpr runs, loops by their length, and the programs that JAX compiles."""
 
 import collections
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ BACKWARD = ("attention_backward", "dot_product_attention_bwd", "splash_mha_dkv")
 def equations(jaxpr) -> Iterator[tuple]:
     """Each equation of a jaxpr and of those inside it, with the times that it runs.
 
-    Left out are those whose results nobody reads: no program that is compiled from it contains them.
+    Equations whose results are not used are left out: no compiled program contains them.
     """
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if not eqn.effects and all(isinstance(v, DropVar) for v in eqn.outvars):
@@ -53,3 +55,19 @@ def _keys(eqn, kind: str) -> int | None:
     # q, k, v (B, M, H, D), in splash (B H, M, D), follow its tables of integers.
     avals = [v.aval for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
     return [aval for aval in avals if aval.ndim >= 3][1].shape[1]
+
+
+@contextlib.contextmanager
+def count_compiles() -> Iterator[list[str]]:
+    """The list grows by one entry for every program that JAX compiles, or takes from its cache."""
+    compiled: list[str] = []
+
+    def note(event: str, *_: Any, **__: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
