@@ -42,6 +42,7 @@ from prophy_jax.run.errors import UserError
 
 
 def main(config: Any) -> None:
+    """The command, with its flags parsed."""
     options = flags.FLAGS
     if not options.topology:
         raise UserError("name the chips: --topology=v5p:4x4x4, v6e:16x16, tpu7x:4x4x4 or h100:8")

@@ -480,10 +480,12 @@ def search(config: Any, topology: str, mode: str) -> tuple[list[Plan], Plan]:
 
 
 def gigabytes(size: float) -> str:
+    """A number of bytes, as commands print it."""
     return f"{size / 1e9:.2f} GB"
 
 
 def describe(plan: Plan) -> str:
+    """Mesh, batch and policy of a plan, on one line."""
     mesh = ",".join(str(size) for size in plan.mesh.values())
     return f"mesh {mesh}, {plan.clips} clips a step, remat {plan.remat}"
 
@@ -546,6 +548,7 @@ def does_not_fit(plan: Plan) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    """All that a plan says, as JSON types."""
     own = dataclasses.asdict(plan)
     own |= {"bytes": plan.bytes, "fits": plan.fits, "limit": plan.limit, "seconds": plan.seconds}
     share = {how: plan.share_of_peak(how) for how in plan.seconds}
@@ -553,7 +556,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """ "16,1,4" -> sizes of data, fsdp and context. Raises UserError."""
+    """Reads "16,1,4" as sizes of data, fsdp and context. Raises UserError."""
     try:
         return dict(zip(parallel.AXES, (int(size) for size in text.split(",")), strict=True))
     except ValueError as error:
