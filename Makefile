@@ -3,7 +3,7 @@
 # make test          environment, install, and the whole suite
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-full     the long checks that `make test` leaves out
-# make lint          ruff
+# make lint          ruff, and mypy on the seams
 # make wheel         a wheel in an empty environment: prepares and trains the smallest run from an empty folder
 # make ratios        PyTorch and JAX at the same work on this CPU, in turns: two minutes
 # make bench-gpu     ten minutes on one GPU: every figure of docs/benchmarks.md, to OUT=DIR; installs nothing
@@ -53,6 +53,7 @@ test-full: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 test-latest: $(LATEST)/.installed
 	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST)

@@ -1,6 +1,6 @@
-"""What skipping steps of the sampling loop saves, and how far the clips move.
+r"""What skipping steps of the sampling loop saves, and how far the clips move.
 
-    python -m benchmarks.skipping --config=configs/wan.py:demo_backbone \\
+    python -m benchmarks.skipping --config=configs/wan.py:demo_backbone \
         --checkpoint=runs/demo_backbone/backbone [--branch=DIR] [--prompt=TEXT ...] [--json=FILE]
 
 Samples the same noise with all of `config.samples.steps`, then with a quarter, a third and half of them

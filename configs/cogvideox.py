@@ -1,11 +1,11 @@
 """ProPhy on CogVideoX (ProPhy, CVPR 2026; the paper's second backbone).
 
     configs/cogvideox.py                  the paper's run on 5B: 480x720, 49 frames at 8 fps, K=6
-    configs/cogvideox.py:2b               CogVideoX-2B, to sample with; training beside it has not been tried
+    configs/cogvideox.py:2b               CogVideoX-2B, to sample with; training on it has not been tried
     configs/cogvideox.py:1.5-5b           CogVideoX1.5-5B at 768x1360, 81 frames at 16 fps, to sample with
     configs/cogvideox.py:tiny             seconds: the same path end to end on a small model; CI runs it
     configs/cogvideox.py:demo_backbone    minutes: pretrains a small backbone on the physics sandbox
-    configs/cogvideox.py:demo             minutes: trains the branch beside that backbone
+    configs/cogvideox.py:demo             minutes: trains the branch on that backbone
 
 Ablations follow a comma, as in configs/wan.py.
 
@@ -92,14 +92,14 @@ def public(config: ConfigDict, folder: str, download: str) -> None:
 
 def tiny() -> ConfigDict:
     """Two blocks, 32x32 pixels, 9 frames."""
-    config = beside_the_sandbox(wan.tiny())
+    config = on_the_sandbox(wan.tiny())
     config.backbone.num_heads = 3  # of width 16, the least that three axes of positions divide
     return config
 
 
 def demo_backbone() -> ConfigDict:
     """Stands in for CogVideoX's pretraining: a small backbone learns to draw the sandbox."""
-    return beside_the_sandbox(wan.demo_backbone())
+    return on_the_sandbox(wan.demo_backbone())
 
 
 def demo() -> ConfigDict:
@@ -108,12 +108,12 @@ def demo() -> ConfigDict:
     Expected: on test clips a mean AUC of P'_r of 0.87 (0.48 before training), on validation clips a diffusion
     loss of 0.9992 of that of the backbone alone; docs/cogvideox.md.
     """
-    config = beside_the_sandbox(wan.demo())
+    config = on_the_sandbox(wan.demo())
     config.backbone_params = "runs/demo_cogvideox_backbone/backbone"
     return config
 
 
-def beside_the_sandbox(config: ConfigDict) -> ConfigDict:
+def on_the_sandbox(config: ConfigDict) -> ConfigDict:
     """A small run of configs/wan.py with blocks, objective and sampler of CogVideoX."""
     wan_sizes = config.backbone
     config.backbone = dict(

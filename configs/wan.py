@@ -1,13 +1,15 @@
 """ProPhy on Wan2.1-T2V-1.3B (ProPhy, CVPR 2026, Table 1: VideoPhy2 PC 65.0, SA 32.0, Joint 26.5).
 
     configs/wan.py                  the paper's run: 480x832, 81 frames, K=10, 20K clips of WISA-80K
-    configs/wan.py:14b              Wan2.1-T2V-14B, to sample with; training beside it has not been tried
+    configs/wan.py:14b              Wan2.1-T2V-14B, to sample with; training on it has not been tried
     configs/wan.py:tiny             seconds: the same path end to end on a small model; CI runs it
     configs/wan.py:demo_backbone    minutes: pretrains the demo's small backbone on the physics sandbox
-    configs/wan.py:demo             minutes: trains the branch beside that backbone (`make demo`)
+    configs/wan.py:demo             minutes: trains the branch on that backbone (`make demo`)
     configs/wan.py:demo_data        minutes: real clips, random weights, every stage (`make demo-data`)
 
-An ablation follows a comma, e.g. configs/wan.py:demo,pb+seb. It takes parts away:
+Every command prints all keys and what they mean with --print_config.
+
+An ablation follows a comma, such as configs/wan.py:demo,pb+seb. It takes parts away:
     pb, pb+seb, pb+reb              the branch without the other expert blocks and their losses
     bce                             absolute instead of relative semantic alignment
     absolute                        token alignment everywhere in the categories present, no balance
@@ -117,12 +119,12 @@ def paper() -> ConfigDict:
         # Further (frames, height, width), such as (49, 480, 832) and (81, 832, 480): each clip takes the one
         # of its shape, and the longest that it fills. Batches are of one of them.
         buckets=(),
-        max_upscale=1.25,  # clips that would have to grow by more are skipped
-        categories="answers",  # 17-way, from q0, q1 and q2 of WISA-80K; or "label", its single label
-        subset=20_000,  # clips drawn at random, 0: all
+        max_upscale=1.25,
+        categories="answers",
+        subset=20_000,
         seed=0,
         val_share=0.01,
-        shard=64,  # clips in a file
+        shard=64,
         height=480,
         width=832,
         frames=81,
@@ -130,16 +132,16 @@ def paper() -> ConfigDict:
     )
     # What a vision-language model says is where; see prophy_jax.labels. The paper leaves all of it open.
     config.label = dict(
-        layers=(0.5, 0.85),  # a band of the depth
+        layers=(0.5, 0.85),
         heads="mean",
-        rows="generated",  # the answer's tokens ask where; or "predicting", "last_prompt"
-        tokens="content",  # of them those that mean something; or "all"
-        denoise="difference",  # from the background; or "ratio", "log_ratio", "none"
-        scale="max",  # targets are divided by max |Q|; or "std"
+        rows="generated",
+        tokens="content",
+        denoise="difference",
+        scale="max",
         max_new_tokens=64,
-        every=1,  # latent times in a frame pair of the model
-        cell=2,  # tokens a side in a cell of the model
-        batch=1,  # clips at a time
+        every=1,
+        cell=2,
+        batch=1,
         dtype="bfloat16",
     )
     config.label_check = dict(clips=24, size=128, frames=13, fps=8, seed=0)
@@ -147,7 +149,7 @@ def paper() -> ConfigDict:
     config.text_encoder = dict(module="t5", variant="umt5-xxl", dtype="bfloat16", length=512)
 
     config.mesh = dict(data=-1, fsdp=1, context=1)
-    config.attention = "auto"  # by platform; or "xla", "blockwise", "cudnn", "splash"
+    config.attention = "auto"
     config.log = dict(every=10)
     config.checkpoint = dict(every=500, keep=3)
     config.validation = dict(every=500, batches=4, batch_size=8, times=(0.2, 0.5, 0.8))
@@ -158,8 +160,8 @@ def paper() -> ConfigDict:
         steps=50,
         shift=8.0,
         guidance=6.0,
-        guidance_schedule="constant",  # or "dynamic", CogVideoX's: see prophy_jax.diffusion.guided
-        skip=(),  # steps, from 1, that do not call the network: see docs/benchmarks.md for what it costs
+        guidance_schedule="constant",
+        skip=(),
         negative_prompt=NEGATIVE_PROMPT,
     )
     return config

@@ -191,8 +191,11 @@ def _remedy(config: ConfigDict, name: str) -> str:
 
 
 def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[str, Any]:
-    """The manifest of `config.data.dir`. Raises UserError unless it was prepared as the configuration says,
-    in latents that the backbone takes."""
+    """The manifest of `config.data.dir`.
+
+    Raises UserError unless the data were prepared as the configuration says, in latents that the backbone
+    takes.
+    """
     manifest = records.read_manifest(config.data.dir)
     own = workdir.run_identity(config, "data")
     own["data"] = {key: own["data"][key] for key in manifest["video"]}

@@ -155,6 +155,7 @@ def _plain(value: Any) -> Any:
 
 
 def main(config: Any) -> None:
+    """The command, with its flags parsed."""
     from absl import flags
 
     workdir = flags.FLAGS.workdir

@@ -509,6 +509,7 @@ def describe(
 
 
 def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Prints what was made, and what was left out."""
     from prophy_jax.data import records
 
     print(
@@ -520,6 +521,7 @@ def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def main(config: "ConfigDict") -> None:
+    """The command, with its flags parsed."""
     from prophy_jax.data.job import parse_process
 
     options = flags.FLAGS

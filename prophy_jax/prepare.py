@@ -447,6 +447,7 @@ def describe(
 
 
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    """Prints what was made, and what was left out."""
     from prophy_jax.data import records
 
     counts = manifest["counts"]
@@ -472,6 +473,7 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def main(config: "ConfigDict") -> None:
+    """The command, with its flags parsed."""
     from prophy_jax.data.job import parse_process
 
     options = flags.FLAGS

@@ -107,6 +107,7 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
 
 
 def main(config: Any) -> None:
+    """The command, with its flags parsed."""
     from absl import flags
     from tqdm import tqdm
 

@@ -305,6 +305,7 @@ def train(config: Any, workdir: str) -> None:
 
 
 def main(config: Any) -> None:
+    """The command, with its flags parsed."""
     if not flags.FLAGS.workdir:
         raise UserError("name a folder for the run: --workdir=DIR")
     train(config, flags.FLAGS.workdir)

@@ -1,5 +1,6 @@
-"""Wan2.1-T2V-1.3B and CogVideoX-5B's transformer at their real sizes, once: random files in the public
-format, converted, loaded, compared.
+"""Wan2.1-T2V-1.3B and CogVideoX-5B's transformer at their real sizes, once.
+
+Random files in the public format are converted, loaded and compared.
 
     make test-full      or      python -m pytest -m slow tests/full_size_test.py -s
     python -m tests.full_size_test write DIR                the random files alone, to try the commands on

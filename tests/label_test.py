@@ -319,8 +319,9 @@ def test_an_oracle_scores_one():
 
 
 def test_random_weights_score_about_a_half(tmp_path):
-    """One model may respond to a shape by chance; several do so in both directions. Means of 0.48 and 0.51
-    over 40 models, and a deviation of 0.06 between them.
+    """One model may respond to a shape by chance; several do so in both directions.
+
+    Measured over 40 models: means of 0.48 and 0.51, and a deviation of 0.06 between models.
     """
     config, found = get_config(), []
     for seed in range(6):

@@ -1,5 +1,7 @@
-"""From public files to trained branch and back, by the command lines alone: convert, prepare, train, sample,
-export. Tiny random weights under the official names; the VAE and the text encoder are the real ones."""
+"""From public files to trained branch and back: convert, prepare, train, sample, export, by command lines.
+
+Tiny random weights under the official names; the VAE and the text encoder are the real ones.
+"""
 
 import json
 import os

@@ -234,8 +234,10 @@ class Shard:
 
 
 def _fill_empty_split(reports: list[dict[str, Any]]) -> None:
-    """Where nothing of the validation split could be used, a shard of the training split stands in, and the
-    other way round: a handful of clips is still data to try things on. The report gets "stands_in"."""
+    """Puts a shard of the training split in an empty validation split, and the other way round.
+
+    A handful of clips is still data to try things on. The report gets "stands_in".
+    """
     for split, other in (("val", "train"), ("train", "val")):
         own = [report for report in reports if report["split"] == split]
         others = [report for report in reports if report["split"] == other and report["datasets"]]
@@ -262,8 +264,10 @@ def _partial(path: Path) -> Path:
 
 
 def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
-    """Of the frames of all examples, as plan["data"] says how they were taken, and of the ids in their order:
-    equal for data sets that belong together."""
+    """Hash of plan["data"], which says how frames were taken, and of the ids of all examples in their order.
+
+    It is equal for data sets that belong together.
+    """
     digest = hashlib.sha256(json.dumps(plan.get("data"), sort_keys=True).encode())
     for report in reports:
         for dataset in sorted(report["ids"]):
@@ -300,7 +304,7 @@ def _lock(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def parse_process(text: str) -> tuple[int, int]:
-    """ "1/4" -> (1, 4). Raises UserError unless it is I/P with 0 <= I < P."""
+    """Reads "1/4" as (1, 4). Raises UserError unless it is I/P with 0 <= I < P."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--process={text}: say which of how many this is, from 0/4 to 3/4")

@@ -24,6 +24,7 @@ def svg(figure: Figure) -> str:
 
 
 def make_axes(figure: Figure, *place: int):
+    """Axes without a frame at the top and the right."""
     axes = figure.add_subplot(*place)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, color="#8b95a1")

@@ -41,6 +41,7 @@ def measure(
     """Labels `sandbox.clips` clips and measures them.
 
     Args:
+        model: Answers the questions.
         settings: `config.label`; `every`, `cell`, `batch` and `scale` change nothing.
         sandbox: `config.label_check`: clips, size, frames, fps, seed.
         step: called after each clip.

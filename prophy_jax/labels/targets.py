@@ -43,7 +43,9 @@ def denoise(attention: np.ndarray, background: np.ndarray, how: str) -> np.ndarr
 def overlap(target: np.ndarray, source: np.ndarray) -> np.ndarray:
     """(targets, sources) share of each target cell that each source cell covers; rows sum to 1.
 
-    Args: the edges of the cells, (targets + 1,) and (sources + 1,), rising, with equal ends.
+    Args:
+        target: the edges of the target cells, (targets + 1,), rising.
+        source: those of the source cells, (sources + 1,), with the same ends.
     """
     low = np.maximum(target[:-1, None], source[None, :-1])
     high = np.minimum(target[1:, None], source[None, 1:])

@@ -166,6 +166,7 @@ class Vlm:
             clips: uint8 (2 T', 28 H', 28 W', 3), all of one shape.
             questions: of each clip.
             seconds: between temporal cells.
+            reading: which attention makes a map.
         """
         count, height, width, _ = clips[0].shape
         grid = (count // PAIR, height // CELL, width // CELL)
@@ -318,6 +319,7 @@ def load(path: str | os.PathLike, device: str, dtype: str) -> Vlm:
     """Opens a local folder as published: config, weights in safetensors, tokenizer with chat template.
 
     Args:
+        path: the folder.
         device: such as "cpu" or "cuda"; "auto" spreads the layers over the GPUs there are (needs accelerate).
         dtype: "bfloat16", "float16" or "float32".
 

@@ -168,7 +168,7 @@ def attention_backward(
             d_bias = None if bias is None else d_bias + d_s_t.sum(axis=1)
             return (d_k + _dot(d_s_t, q), d_v + _dot(p_t, d_out), d_bias), _dot(k_t, d_s_t).T
 
-        zero = tuple(None if x is None else jnp.zeros_like(x) for x in (k, v, bias))
+        zero: Any = tuple(None if x is None else jnp.zeros_like(x) for x in (k, v, bias))
         # Rows of padding have an infinite sum, so that they give no weight to any key.
         blocks = (_blocks(scaled), _blocks(d_out), _blocks(lse, math.inf), _blocks(delta))
         (d_k, d_v, d_bias), d_q = lax.scan(block, zero, blocks)

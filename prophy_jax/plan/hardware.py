@@ -56,7 +56,7 @@ CHIPS = {
 
 
 def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
-    """ "v5p:4x4x4" -> the chip and (4, 4, 4); "h100:8" -> the chip and (8,). Raises UserError on others."""
+    """Reads "v5p:4x4x4" as the chip and (4, 4, 4), "h100:8" as the chip and (8,). Raises UserError."""
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", topology)
     known = ", ".join(CHIPS)
     if not match or match[1] not in CHIPS:

@@ -64,6 +64,7 @@ def peak(jaxpr: Any, size_of: Callable[[Any], float]) -> LiveBytes:
 
 
 def array_bytes(aval: Any) -> float:
+    """Bytes of an array that is whole on one device."""
     extended = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)  # random keys
     return math.prod(aval.shape) * (8 if extended else np.dtype(aval.dtype).itemsize)
 

@@ -1,4 +1,4 @@
-"""The contact sheet of docs/sandbox.md, one PNG:
+"""The contact sheet of docs/sandbox.md, one PNG.
 
     python -m prophy_jax.data.sandbox.contact_sheet docs/sandbox.png
 

@@ -76,6 +76,7 @@ def local(canvas: Canvas, cx: Any, cy: Any, angle: Any = 0.0) -> tuple[np.ndarra
 
 
 def disc(canvas: Canvas, cx: Any, cy: Any, radius: Any) -> np.ndarray:
+    """Coverage of a disc."""
     u, v = local(canvas, cx, cy)
     return canvas.cover(np.hypot(u, v) - per_frame(radius))
 

@@ -58,8 +58,10 @@ class Clip:
 
 
 class Sample(NamedTuple):
-    """A clip read: frames (F,H,W,3) uint8 in their bucket. The sandbox also gives masks
-    (T,G,G,17) float16, and the caption and category that its listing lacks."""
+    """A clip that was read: frames (F,H,W,3) uint8 in their bucket.
+
+    The sandbox also gives masks (T,G,G,17) float16, and the caption and category that its listing lacks.
+    """
 
     frames: np.ndarray
     bucket: Bucket

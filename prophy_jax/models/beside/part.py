@@ -111,6 +111,8 @@ class Prompt(flax.struct.PyTreeNode):
 
 
 class Output(flax.struct.PyTreeNode):
+    """What one forward pass gives."""
+
     prediction: jax.Array  # (B, T, h, w, c) fp32, the backbone's prediction
     seen: dict[str, Any]  # by part, what its `leave` returned
 

@@ -120,7 +120,13 @@ def mix_experts(tokens: jax.Array, weights: jax.Array, kernel: jax.Array, bias: 
 
     Tokens x are weighted before the product: no gradient then needs the experts' outputs.
 
-    Args: tokens (B, N, C), weights (B, N, E), kernel (E, C, C), bias (E, C). The sum is taken in fp32.
+    The sum is taken in fp32.
+
+    Args:
+        tokens: (B, N, C).
+        weights: (B, N, E).
+        kernel: (E, C, C).
+        bias: (E, C).
     """
     total = jnp.matmul(weights, bias, preferred_element_type=jnp.float32)
     for expert, matrix in enumerate(kernel):
