@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from prophy_jax.models import cogvideox
+from tests.cogvideox_test import from_diffusers
+from tests.late import late
 
-from diffusers.models.embeddings import get_3d_rotary_pos_embed  # noqa: E402
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid  # noqa: E402
-
-from prophy_jax.models import cogvideox  # noqa: E402
-from tests.cogvideox_test import from_diffusers  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+embeddings = late("diffusers.models.embeddings")
+pipeline_cogvideox = late("diffusers.pipelines.cogvideo.pipeline_cogvideox")
 
 HEADS, HEAD_DIM, TEXT_LEN, TEXT_DIM = 3, 32, 7, 24
 ROWS, COLUMNS = 6, 10  # of the latents that the positions were made for
@@ -94,12 +94,12 @@ def run_reference(reference, latents, times, text):
     _, frames, rows, columns, _ = latents.shape
     grid, rope = (rows // 2, columns // 2), None
     if reference.config.patch_size_t is not None:
-        rope = get_3d_rotary_pos_embed(
+        rope = embeddings.get_3d_rotary_pos_embed(
             HEAD_DIM, None, grid, frames // 2, grid_type="slice", max_size=(150, 150)
         )
     elif reference.config.use_rotary_positional_embeddings:
-        crop = get_resize_crop_region_for_grid(grid, COLUMNS // 2, ROWS // 2)
-        rope = get_3d_rotary_pos_embed(HEAD_DIM, crop, grid, frames)
+        crop = pipeline_cogvideox.get_resize_crop_region_for_grid(grid, COLUMNS // 2, ROWS // 2)
+        rope = embeddings.get_3d_rotary_pos_embed(HEAD_DIM, crop, grid, frames)
     out = reference(latents.permute(0, 1, 4, 2, 3), text, times, image_rotary_emb=rope, return_dict=False)[0]
     return out.permute(0, 1, 3, 4, 2)
 

@@ -8,21 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
-transformers = pytest.importorskip("transformers", reason="parity tests need the test extra")
+from convert import cogvideox as convert_cogvideox
+from prophy_jax import build, sample
+from prophy_jax.diffusion import generate, solvers
+from prophy_jax.run import encoders
+from tests import tiny_pipeline
+from tests.cogvideox_vae_parity_test import model_of
+from tests.conftest import build_run
+from tests.late import late
+from tests.tiny_models import randomise
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
-from diffusers.schedulers import scheduling_dpm_cogvideox  # noqa: E402
-
-from convert import cogvideox as convert_cogvideox  # noqa: E402
-from prophy_jax import build, sample  # noqa: E402
-from prophy_jax.diffusion import generate, solvers  # noqa: E402
-from prophy_jax.run import encoders  # noqa: E402
-from tests import tiny_pipeline  # noqa: E402
-from tests.cogvideox_vae_parity_test import model_of  # noqa: E402
-from tests.conftest import build_run  # noqa: E402
-from tests.tiny_models import randomise  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+transformers = late("transformers")
 
 PROMPT = "A red ball falls on the blue box and rolls into it."
 # By variants of configs/cogvideox.py: what tells their config.json apart, with 3 x 4 tokens for 30 x 45.
@@ -30,7 +29,7 @@ SHORT = dict(sample_height=6, sample_width=8, sample_frames=49)
 LATER = dict(sample_height=300, sample_width=300, sample_frames=81, patch_size_t=2, patch_bias=False)
 ROPE = dict(use_rotary_positional_embeddings=True)
 VARIANTS = {"2b": SHORT, "": SHORT | ROPE, "1.5-5b": LATER | ROPE}
-SCHEDULERS = {"ddim": diffusers.CogVideoXDDIMScheduler, "cogvideox-dpm": diffusers.CogVideoXDPMScheduler}
+SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "cogvideox-dpm": "CogVideoXDPMScheduler"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +83,7 @@ def pipeline(request, tmp_path_factory):
         random_text_encoder(config),
         random_vae(config),
         random_transformer(config, VARIANTS[request.param]),
-        SCHEDULERS[config.samples.solver](),
+        getattr(diffusers, SCHEDULERS[config.samples.solver])(),
     )
     whole.save_pretrained(root / "public")
     convert_cogvideox.main([f"--src={root / 'public'}", f"--dst={root / 'ours'}"])
@@ -96,7 +95,7 @@ def pipeline(request, tmp_path_factory):
 
 def scheduler_of(solver: str, snr_shift: float):
     """As the public configurations have it; the defaults of the classes differ in every one of these."""
-    return SCHEDULERS[solver](
+    return getattr(diffusers, SCHEDULERS[solver])(
         **dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
         **dict(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True),
         snr_shift_scale=snr_shift,
@@ -118,6 +117,8 @@ def sample_theirs(whole, config, noise, noises, monkeypatch):
     def keep(_, i, t, tensors):
         steps.append(tensors["latents"])
         return {}
+
+    from diffusers.schedulers import scheduling_dpm_cogvideox
 
     monkeypatch.setattr(scheduling_dpm_cogvideox, "randn_tensor", draw)
     whole.scheduler = scheduler_of(config.samples.solver, config.objective.snr_shift)

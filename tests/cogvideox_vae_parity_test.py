@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from prophy_jax.models.codecs import cogvideox_vae
+from tests.late import late
 
-from prophy_jax.models.codecs import cogvideox_vae  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
 
 SIZES = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
 # Without the blocks that resample no time: half the programs to compile.

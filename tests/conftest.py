@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,6 +23,12 @@ import types  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Every process of the suite collects all tests: what takes seconds to import waits (tests/late.py)."""
+    if early := sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()):
+        raise pytest.UsageError(f"a test file imports {', '.join(early)} at its top: see tests/late.py")
 
 
 def get_config(arg: str):

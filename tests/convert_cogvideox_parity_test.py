@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
-transformers = pytest.importorskip("transformers")
+from convert import cogvideox as convert_cogvideox
+from convert import export as convert_export
+from prophy_jax import models
+from prophy_jax.run import checkpoints
+from tests.convert_cogvideox_test import LOSS, SAT_TRANSFORMER, to_sat, vae_to_sat
+from tests.convert_files_test import load
+from tests.late import late
+from tests.tiny_models import randomise
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
-from diffusers.models.embeddings import get_3d_rotary_pos_embed  # noqa: E402
-
-from convert import cogvideox as convert_cogvideox  # noqa: E402
-from convert import export as convert_export  # noqa: E402
-from prophy_jax import models  # noqa: E402
-from prophy_jax.run import checkpoints  # noqa: E402
-from tests.convert_cogvideox_test import LOSS, SAT_TRANSFORMER, to_sat, vae_to_sat  # noqa: E402
-from tests.convert_files_test import load  # noqa: E402
-from tests.tiny_models import randomise  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+embeddings = late("diffusers.models.embeddings")
+transformers = late("transformers")
 
 HEADS, WIDTH = 3, 16
 SIZES = dict(
@@ -87,7 +87,7 @@ def export(src, dst):
 
 def rope(frames: int, rows: int, columns: int):
     """Of positions 0, 1, 2..., as at the size of training."""
-    return get_3d_rotary_pos_embed(
+    return embeddings.get_3d_rotary_pos_embed(
         WIDTH, None, (rows, columns), frames, grid_type="slice", max_size=(rows, columns)
     )
 

@@ -7,18 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
+from convert import leaves as lv
+from convert import wan as convert_wan
+from prophy_jax import models
+from prophy_jax.run import checkpoints
+from prophy_jax.run.errors import UserError
+from prophy_jax.testing import state_dicts
+from tests.late import late
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
-from convert import leaves as lv  # noqa: E402
-from convert import wan as convert_wan  # noqa: E402
-from prophy_jax import models  # noqa: E402
-from prophy_jax.run import checkpoints  # noqa: E402
-from prophy_jax.run.errors import UserError  # noqa: E402
-from prophy_jax.testing import state_dicts  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+transformers = late("transformers")
+safetensors_torch = late("safetensors.torch")
 
 STATISTICS = dict(latents_mean=[0.1 * i for i in range(16)], latents_std=[1 + 0.1 * i for i in range(16)])
 T5_SIZES = dict(
@@ -214,10 +215,16 @@ def test_forms_of_a_plain_state_dict(tmp_path, modules, vae_state, form):
     assert_same_state(load_state(dst / "vae"), numpy_state(modules["vae"]))
 
 
-class Whole(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = torch.nn.Linear(3, 3)
+def whole(state):
+    """A model in place of its state dict."""
+    global Whole  # pickle looks for the class in the file
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = torch.nn.Linear(3, 3)
+
+    return Whole()
 
 
 def training(state):
@@ -226,25 +233,26 @@ def training(state):
     return {"model": state, "optimizer": optimizer.state_dict(), "step": 7}
 
 
-def change(**entries):
-    return lambda state: {**state, **{name.replace("_", "."): value for name, value in entries.items()}}
+def bias(make):
+    """Another tensor in place of a bias."""
+    return lambda state: {**state, "conv1.bias": make()}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda state: Whole(), "needs tests.convert_parity_test.Whole, and code of a file is never run"),
+        (whole, "needs tests.convert_parity_test.Whole, and code of a file is never run"),
         (training, "its entry model is a dict with the keys"),
         (lambda state: list(state.values()), "but of type list"),
         (lambda state: state["conv1.weight"], "but a tensor"),
-        (change(conv1_bias=torch.nn.Parameter(torch.zeros(32))), "needs torch._utils._rebuild_parameter"),
-        (change(conv1_bias=torch.zeros(64)[::2]), "conv1.bias is not contiguous"),
-        (change(conv1_bias=torch.zeros(32, dtype=torch.float64)), "conv1.bias is of type DoubleStorage"),
-        (change(conv1_bias=torch.zeros(32, dtype=torch.int64)), "conv1.bias is of type LongStorage"),
-        (change(conv1_bias=torch.zeros(32).to(torch.float8_e4m3fn)), "needs torch"),
-        (change(conv1_bias=torch.zeros(33)), "conv1.bias is (33,), not (32,)"),
+        (bias(lambda: torch.nn.Parameter(torch.zeros(32))), "needs torch._utils._rebuild_parameter"),
+        (bias(lambda: torch.zeros(64)[::2]), "conv1.bias is not contiguous"),
+        (bias(lambda: torch.zeros(32, dtype=torch.float64)), "conv1.bias is of type DoubleStorage"),
+        (bias(lambda: torch.zeros(32, dtype=torch.int64)), "conv1.bias is of type LongStorage"),
+        (bias(lambda: torch.zeros(32).to(torch.float8_e4m3fn)), "needs torch"),
+        (bias(lambda: torch.zeros(33)), "conv1.bias is (33,), not (32,)"),
         (lambda state: {**state, "encoder.conv1.bias": state["decoder.conv1.bias"]}, "share memory"),
-        (change(extra=torch.zeros(2)), "unknown extra"),
+        (lambda state: {**state, "extra": torch.zeros(2)}, "unknown extra"),
     ],
 )
 def test_what_is_no_plain_state_dict(tmp_path, vae_state, content, message):

@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
-transformers = pytest.importorskip("transformers")
+from convert import export as convert_export
+from convert import leaves as lv
+from convert import t5 as convert_t5
+from convert import wan as convert_wan
+from prophy_jax import models
+from prophy_jax.models.beside.part import Model
+from prophy_jax.run import checkpoints
+from prophy_jax.testing import state_dicts
+from tests.late import late
 
-from safetensors.torch import load_file  # noqa: E402
-
-from convert import export as convert_export  # noqa: E402
-from convert import leaves as lv  # noqa: E402
-from convert import t5 as convert_t5  # noqa: E402
-from convert import wan as convert_wan  # noqa: E402
-from prophy_jax import models  # noqa: E402
-from prophy_jax.models.beside.part import Model  # noqa: E402
-from prophy_jax.run import checkpoints  # noqa: E402
-from prophy_jax.testing import state_dicts  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+transformers = late("transformers")
+safetensors_torch = late("safetensors.torch")
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 DIT = dict(module="wan", dim=36, num_heads=2, num_layers=4, ffn_dim=40, text_dim=24, freq_dim=32)
@@ -31,7 +31,7 @@ T5 = dict(module="t5", vocab_size=40, d_model=24, d_kv=8, d_ff=40, num_layers=2,
 LEAVES = {"wan": convert_wan.dit_leaves, "wan_vae": convert_wan.vae_leaves, "t5": convert_t5.leaves}
 
 
-def randomise(model, seed=0, dtype=torch.float32):
+def randomise(model, seed=0, dtype="float32"):
     """Every parameter random, norms and biases included."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,10 +42,10 @@ def randomise(model, seed=0, dtype=torch.float32):
             else:
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
                 parameter.copy_(noise / fan_in**0.5)
-    return model.eval().to(dtype)
+    return model.eval().to(getattr(torch, dtype))
 
 
-def build_transformer(dtype=torch.float32):
+def build_transformer(dtype="float32"):
     model = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=18,
@@ -61,7 +61,7 @@ def build_vae():
     return randomise(diffusers.AutoencoderKLWan(base_dim=8))
 
 
-def build_text_encoder(shared_bias=False, dtype=torch.float32):
+def build_text_encoder(shared_bias=False, dtype="float32"):
     config, model = transformers.UMT5Config, transformers.UMT5EncoderModel
     if shared_bias:
         config, model = transformers.T5Config, transformers.T5EncoderModel
@@ -113,9 +113,9 @@ def settle(*models):
             parameter.data = parameter.data.clone()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformer_loads_and_computes_the_same(tmp_path, dtype):
-    source = build_transformer(dtype)
+    source, dtype = build_transformer(dtype), getattr(torch, dtype)
     save_ours(tmp_path / "ours", "transformer", DIT, source)
     convert_export.export(str(tmp_path / "ours"), "diffusers", str(tmp_path / "out"), shard_bytes=20_000)
     assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 1
@@ -148,7 +148,9 @@ def test_config_and_tensors_of_a_transformer_make_it(tmp_path):
     convert_export.export(str(tmp_path / "ours"), "diffusers", str(tmp_path / "out"))
     folder = tmp_path / "out" / "transformer"
     model = diffusers.WanTransformer3DModel.from_config(json.loads((folder / "config.json").read_text()))
-    model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
+    model.load_state_dict(
+        safetensors_torch.load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True
+    )
     assert_same_state(model, source)
     internal = ("_name_or_path", "_use_default_values", "_class_name", "_diffusers_version")
     for field in source.config.keys() - set(internal):
@@ -199,9 +201,9 @@ def test_vae_of_other_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("shared_bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_text_encoder_loads_and_computes_the_same(tmp_path, shared_bias, dtype):
-    source = build_text_encoder(shared_bias, dtype)
+    source, dtype = build_text_encoder(shared_bias, dtype), getattr(torch, dtype)
     save_ours(tmp_path / "ours", "text_encoder", {**T5, "shared_bias": shared_bias}, source)
     convert_export.export(str(tmp_path / "ours"), "diffusers", str(tmp_path / "out"))
     folder = tmp_path / "out" / "text_encoder"
@@ -287,7 +289,7 @@ def test_the_documented_lines_make_the_pth_files_of_the_reference_code(tmp_path,
         state = torch.load(f"{name}.pth", weights_only=True)
         table = LEAVES[spec["module"]](models.build(spec).config, "official")
         assert {n: tuple(t.shape) for n, t in state.items()} == lv.tensor_shapes(table), part
-        again = load_file(f"{name}.safetensors")
+        again = safetensors_torch.load_file(f"{name}.safetensors")
         assert all(torch.equal(state[n], again[n]) for n in state)
 
 

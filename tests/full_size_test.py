@@ -22,17 +22,17 @@ import subprocess
 import sys
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from tests.conftest import ROOT
+from tests.late import late
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
-import ml_dtypes  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-
-from tests.conftest import ROOT  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
 
 pytestmark = pytest.mark.slow
 
@@ -174,7 +174,7 @@ def draw_cogvideox_inputs(folder: pathlib.Path) -> None:
     )
 
 
-def widened(block: torch.nn.Module) -> None:
+def widened(block) -> None:
     """Computes in fp32 inside of a bfloat16 module; its weights are wide only while it runs."""
     block.register_forward_pre_hook(lambda module, _: module.float() and None)
     block.register_forward_hook(lambda module, _, out: module.bfloat16() and None)

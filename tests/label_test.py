@@ -11,22 +11,25 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-torch = pytest.importorskip("torch", reason="labels need the extra label")
-transformers = pytest.importorskip("transformers", reason="labels need the extra label")
+from prophy_jax import label
+from prophy_jax.data import records, taxonomy
+from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job
+from prophy_jax.data.sandbox.clip import make_clip
+from prophy_jax.data.sources import source as sources
+from prophy_jax.data.sources import video
+from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
+from prophy_jax.run.errors import UserError
+from tests.conftest import ROOT
+from tests.late import late
+from tests.tiny_vlm import save_tiny_vlm
+from tests.videos import read_clip, read_video
 
-from prophy_jax import label  # noqa: E402
-from prophy_jax.data import records, taxonomy  # noqa: E402
-from prophy_jax.data.batch import Sizes  # noqa: E402
-from prophy_jax.data.job import Job  # noqa: E402
-from prophy_jax.data.sandbox.clip import make_clip  # noqa: E402
-from prophy_jax.data.sources import source as sources  # noqa: E402
-from prophy_jax.data.sources import video  # noqa: E402
-from prophy_jax.labels import check, labelling, vlm  # noqa: E402
-from prophy_jax.labels.questions import BACKGROUND, QUESTIONS  # noqa: E402
-from prophy_jax.run.errors import UserError  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
-from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
-from tests.videos import read_clip, read_video  # noqa: E402
+WHY = "labels need the extra label"
+torch, transformers = late("torch", reason=WHY), late("transformers", reason=WHY)
+check, labelling, vlm = (
+    late(f"prophy_jax.labels.{name}", "torch", WHY) for name in ("check", "labelling", "vlm")
+)
 
 BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
 SIZES = {

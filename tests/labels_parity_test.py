@@ -5,13 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-transformers = pytest.importorskip("transformers", reason="parity tests need the test extra")
+from tests.late import late
+from tests.tiny_vlm import save_tiny_vlm
 
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
-
-from prophy_jax.labels import vlm  # noqa: E402
-from tests.tiny_vlm import save_tiny_vlm  # noqa: E402
+torch = late("torch")
+transformers = late("transformers")
+vlm = late("prophy_jax.labels.vlm", needs="torch")
 
 # (T', H', W'): like 21 x 15 x 26 (Wan) and 13 x 15 x 23 (CogVideoX), smaller; the second is of odd width.
 GRIDS = ((5, 4, 6), (3, 3, 5))
@@ -157,6 +156,8 @@ def test_tokens_are_those_of_generate(ours, reference):
 def test_patches_are_those_of_the_public_image_processor():
     """Of one still frame, shown twice; resizing is left out, both sides being multiples of 28."""
     frame = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 10**7})
     expected = processor(images=[frame], return_tensors="np")
     assert expected["image_grid_thw"].tolist() == [[1, 4, 6]]

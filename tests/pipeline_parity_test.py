@@ -15,17 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from convert import t5, wan
+from prophy_jax import build, models, sample
+from prophy_jax.diffusion import generate
+from prophy_jax.run import checkpoints, encoders
+from tests import tiny_models, tiny_pipeline
+from tests.conftest import ROOT, build_run
+from tests.late import late
 
-from safetensors.torch import save_file  # noqa: E402
-
-from convert import t5, wan  # noqa: E402
-from prophy_jax import build, models, sample  # noqa: E402
-from prophy_jax.diffusion import generate  # noqa: E402
-from prophy_jax.run import checkpoints, encoders  # noqa: E402
-from tests import tiny_models, tiny_pipeline  # noqa: E402
-from tests.conftest import ROOT, build_run  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+safetensors_torch = late("safetensors.torch")
 
 PROMPT = "A red ball falls on the blue box &amp; rolls  into it."
 NEGATIVE = "静态，画面模糊, a box"
@@ -68,7 +68,7 @@ def sources(pipeline, tmp_path_factory) -> dict[str, pathlib.Path]:
         state = {name: value.contiguous() for name, value in module.state_dict().items() if name in names}
         renamed[part] = {names[name]: value for name, value in state.items()}
         assert len(state) == len(names)
-    save_file(renamed["transformer"], official / "diffusion_pytorch_model.safetensors")
+    safetensors_torch.save_file(renamed["transformer"], official / "diffusion_pytorch_model.safetensors")
     torch.save(renamed["vae"], official / "Wan2.1_VAE.pth")
     torch.save(renamed["text_encoder"], official / "models_t5_umt5-xxl-enc-bf16.pth")
     fields = {

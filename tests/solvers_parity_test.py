@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from prophy_jax.diffusion import flow, solvers, v_prediction
+from tests.late import late
 
-_REASON = "parity tests need the test extra on Python 3.11"
-torch = pytest.importorskip("torch", reason=_REASON)
-diffusers = pytest.importorskip("diffusers", reason=_REASON)
+torch = late("torch")
+diffusers = late("diffusers")
 
 # Raised by NumPy 2 inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

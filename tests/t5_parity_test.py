@@ -7,18 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from prophy_jax.models.text import t5
+from prophy_jax.models.text import tokenizer as text
+from tests.late import late
+from tests.t5_test import from_transformers, tokens
+from tests.text_test import CLEANED
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
-import transformers  # noqa: E402
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # noqa: E402
-from transformers.models.umt5.modeling_umt5 import UMT5Attention  # noqa: E402
-
-from prophy_jax.models.text import t5  # noqa: E402
-from prophy_jax.models.text import tokenizer as text  # noqa: E402
-from tests.t5_test import from_transformers, tokens  # noqa: E402
-from tests.text_test import CLEANED  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_tokenizer  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
+transformers = late("transformers")
 
 # The negative prompt of the Wan2.1 reference code: full-width commas, Chinese and Latin letters.
 NEGATIVE = (
@@ -32,8 +30,8 @@ SIZES = {"vocab_size": 256, "d_model": 40, "d_kv": 12, "d_ff": 56, "num_layers":
 # Real lengths and the padded width. Beyond 128 tokens the last bucket is met; 1 is an empty prompt.
 SHAPES = [([7], 7), ([5, 1, 13], 13), ([150, 33], 171)]
 KINDS = {
-    "umt5": (transformers.UMT5Config, transformers.UMT5EncoderModel),
-    "t5": (transformers.T5Config, transformers.T5EncoderModel),
+    "umt5": ("UMT5Config", "UMT5EncoderModel"),
+    "t5": ("T5Config", "T5EncoderModel"),
 }
 
 
@@ -45,7 +43,7 @@ def _full_precision():
 
 def reference_model(kind: str):
     """Every weight random; the position biases and the queries are large enough to shape the attention."""
-    config_class, model_class = KINDS[kind]
+    config_class, model_class = (getattr(transformers, name) for name in KINDS[kind])
     config = config_class(**SIZES, feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False)
     reference = model_class._from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
@@ -112,6 +110,8 @@ def test_bfloat16_is_no_further_from_fp32_than_the_reference_is(kind):
 
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (64, 300)])
 def test_buckets(num_buckets, max_distance):
+    from transformers.models.umt5.modeling_umt5 import UMT5Attention
+
     config = transformers.UMT5Config(
         **SIZES, relative_attention_num_buckets=num_buckets, relative_attention_max_distance=max_distance
     )
@@ -122,6 +122,8 @@ def test_buckets(num_buckets, max_distance):
 
 
 def test_cleaning():
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
     for prompt in PROMPTS:
         assert text.clean(prompt) == prompt_clean(prompt), prompt
 

@@ -8,18 +8,19 @@ writes DIR/Wan2.1 in the layout of diffusers and DIR/Qwen2.5-VL, by the classes 
 import pathlib
 import sys
 
-import diffusers
-import torch
-import transformers
-
 from tests import tiny_pipeline
+from tests.late import late
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.tiny_vlm import save_tiny_vlm
+
+diffusers = late("diffusers")
+torch = late("torch")
+transformers = late("transformers")
 
 SHIFT = 3.0
 
 
-def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
+def randomise(module, seed: int, scale: float = 1.0) -> None:
     """Every weight random: norms around 1, matrices by their fan-in, biases and tables small."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from convert import wan as convert_wan
+from prophy_jax.models import wan
+from prophy_jax.testing import state_dicts
+from tests.late import late
 
-from convert import wan as convert_wan  # noqa: E402
-from prophy_jax.models import wan  # noqa: E402
-from prophy_jax.testing import state_dicts  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
 
 HEADS, HEAD_DIM, TEXT_DIM, TEXT_LEN = 3, 16, 24, 20
 SHAPES = [(2, 3, 6, 10), (1, 1, 2, 14), (2, 5, 4, 4)]  # (B, T, h, w): odd and even token grids.

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-torch = pytest.importorskip("torch", reason="parity tests need the test extra on Python 3.11")
-diffusers = pytest.importorskip("diffusers", reason="parity tests need the test extra")
+from prophy_jax.models.codecs import wan_vae
+from tests.late import late
 
-from prophy_jax.models.codecs import wan_vae  # noqa: E402
+torch = late("torch")
+diffusers = late("diffusers")
 
 # (B, F, H, W): an image, few and many frames, sides of one and of an odd number of latents.
 SHAPES = [(2, 1, 40, 24), (1, 5, 8, 56), (1, 9, 40, 24), (2, 17, 24, 8)]
