@@ -32,6 +32,7 @@ from prophy_jax.run.errors import UserError
 
 
 def main(config: Any) -> None:
+    """Plans the job that the flags describe, and prints what it needs."""
     # 1. What is planned, for which chips.
     options = flags.FLAGS
     if not options.topology:

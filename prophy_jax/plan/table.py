@@ -12,10 +12,12 @@ from prophy_jax.run.errors import UserError
 
 
 def gigabytes(size: float) -> str:
+    """Bytes as people read them."""
     return f"{size / 1e9:.2f} GB"
 
 
 def describe(plan: Plan) -> str:
+    """The settings that a search chooses."""
     mesh = ",".join(str(size) for size in plan.mesh.values())
     return f"mesh {mesh}, {plan.clips} clips a step, remat {plan.remat}"
 
@@ -78,6 +80,7 @@ def does_not_fit(plan: Plan) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    """All figures of one plan in JSON types."""
     own = dataclasses.asdict(plan)
     own |= {"bytes": plan.bytes, "fits": plan.fits, "limit": plan.limit, "seconds": plan.seconds}
     share = {how: plan.share_of_peak(how) for how in plan.seconds}
@@ -94,7 +97,7 @@ def best_of(tried: Sequence[Plan], best: Plan) -> str:
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """ "16,1,4" -> sizes of data, fsdp and context. Raises UserError."""
+    """Sizes of data, fsdp and context from text such as 16,1,4. Raises UserError."""
     try:
         return dict(zip(parallel.AXES, (int(size) for size in text.split(",")), strict=True))
     except ValueError as error:
