@@ -1,9 +1,8 @@
 """What every key of a configuration means: `--print_config` of every command.
 
-`MEANINGS` has the keys that the commands read. The arguments of a part that a configuration names by
-`module=` are explained where they are declared: in the docstring of its `build` function ("Args:") or of the
-dataclasses of its file ("Attributes:"). A loss is explained by the
-docstring of its `share` or `whole`.
+config_keys.toml has the keys that the commands read. The arguments of what a configuration names by `module=`
+are explained where they are declared: in the docstring of its `build` function ("Args:") or of the
+dataclasses of its file ("Attributes:"). A loss is explained by the docstring of its `share` or `whole`.
 """
 
 import dataclasses
@@ -11,85 +10,16 @@ import fnmatch
 import functools
 import inspect
 import re
+import tomllib
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-MEANINGS = {
-    "seed": "Seed of initial weights, the order of the data, noise and samples",
-    "steps": "Training steps",
-    "batch_size": "Clips in a step, over all devices",
-    "accumulation": "Microbatches that a step is split into",
-    "*.module": "File that has this part",
-    "backbone_params": "Folder of the backbone's parameters; empty: random ones",
-    "codec_params": "Folder of the codec's parameters; empty: it has none",
-    "text_encoder_params": "Folder of the text encoder's parameters; empty: it has none",
-    "backbone_remedy": "What the message says when backbone_params are missing",
-    "frozen_dtype": "Dtype of parameters that do not train",
-    "parts": "What is trained next to the backbone, by name",
-    "losses": "Weights of the losses next to the diffusion loss",
-    "reduction.*": '"sum" as in the paper, or "mean"',
-    "caption_dropout": "Share of clips that a step shows the empty prompt",
-    "optimizer.groups": "(pattern of parameter paths, learning rate; None freezes); the first match counts",
-    "optimizer.warmup": "Steps over which learning rates rise linearly",
-    "optimizer.decay": '"constant", or "cosine" to 0 at the last step',
-    "optimizer.clip": "Largest norm of the gradient",
-    "optimizer.b1": "AdamW: decay of the mean gradient",
-    "optimizer.b2": "AdamW: decay of the mean squared gradient",
-    "optimizer.eps": "AdamW: added to the divisor",
-    "optimizer.weight_decay": "AdamW: decay of the parameters, times the learning rate",
-    "optimizer.ema": "Decay of the averaged parameters",
-    "data.dir": "Folder of training records",
-    "data.side.alignment": "Folder of token labels; empty: those in data.dir",
-    "data.buckets": "Further (frames, height, width): each clip takes its shape, and the longest it fills",
-    "data.max_upscale": "Clips that would have to grow by more are skipped",
-    "data.categories": '"answers": the 17 phenomena of WISA-80K\'s q0, q1 and q2; "label": its single label',
-    "data.subset": "Clips drawn at random; 0: all",
-    "data.seed": "Seed of the subset and the splits",
-    "data.val_share": "Share of the validation split",
-    "data.shard": "Clips in a file",
-    "data.height": "Height of clips in pixels",
-    "data.width": "Width of clips in pixels",
-    "data.frames": "Length of clips in frames",
-    "data.fps": "Frames per second that clips are read and written at",
-    "data.sandbox.seed": "Seed of the clips that the physics sandbox draws",
-    "data.sandbox.*": "How many clips of this split the physics sandbox draws",
-    "label.layers": "Layers of the vision-language model: two fractions of its depth, or indices",
-    "label.heads": 'How heads are combined: "mean" or "max"',
-    "label.rows": '"generated": tokens of the answer ask where; or "predicting", "last_prompt"',
-    "label.tokens": '"content": those of them that mean something; or "all"',
-    "label.denoise": '"difference" from the background; or "ratio", "log_ratio", "none"',
-    "label.scale": '"max": targets are divided by max |Q|; or "std"',
-    "label.max_new_tokens": "Longest answer",
-    "label.every": "Latent times in a frame pair of the model",
-    "label.cell": "Tokens a side in a cell of the model",
-    "label.batch": "Clips that the model is shown at a time",
-    "label.dtype": "Dtype of the vision-language model",
-    "label_check.*": "Number, size and seed of the sandbox clips that --check labels",
-    "mesh.data": "Devices that split the batch; -1: what is left",
-    "mesh.fsdp": "Devices that split the batch and the trained parameters",
-    "mesh.context": "Devices that split the tokens of a clip",
-    "attention": '"auto": by platform; or "xla", "blockwise", "cudnn", "splash"',
-    "log.every": "Steps between lines of metrics",
-    "checkpoint.every": "Steps between checkpoints",
-    "checkpoint.keep": "Checkpoints that stay",
-    "validation.every": "Steps between validations",
-    "validation.batches": "Batches of a validation",
-    "validation.batch_size": "Clips in a validation batch",
-    "validation.times": "Diffusion times that losses are measured at",
-    "samples.every": "Steps between sample clips",
-    "samples.clips": "How many sample clips",
-    "samples.solver": "How the sampler steps: the objective lists its solvers",
-    "samples.steps": "Steps of the sampler",
-    "samples.shift": "How far the sampler's times are shifted towards noise; None: as in training",
-    "samples.guidance": "Strength of classifier-free guidance; 1: none",
-    "samples.guidance_schedule": '"constant", or "dynamic", CogVideoX\'s',
-    "samples.skip": "Steps, from 1, that do not call the network: docs/benchmarks.md has what it costs",
-    "samples.negative_prompt": "What guidance leads away from",
-}
+MEANINGS = tomllib.loads(Path(__file__).with_name("config_keys.toml").read_text(encoding="utf-8"))
 PACKAGES = {"objective": "prophy_jax.diffusion"}  # of `module=`; others are in prophy_jax.models
 
 
