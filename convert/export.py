@@ -175,7 +175,8 @@ def find_parts(checkpoint: str) -> list[Path]:
     unfinished = sorted([*folder.glob("*.partial"), *folder.glob("*.writing")])
     if unfinished:
         raise UserError(f"{unfinished[0]} is not finished: run the command that writes {checkpoint} again")
-    found = sorted({file.parent for name in ("manifest.json", "tree") for file in folder.glob(f"*/{name}")})
+    known = {part for form in FORMS.values() for part in form.parts}
+    found = sorted(path for path in folder.iterdir() if path.name in known or (path / "tree").is_dir())
     if not found:
         raise UserError(
             f"nothing to export in {checkpoint}: name a folder that convert.wan or convert.cogvideox wrote, "
