@@ -10,8 +10,10 @@ import pytest
 class Late:
     """Stands for a module, and imports it when an attribute is first read or set."""
 
+    __slots__ = ("_name",)  # without a __dict__, monkeypatch keeps and restores what the module had
+
     def __init__(self, name: str):
-        self.__dict__["_name"] = name
+        object.__setattr__(self, "_name", name)
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("_"):  # pytest looks for marks of its own on all that a test file holds

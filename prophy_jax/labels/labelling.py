@@ -92,9 +92,8 @@ class View(NamedTuple):
         """
         times, height, width = grid
         cells = tuple(max(1, int(side / cell + 0.5)) for side in (height, width))
-        stride = max(
-            1, (frames - 1) // max(latents - 1 - lead, 1)
-        )  # frames of a latent after that of frame 0
+        later = max(1, latents - 1 - lead)  # latents after that of frame 0
+        stride = max(1, (frames - 1) // later)  # frames of each of them
         last = np.maximum(frames - 1 - stride * np.arange(latents)[::-1], 0)  # frame of each latent
         first = np.maximum(last - stride + 1, 0)
         tokens = latents // times  # latents of a token
