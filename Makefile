@@ -19,8 +19,8 @@ LATEST := .venv-latest
 WHEEL := $(CURDIR)/.venv-wheel
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -rs -n 2 --dist loadfile
-# The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is kept apart: beside
-# jax, every command would look for a TPU first.
+# The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is installed
+# apart: next to jax, it would make every command look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
 .PHONY: install test test-latest test-full lint demo demo-data wheel ratios bench-gpu clean

@@ -245,7 +245,7 @@ def test_a_clip_of_1_5_fits_its_patches():
     config = cogvideox_config("1.5-5b")
     codec, backbone = models.build(config.codec), models.build(config.backbone)
     shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
-    assert shape == (22, 96, 170, 16) and shape[:3] == config.branch.semantic.basis_grid
+    assert shape == (22, 96, 170, 16) and shape[:3] == config.parts.branch.semantic.basis_grid
     assert backbone.grid(shape) == (11, 48, 85)
     params = jax.eval_shape(codec.init, jax.random.key(0))
     frames = jax.eval_shape(codec.decode, params, jax.ShapeDtypeStruct((1, *shape), jnp.float32))

@@ -1,4 +1,4 @@
-"""The sample command: what it writes, that it goes on where it was, meshes, guidance, bad input."""
+"""The sample command: what it writes, that it resumes, meshes, guidance, bad input."""
 
 import functools
 import json

@@ -182,7 +182,7 @@ def test_buckets_of_every_distance():
     expected = np.repeat(np.arange(16), np.diff(starts))
     buckets = t5.relative_buckets(512, 32, 128)
     assert buckets.shape == (512, 512) and buckets.dtype == np.int32
-    np.testing.assert_array_equal(buckets[:, 0], expected)  # the key lies before the query
+    np.testing.assert_array_equal(buckets[:, 0], expected)  # the key is before the query
     np.testing.assert_array_equal(buckets[0, 1:], 16 + expected[1:])
     for query, key in [(100, 97), (97, 100), (511, 3), (40, 41)]:
         shifted = buckets[0, key - query] if key > query else buckets[query - key, 0]

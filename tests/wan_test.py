@@ -308,7 +308,7 @@ def test_bf16_compute_keeps_the_sensitive_parts_in_fp32(tiny):
     half = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
     stream, cond = half.embed(params, latents, t, half.embed_text(params, text))
     assert stream.video.dtype == stream.text.dtype == jnp.bfloat16
-    assert cond.modulation.dtype == cond.temb.dtype == cond.rope[0].dtype == jnp.float32
+    assert cond.modulation.dtype == cond.time.dtype == cond.rope[0].dtype == jnp.float32
     hinted = stream.replace(video=stream.video.astype(jnp.float32))
     assert half.blocks(params["blocks"], hinted, cond).video.dtype == jnp.bfloat16
     out = jax.jit(half)(params, latents, t, text)

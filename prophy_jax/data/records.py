@@ -37,7 +37,7 @@ _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a pr
 
 
 def features(dataset: str, sizes: batch.Sizes, without: Sequence[str] = ()) -> tfds.features.FeaturesDict:
-    """What TFDS is told of a data set: the columns of its fields (`prophy_jax.data.batch`), and an id.
+    """The TFDS features of a data set: the columns of its fields (`prophy_jax.data.batch`), and an id.
 
     The column "video" of the records says where the clip is in source number "source" of the manifest.
 

@@ -10,7 +10,7 @@ every solver:
     x_next = p0 x_c + p1 m + p2 m' + n z               predictor
 
 where ' marks the step before and '' the one before that; z is standard normal, drawn anew in each step, in
-stochastic solvers alone. A step that is skipped does not call the network: its m lies on the line, in sigma,
+stochastic solvers alone. A step that is skipped does not call the network: its m is on the line, in sigma,
 through those of the last two steps that did.
 
 Legend: N solver steps, B batch; states are (B, ...), usually latents (B,T,h,w,16).

@@ -41,7 +41,7 @@ def scan_layers(
 ) -> Any:
     """Applies carry = body(carry, layer) for `count` layers of a stack from `start`, which may be traced.
 
-    A part of the stack is read layer by layer where it lies: slicing it off first would copy its weights.
+    A part of the stack is read in place, layer by layer: slicing it off first would copy its weights.
 
     Args:
         body: The layer.
