@@ -103,7 +103,7 @@ def test_scale_zero_is_the_backbone_and_scale_moves_the_output():
 def test_blocks_are_copies_of_their_own_layers_in_fp32():
     model, params = make(BRANCHES["pb+seb"])  # layers 1, 3
     backbone = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["backbone"])
-    branch = model.init_part("branch", jax.random.key(1), backbone)
+    branch = jax.jit(functools.partial(model.init_part, "branch"))(jax.random.key(1), backbone)
     for copy, source in zip(
         jax.tree.leaves(branch["blocks"]), jax.tree.leaves(backbone["blocks"]), strict=True
     ):
