@@ -1,6 +1,4 @@
-"""PyTorch tensors of small models in memory, by the tables of `convert`: `read` makes a tree of them, `write` is
-the way back.
-"""
+"""Parameter trees of small models to PyTorch tensors in memory, and back, by the tables of `convert`."""
 
 from collections.abc import Mapping
 from typing import Any
