@@ -95,10 +95,8 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         fields = tuple(dict.fromkeys(("latents", "category", *model.fields, *read)))
         measure, measured = diffusion.make_measure(model, objective, mesh, config.seed, keep), {}
         for name in splits:
-            whole = {"shuffle": False, "repeat": False, "side": config.data.side, "fields": fields}
-            batches = loader.make_loader(config.data.dir, name, batch_size, 0, **whole)
             found = []
-            for batch in batches:
+            for batch in loader.read_once(config.data, name, batch_size, fields):
                 if batch["latents"].shape[1:] == latent_shape:
                     found.append(measure(before, after, batch, batch_size))
                     bar.update()
