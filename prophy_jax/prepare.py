@@ -22,7 +22,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,30 +182,20 @@ def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> di
 def decode_ahead(
     source: "Source", clips: Sequence["Clip"], buckets: Sequence["Bucket"], data, devices: int
 ) -> Iterator[tuple["Clip", "Sample | str"]]:
-    """Yields (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
+    """Gives (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
 
-    At most THREADS + 2 `devices` decoded clips are held at a time.
+    At most THREADS + 2 `devices` decoded clips wait at a time. `close` ends the threads.
     """
+    import grain
 
-    def read(clip: "Clip") -> "Sample | str":
+    def read(clip: "Clip") -> tuple["Clip", "Sample | str"]:
         try:
-            return source.read(clip, buckets, data.fps, data.max_upscale)
+            return clip, source.read(clip, buckets, data.fps, data.max_upscale)
         except UserError as error:
-            return str(error)
+            return clip, str(error)
 
-    waiting: collections.deque = collections.deque()
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for clip in clips:
-            waiting.append((clip, pool.submit(read, clip)))
-            if len(waiting) == THREADS + 2 * devices:
-                clip, future = waiting.popleft()
-                yield clip, future.result()
-        while waiting:
-            clip, future = waiting.popleft()
-            yield clip, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2 * devices)
+    return iter(grain.MapDataset.source(clips).map(read).to_iter_dataset(options))
 
 
 def measure_text(grids: Mapping["Bucket", tuple], text_encoder: Any) -> tuple[dict["Bucket", "Sizes"], bool]:
