@@ -33,10 +33,14 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]  # mesh axes that its groups span
-    group: int  # devices in a group
+    devices: tuple[int, ...]  # one group, as positions in the mesh
     bytes: int  # of one call
     count: int
-    devices: tuple[int, ...] = ()  # one group, as positions in the mesh
+
+    @property
+    def group(self) -> int:
+        """Devices in a group."""
+        return len(self.devices)
 
     @property
     def sent(self) -> float:
@@ -52,7 +56,7 @@ def count(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
     def walk(name: str, times: int) -> None:
         for instruction in computations.get(name, ()):
-            if found_here := _collective(instruction, times, mesh_shape, computations):
+            if found_here := _collective(instruction, times, mesh_shape):
                 found.append(found_here)
             elif instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.rest)[1]
@@ -113,7 +117,7 @@ def _bytes(shape: str) -> list[int]:
     ]
 
 
-def _collective(instruction, times, mesh_shape, computations) -> Collective | None:
+def _collective(instruction, times, mesh_shape) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -125,16 +129,8 @@ def _collective(instruction, times, mesh_shape, computations) -> Collective | No
     groups = _groups(instruction.rest, math.prod(mesh_shape.values()))
     if kind == "reduce-scatter":
         sizes = [size * len(groups[0]) for size in sizes]
-    if kind == "collective-permute":
-        return Collective(
-            kind,
-            _axes(groups, mesh_shape),
-            2 if groups else 1,
-            sum(sizes),
-            times,
-            groups[0] if groups else (),
-        )
-    return Collective(kind, _axes(groups, mesh_shape), len(groups[0]), sum(sizes), times, tuple(groups[0]))
+    devices = groups[0] if groups else ()  # a permutation may move nothing
+    return Collective(kind, _axes(groups, mesh_shape), devices, sum(sizes), times)
 
 
 def _groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
