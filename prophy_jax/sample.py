@@ -82,23 +82,18 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
         return {clip["file"]: clip for clip in manifest["clips"]}
 
     def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
-        was, now = by_file(stored), by_file(own)
-        both = was.keys() & now.keys()
-        return workdir.differences(
-            {
-                **workdir.run_identity(stored["settings"], "clips"),
-                **hashes(stored),
-                **{file: was[file] for file in both},
-            },
-            {
-                **workdir.run_identity(own["settings"], "clips"),
-                **hashes(own),
-                **{file: now[file] for file in both},
-            },
-        )
+        both = by_file(stored).keys() & by_file(own).keys()
 
-    def hashes(manifest: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in manifest["settings"].items() if name.endswith("_sha256")}
+        def deciding(manifest: dict[str, Any]) -> dict[str, Any]:
+            settings, clips = manifest["settings"], by_file(manifest)
+            hashes = {name: value for name, value in settings.items() if name.endswith("_sha256")}
+            return {
+                **workdir.run_identity(settings, "clips"),
+                **hashes,
+                **{file: clips[file] for file in both},
+            }
+
+        return workdir.differences(deciding(stored), deciding(own))
 
     def add(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         return {**stored, "clips": list({**by_file(own), **by_file(stored)}.values())}

@@ -174,10 +174,8 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _holds_files(folder: Path, claimed: Path) -> bool:
     """Whether there are files below `folder`, other than unfinished ones of `claimed`."""
-    for path in folder.rglob("*"):
-        if not path.is_dir() and not path.name.startswith(f".{claimed.name}."):
-            return True
-    return False
+    unfinished = f".{claimed.name}."
+    return any(not path.is_dir() and not path.name.startswith(unfinished) for path in folder.rglob("*"))
 
 
 def _as_text(content: Mapping[str, Any]) -> str:
