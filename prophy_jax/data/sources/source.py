@@ -18,9 +18,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from prophy_jax.data import taxonomy
 from prophy_jax.data.sources import annotations, video
@@ -28,9 +29,6 @@ from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.run.errors import UserError
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare
@@ -233,7 +231,7 @@ def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "an
     return CaptionedVideos(files, clips, videos, report)
 
 
-def draw_sandbox(data: "ConfigDict") -> Sandbox:
+def draw_sandbox(data: ConfigDict) -> Sandbox:
     """The physics sandbox as a source; each clip is drawn when it is read.
 
     Args:
