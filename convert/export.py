@@ -35,6 +35,7 @@ from convert.prophy import branch_leaves
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli
 from prophy_jax.run.errors import UserError, one_line_errors
+from prophy_jax.run.workdir import read_json
 
 FORMATS = ("diffusers", "official")
 # The public names of the files in each format, without ".safetensors".
@@ -188,7 +189,7 @@ def find_parts(checkpoint: str) -> list[Path]:
 
 def _open_part(folder: Path, naming: str) -> Part:
     """Reads and checks everything but the values."""
-    manifest = _read_json(folder / "manifest.json", f"{folder} is not complete: convert or train again")
+    manifest = read_json(folder / "manifest.json", f"{folder} is not complete: convert or train again")
     name, spec = manifest.get("part"), manifest.get("model")
     if not spec:
         raise UserError(
@@ -241,19 +242,10 @@ def _open_part(folder: Path, naming: str) -> Part:
     return Part(name, added, form, folder, manifest, config, table, arrays)
 
 
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"no {path}: {remedy}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable ({error}): {remedy}") from error
-
-
 def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
     """The arrays of an Orbax PyTree checkpoint, by path. No value is read yet."""
     remedy, tree = "the tree is not complete, convert or train again", folder.absolute() / "tree"
-    metadata = _read_json(tree / "_METADATA", remedy)
+    metadata = read_json(tree / "_METADATA", remedy)
     context = tensorstore.Context()
     opening = {}
     for entry in metadata["tree_metadata"].values():
@@ -395,7 +387,7 @@ def _about_training(part: Part, naming: str) -> dict[str, str]:
     trained = part.folder.absolute().parent / "backbone" / "manifest.json"
     backbone = part.manifest.get("backbone_sha256", "")
     if trained.exists():
-        backbone = _read_json(trained, "train again")["sha256"]
+        backbone = read_json(trained, "train again")["sha256"]
     return {
         "names": naming,
         part.name: json.dumps(dataclasses.asdict(part.config)),
