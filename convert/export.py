@@ -29,7 +29,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 from tqdm import tqdm
 
-from convert import cogvideox, t5, wan
+from convert import cogvideox, command, t5, wan
 from convert import leaves as lv
 from convert.prophy import branch_leaves
 from prophy_jax import models
@@ -40,16 +40,8 @@ from prophy_jax.run.workdir import read_json
 FORMATS = ("diffusers", "official")
 # The public names of the files in each format, without ".safetensors".
 STEMS = {
-    "diffusers": {
-        "transformer": "transformer/diffusion_pytorch_model",
-        "vae": "vae/diffusion_pytorch_model",
-        "text_encoder": "text_encoder/model",
-    },
-    "official": {
-        "transformer": "diffusion_pytorch_model",
-        "vae": "Wan2.1_VAE",
-        "text_encoder": "models_t5_umt5-xxl-enc-bf16",
-    },
+    "diffusers": {part: f"{part}/{stem}" for part, stem in command.STEMS.items()},
+    "official": wan.OFFICIAL,
 }
 TOKENIZER = {"diffusers": "tokenizer", "official": "google/umt5-xxl"}
 SHARD_BYTES = 2 * 10**9
