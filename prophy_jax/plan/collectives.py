@@ -12,7 +12,8 @@ place where XLA says which devices exchange what, hence this reader.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -74,15 +75,22 @@ def count(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return [one for one in found if one.group > 1]
 
 
-def by_axis(collectives: Sequence[Collective]) -> dict[tuple[tuple[str, ...], str], dict[str, float]]:
-    """{(axes, kind): {"bytes", "sent", "calls"}}, sums over a step, the largest first."""
-    sums: dict[tuple[tuple[str, ...], str], dict[str, float]] = {}
+def by_axis(collectives: Sequence[Collective], rate: Callable[[Collective], float]) -> list[dict[str, Any]]:
+    """Rows of axes, kind, bytes, sent, calls and seconds, sums over a step; those that send most come first.
+
+    Args:
+        collectives: Of `count`.
+        rate: Bytes/s that a device sends for one of them.
+    """
+    sums: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
     for one in collectives:
-        row = sums.setdefault((one.axes, one.kind), {"bytes": 0, "sent": 0.0, "calls": 0})
+        new = {"axes": list(one.axes), "kind": one.kind, "bytes": 0, "sent": 0.0, "calls": 0, "seconds": 0.0}
+        row = sums.setdefault((one.axes, one.kind), new)
         row["bytes"] += one.count * one.bytes
         row["sent"] += one.sent
         row["calls"] += one.count
-    return dict(sorted(sums.items(), key=lambda item: -item[1]["sent"]))
+        row["seconds"] += one.sent / rate(one)
+    return sorted(sums.values(), key=lambda row: -row["sent"])
 
 
 # --- HLO text --------------------------------------------------------------------------------------
