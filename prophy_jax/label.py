@@ -83,12 +83,7 @@ def label(
             `out` is of other data, another model or other settings.
     """
     # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
-    labelling = import_labelling(config)
-    prepared = PreparedClips(data, sources)
-    model, described = open_model(model_folder, config, process[0])
-    reading = labelling.make_reading(
-        config.label, labelling.choose_layers(config.label.layers, model.num_layers)
-    )
+    prepared, model, described, reading = open_all(config, model_folder, data, sources, process[0])
     plan = {
         "data_fingerprint": prepared.manifest["fingerprint"],
         **run_identity(config, "labels"),
@@ -137,12 +132,8 @@ def preview(
     An mp4 shows the clip, and on its right one panel for each phenomenon, its positive labels over the clip.
     Raises UserError as `label` does.
     """
+    prepared, model, _, reading = open_all(config, model_folder, data, sources)
     labelling = import_labelling(config)
-    prepared = PreparedClips(data, sources)
-    model, _ = open_model(model_folder, config, 0)
-    reading = labelling.make_reading(
-        config.label, labelling.choose_layers(config.label.layers, model.num_layers)
-    )
     views = prepared.views(config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -205,6 +196,20 @@ def open_model(folder: str | Path, config: ConfigDict, process: int) -> tuple["V
     device = vlm.choose_device(folder, process)
     print(f"opening {described['name']} on {device}", flush=True)
     return vlm.load(folder, device, config.label.dtype), described
+
+
+def open_all(
+    config: ConfigDict, model_folder: str | Path, data: str | Path, sources: Sequence[str], process: int = 0
+) -> tuple["PreparedClips", "Vlm", dict[str, str], "Reading"]:
+    """The clips, the model, what the manifest says of it, and its attention that is read.
+
+    UserError on whatever can be wrong with them.
+    """
+    labelling = import_labelling(config)
+    prepared = PreparedClips(data, sources)
+    model, described = open_model(model_folder, config, process)
+    layers = labelling.choose_layers(config.label.layers, model.num_layers)
+    return prepared, model, described, labelling.make_reading(config.label, layers)
 
 
 def print_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> None:
