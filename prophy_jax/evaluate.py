@@ -22,7 +22,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
+from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
 
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
@@ -31,7 +33,6 @@ SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 def check_run(config: Any, workdir: str) -> None:
     """Raises UserError unless `workdir` is of a run of this model, on this backbone."""
     from prophy_jax.run import checkpoints
-    from prophy_jax.run import workdir as folders
 
     stored = folders.read_run(workdir)
     was, own = (folders.run_identity(one, "model") for one in (stored["config"], config))
@@ -58,7 +59,6 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import diffusion, pictures, report
     from prophy_jax.run import checkpoints, encoders, metrics, optim
-    from prophy_jax.run import workdir as folders
 
     # 1. The run and the clips.
     check_run(config, workdir)
@@ -154,8 +154,6 @@ def _plain(value: Any) -> Any:
 
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
-    from absl import flags
-
     workdir = flags.FLAGS.workdir
     if not workdir:
         raise UserError("name the run to measure: --workdir=DIR")
@@ -165,8 +163,6 @@ def main(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
     from prophy_jax.run import cli
 
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")

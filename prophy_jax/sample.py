@@ -21,7 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
+from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 
@@ -76,7 +78,6 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
 
     Raises UserError when the folder holds something else, or clips made in another way.
     """
-    from prophy_jax.run import workdir
 
     def by_file(manifest: dict[str, Any]) -> dict[str, Any]:
         return {clip["file"]: clip for clip in manifest["clips"]}
@@ -103,14 +104,13 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
 
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
-    from absl import flags
     from tqdm import tqdm
 
     from prophy_jax import build
     from prophy_jax.data.sources import video
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import pictures
-    from prophy_jax.run import distributed, encoders, parallel, workdir
+    from prophy_jax.run import distributed, encoders, parallel
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
     options = flags.FLAGS
@@ -217,8 +217,6 @@ def main(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
     from prophy_jax.run import cli
 
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
