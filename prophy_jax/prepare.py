@@ -229,7 +229,7 @@ def record_shard(
     def flush(bucket: Bucket) -> None:
         nonlocal moments
         batch = waiting.pop(bucket)
-        with progress.encoding():
+        with progress.spending("encoding"):
             latents = codec.encode(np.stack([sample.frames for _, sample in batch]))  # (b, T, h, w, 16)
             captions = [sample.caption or clip.caption for clip, sample in batch]
             text, mask = text_encoder(captions)
@@ -321,19 +321,18 @@ class Progress:
 
     def waiting(self, decoded: Iterator) -> Iterator:
         while True:
-            before = time.perf_counter()
-            item = next(decoded, None)
-            self._spent["waiting for decoded clips"] += time.perf_counter() - before
+            with self.spending("waiting for decoded clips"):
+                item = next(decoded, None)
             if item is None:
                 return
             yield item
             self._bar.update()
 
     @contextlib.contextmanager
-    def encoding(self) -> Iterator[None]:
+    def spending(self, what: str) -> Iterator[None]:
         before = time.perf_counter()
         yield
-        self._spent["encoding"] += time.perf_counter() - before
+        self._spent[what] += time.perf_counter() - before
 
     def close(self) -> None:
         self._bar.close()

@@ -89,11 +89,6 @@ class Report:
     unannotated: list[str] = field(default_factory=list)
     label_differs: list[str] = field(default_factory=list)
 
-    def add_unknown(self, clip_id: str, where: str, text: str) -> None:
-        key = f'{where}: "{text}"'
-        self.unknown_labels[key] += 1
-        self.examples.setdefault(key, clip_id)
-
 
 class Source(Protocol):
     """Clips listed, in order, and how to read one.
@@ -328,7 +323,9 @@ def _category(labels: Mapping[str, str], categories: str, clip_id: str, report: 
     for where, text in labels.items():
         known[where], unknown = taxonomy.parse_labels(text)
         for label in unknown:
-            report.add_unknown(clip_id, where, label)
+            key = f'{where}: "{label}"'
+            report.unknown_labels[key] += 1
+            report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]
     answered = {name for where in answers for name in known[where]}
     if not answered.issuperset(known.get("label", ())):

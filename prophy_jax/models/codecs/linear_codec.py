@@ -105,25 +105,20 @@ class LinearCodec:
             )
         return (frames - 1) // STRIDE + 1, height // STRIDE, width // STRIDE, CHANNELS
 
-    def project(self, frames: np.ndarray) -> np.ndarray:
-        """As `encode`, before normalisation."""
-        shape = frames.shape
-        if frames.dtype != np.uint8 or frames.ndim < 4 or shape[-1] != 3:
-            raise UserError(f"linear codec: frames must be (F, H, W, 3) uint8, got {shape} {frames.dtype}")
-        self.latent_shape(*shape[-4:-1])
-        video = frames.astype(np.float32) / 127.5 - 1
-        head = patches(video[..., :1, :, :, :], 1) @ self.first.T
-        if shape[-4] == 1:
-            return head
-        tail = patches(video[..., 1:, :, :, :], STRIDE) @ self.later.T
-        return np.concatenate([head, tail], axis=-4)
-
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """(..., F, H, W, 3) uint8 -> (..., T, h, w, 16) float32: zero mean, unit variance on average.
 
         Raises UserError unless F = 4n + 1 and H, W are multiples of 8.
         """
-        raw = self.project(frames)
+        shape = frames.shape
+        if frames.dtype != np.uint8 or frames.ndim < 4 or shape[-1] != 3:
+            raise UserError(f"linear codec: frames must be (F, H, W, 3) uint8, got {shape} {frames.dtype}")
+        self.latent_shape(*shape[-4:-1])
+        video = frames.astype(np.float32) / 127.5 - 1
+        raw = patches(video[..., :1, :, :, :], 1) @ self.first.T
+        if shape[-4] > 1:
+            later = patches(video[..., 1:, :, :, :], STRIDE) @ self.later.T
+            raw = np.concatenate([raw, later], axis=-4)
         mean, std = _statistics(raw.shape[-4])
         return (raw - mean) / std
 
