@@ -13,7 +13,6 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 """
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,9 +100,7 @@ class Source(Protocol):
     clips: list[Clip]
     report: Report
 
-    def read(
-        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-    ) -> Sample:
+    def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
         """Reads one clip of `clips`, as `video.read_bucket` does. Several threads may read at once.
 
         Raises:
@@ -123,9 +120,7 @@ class CaptionedVideos(Source):
         self._paths = paths  # of the annotation files
         self._videos = videos  # by clip id
 
-    def read(
-        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-    ) -> Sample:
+    def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
         found = self._videos.get(clip.id)
         if found is None:
             folders = ", ".join(str(path.parent) for path in self._paths)
@@ -163,9 +158,7 @@ class Sandbox(Source):
         self.report = Report(records=len(self.clips))
         self._seed, self._bucket, self._fps = seed, bucket, fps
 
-    def read(
-        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-    ) -> Sample:
+    def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
         """Draws the clip, in its one shape and at its one rate."""
         from prophy_jax.data.sandbox.clip import make_clip
 
