@@ -63,9 +63,8 @@ def count(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
                 body = re.search(r"body=%?([\w.\-]+)", instruction.rest)[1]
                 walk(body, times * trip_count(instruction.rest, computations))
             elif instruction.opcode == "conditional":
-                for branch in re.findall(
-                    r"[\w.\-]+", re.search(r"branch_computations=\{(.*?)\}", instruction.rest)[1]
-                ):
+                branches = re.search(r"branch_computations=\{(.*?)\}", instruction.rest)[1]
+                for branch in re.findall(r"[\w.\-]+", branches):
                     walk(branch, times)
             elif instruction.opcode in ("fusion", "call", "async-start", "custom-call"):
                 for called in _CALLED.findall(instruction.rest):
@@ -154,13 +153,9 @@ def _groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
         return [tuple(map(int, group)) for group in order.reshape(shape[0], -1)]
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) \{([^}]*)\}", attributes):
         return _mesh_groups(*match.groups())
-    match = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
-    listed = (
-        [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1])]
-        if match
-        else []
-    )
-    return listed or [tuple(range(devices))]  # no list: all of them
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
+        return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    return [tuple(range(devices))]  # no list: all of them
 
 
 def _mesh_groups(mesh: str, order: str, axes: str) -> list[tuple[int, ...]]:
