@@ -372,14 +372,10 @@ def read_ahead(
         stop = min(first + batch, file.first + file.count)
         return [prepared.read(file.bucket, file.split, index) for index in range(first, stop)]
 
-    waiting = None
-    for first in range(file.first, file.first + file.count, batch):
-        reading = reader.submit(read, first)
-        if waiting is not None:
-            yield waiting.result()
-        waiting = reading
-    if waiting is not None:
-        yield waiting.result()
+    firsts = range(file.first, file.first + file.count, batch)
+    reading = (reader.submit(read, first) for first in firsts)
+    for this, _ in itertools.pairwise(itertools.chain(reading, [None])):  # the next one is submitted by now
+        yield this.result()
 
 
 # --- Clips to labels -------------------------------------------------------------------------------
