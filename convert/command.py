@@ -8,7 +8,6 @@ its files (`convert.wan`, `convert.cogvideox`).
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -234,12 +233,7 @@ def _write_part(component: Component, partial: Path) -> str:
 def _copy_files(sources: list[Path], dst: Path) -> dict[str, str]:
     """Copies files into a folder; returns their hashes."""
     dst.mkdir(exist_ok=True)
-    hashes = {}
-    for file in sources:
-        data = file.read_bytes()
-        (dst / file.name).write_bytes(data)
-        hashes[file.name] = hashlib.sha256(data).hexdigest()
-    return hashes
+    return {file.name: stream.hash_file(shutil.copyfile(file, dst / file.name)) for file in sources}
 
 
 def _versions() -> dict[str, str]:

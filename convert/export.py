@@ -29,26 +29,19 @@ from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 from tqdm import tqdm
 
-from convert import cogvideox, t5, wan
+from convert import cogvideox, command, t5, wan
 from convert import leaves as lv
 from convert.prophy import branch_leaves
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli
 from prophy_jax.run.errors import UserError, one_line_errors
+from prophy_jax.run.workdir import read_json
 
 FORMATS = ("diffusers", "official")
 # The public names of the files in each format, without ".safetensors".
 STEMS = {
-    "diffusers": {
-        "transformer": "transformer/diffusion_pytorch_model",
-        "vae": "vae/diffusion_pytorch_model",
-        "text_encoder": "text_encoder/model",
-    },
-    "official": {
-        "transformer": "diffusion_pytorch_model",
-        "vae": "Wan2.1_VAE",
-        "text_encoder": "models_t5_umt5-xxl-enc-bf16",
-    },
+    "diffusers": {part: f"{part}/{stem}" for part, stem in command.STEMS.items()},
+    "official": wan.OFFICIAL,
 }
 TOKENIZER = {"diffusers": "tokenizer", "official": "google/umt5-xxl"}
 SHARD_BYTES = 2 * 10**9
@@ -189,7 +182,7 @@ def find_parts(checkpoint: str) -> list[Path]:
 
 def _open_part(folder: Path, naming: str) -> Part:
     """Reads and checks everything but the values."""
-    manifest = _read_json(folder / "manifest.json", f"{folder} is not complete: convert or train again")
+    manifest = read_json(folder / "manifest.json", f"{folder} is not complete: convert or train again")
     name, spec = manifest.get("part"), manifest.get("model")
     if not spec:
         raise UserError(
@@ -242,19 +235,10 @@ def _open_part(folder: Path, naming: str) -> Part:
     return Part(name, added, form, folder, manifest, config, table, arrays)
 
 
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"no {path}: {remedy}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable ({error}): {remedy}") from error
-
-
 def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
     """The arrays of an Orbax PyTree checkpoint, by path. No value is read yet."""
     remedy, tree = "the tree is not complete, convert or train again", folder.absolute() / "tree"
-    metadata = _read_json(tree / "_METADATA", remedy)
+    metadata = read_json(tree / "_METADATA", remedy)
     context = tensorstore.Context()
     opening = {}
     for entry in metadata["tree_metadata"].values():
@@ -396,7 +380,7 @@ def _about_training(part: Part, naming: str) -> dict[str, str]:
     trained = part.folder.absolute().parent / "backbone" / "manifest.json"
     backbone = part.manifest.get("backbone_sha256", "")
     if trained.exists():
-        backbone = _read_json(trained, "train again")["sha256"]
+        backbone = read_json(trained, "train again")["sha256"]
     return {
         "names": naming,
         part.name: json.dumps(dataclasses.asdict(part.config)),

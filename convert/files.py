@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 import io
-import json
 import math
 import os
 import pickle
@@ -23,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 _DTYPES = {
@@ -98,10 +98,7 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable JSON file ({error}): download it again") from error
+    content = workdir.read_json(path, "download it again")
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: download it again")
     return content

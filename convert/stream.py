@@ -125,7 +125,7 @@ def write_tree(job: Job, partial: Path, identity: Mapping[str, Any], progress: t
     return {
         "sha256": checkpoints.hash_of(leaves),
         "shapes": {path: [list(shape), dtype] for path, (dtype, shape, _) in leaves.items()},
-        "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in job.sources],
+        "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": hash_file(f)} for f in job.sources],
     }
 
 
@@ -158,7 +158,8 @@ def _tensorstore_errors(place: str) -> Iterator[None]:
         raise OSError(errno.ENOSPC if full else errno.EIO, text.partition("\n")[0], place) from error
 
 
-def _sha256(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """sha256 of its bytes."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -66,13 +66,8 @@ def sizes_of_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     kind, ffn = fields.get("model_type"), fields.get("feed_forward_proj")
     if kind not in ("t5", "umt5") or ffn != "gated-gelu":
         raise UserError(f"it describes a model {kind!r} with {ffn!r}, not a UMT5 or T5 v1.1 encoder")
-    return {
-        "vocab_size": fields["vocab_size"],
-        "d_model": fields["d_model"],
-        "d_kv": fields["d_kv"],
-        "d_ff": fields["d_ff"],
-        "num_layers": fields["num_layers"],
-        "num_heads": fields["num_heads"],
+    same = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    return {name: fields[name] for name in same} | {
         "shared_bias": kind == "t5",
         "num_buckets": fields.get("relative_attention_num_buckets", 32),
         "max_distance": fields.get("relative_attention_max_distance", 128),

@@ -104,19 +104,10 @@ def place(
         groups = [("backbone/", None), *((f"{name}/", 1.0) for name in model.parts)]
     trainable, frozen = optim.split(shapes, groups)
 
-    def describe(tree: Any, dtype: str, shardings: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(
-                leaf.shape, jax.numpy.dtype(dtype), sharding=sharding
-            ),
-            tree,
-            shardings,
-        )
-
     whole = jax.tree.map(lambda _: parallel.replicated(mesh), frozen)
     return optim.merge(
-        describe(trainable, "float32", parallel.shard_largest(trainable, mesh)),
-        describe(frozen, frozen_dtype, whole),
+        parallel.placed(trainable, parallel.shard_largest(trainable, mesh), "float32"),
+        parallel.placed(frozen, whole, frozen_dtype),
     )
 
 

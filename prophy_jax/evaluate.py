@@ -22,7 +22,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
+from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
 
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
@@ -31,7 +33,6 @@ SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 def check_run(config: Any, workdir: str) -> None:
     """Raises UserError unless `workdir` is of a run of this model, on this backbone."""
     from prophy_jax.run import checkpoints
-    from prophy_jax.run import workdir as folders
 
     stored = folders.read_run(workdir)
     was, own = (folders.run_identity(one, "model") for one in (stored["config"], config))
@@ -58,7 +59,6 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import diffusion, pictures, report
     from prophy_jax.run import checkpoints, encoders, metrics, optim
-    from prophy_jax.run import workdir as folders
 
     # 1. The run and the clips.
     check_run(config, workdir)
@@ -95,10 +95,8 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         fields = tuple(dict.fromkeys(("latents", "category", *model.fields, *read)))
         measure, measured = diffusion.make_measure(model, objective, mesh, config.seed, keep), {}
         for name in splits:
-            whole = {"shuffle": False, "repeat": False, "side": config.data.side, "fields": fields}
-            batches = loader.make_loader(config.data.dir, name, batch_size, 0, **whole)
             found = []
-            for batch in batches:
+            for batch in loader.read_once(config.data, name, batch_size, fields):
                 if batch["latents"].shape[1:] == latent_shape:
                     found.append(measure(before, after, batch, batch_size))
                     bar.update()
@@ -156,8 +154,6 @@ def _plain(value: Any) -> Any:
 
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
-    from absl import flags
-
     workdir = flags.FLAGS.workdir
     if not workdir:
         raise UserError("name the run to measure: --workdir=DIR")
@@ -167,8 +163,6 @@ def main(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
     from prophy_jax.run import cli
 
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")

@@ -32,10 +32,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import tqdm
 from absl import flags
+from ml_collections import ConfigDict
 
 import prophy_jax
+from prophy_jax.data import records
 from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job, Shard, parse_process
+from prophy_jax.data.sources import source, video
 from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run import cli
@@ -43,10 +48,7 @@ from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import run_identity
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-    from prophy_jax.data.job import Shard
-    from prophy_jax.labels.asking import View
+    from prophy_jax.labels.labelling import View
     from prophy_jax.labels.vlm import Reading, Vlm
 
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "pillow", "av")  # these shape the labels
@@ -56,7 +58,7 @@ PANEL = 416  # pixels: wider panels of a preview are halved
 
 
 def label(
-    config: "ConfigDict",
+    config: ConfigDict,
     model_folder: str | Path,
     data: str | Path,
     out: str | Path,
@@ -80,17 +82,8 @@ def label(
         UserError: no data, no such model, a setting that does not exist, videos that cannot be found, or
             `out` is of other data, another model or other settings.
     """
-    import tqdm
-
-    from prophy_jax.data.job import Job
-
     # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
-    labelling = import_labelling(config)
-    prepared = PreparedClips(data, sources)
-    model, described = open_model(model_folder, config, process[0])
-    reading = labelling.make_reading(
-        config.label, labelling.choose_layers(config.label.layers, model.num_layers)
-    )
+    prepared, model, described, reading = open_all(config, model_folder, data, sources, process[0])
     plan = {
         "data_fingerprint": prepared.manifest["fingerprint"],
         **run_identity(config, "labels"),
@@ -127,7 +120,7 @@ def label(
 
 
 def preview(
-    config: "ConfigDict",
+    config: ConfigDict,
     model_folder: str | Path,
     data: str | Path,
     out: str | Path,
@@ -139,14 +132,8 @@ def preview(
     An mp4 shows the clip, and on its right one panel for each phenomenon, its positive labels over the clip.
     Raises UserError as `label` does.
     """
-    from prophy_jax.data.sources import video
-
+    prepared, model, _, reading = open_all(config, model_folder, data, sources)
     labelling = import_labelling(config)
-    prepared = PreparedClips(data, sources)
-    model, _ = open_model(model_folder, config, 0)
-    reading = labelling.make_reading(
-        config.label, labelling.choose_layers(config.label.layers, model.num_layers)
-    )
     views = prepared.views(config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -166,13 +153,11 @@ def preview(
         print(f"wrote {path}: {', '.join(names)}", flush=True)
 
 
-def check(config: "ConfigDict", model_folder: str | Path, out: str | Path) -> dict[str, Any]:
+def check(config: ConfigDict, model_folder: str | Path, out: str | Path) -> dict[str, Any]:
     """Measures the labels of the physics sandbox, prints the tables, and writes `out`/check.json.
 
     Returns what `prophy_jax.labels.check.measure` does. Raises UserError as `label` does.
     """
-    import tqdm
-
     labelling = import_labelling(config)
     from prophy_jax.labels import check as checking
 
@@ -193,7 +178,7 @@ def check(config: "ConfigDict", model_folder: str | Path, out: str | Path) -> di
 # --- The model -------------------------------------------------------------------------------------
 
 
-def import_labelling(config: "ConfigDict"):
+def import_labelling(config: ConfigDict):
     """The module `labels.labelling`. UserError when its packages are missing, or a setting does not exist."""
     try:
         from prophy_jax.labels import labelling
@@ -203,7 +188,7 @@ def import_labelling(config: "ConfigDict"):
     return labelling
 
 
-def open_model(folder: str | Path, config: "ConfigDict", process: int) -> tuple["Vlm", dict[str, str]]:
+def open_model(folder: str | Path, config: ConfigDict, process: int) -> tuple["Vlm", dict[str, str]]:
     """The model and what the manifest says of it. UserError as `vlm.load`."""
     from prophy_jax.labels import vlm
 
@@ -213,7 +198,21 @@ def open_model(folder: str | Path, config: "ConfigDict", process: int) -> tuple[
     return vlm.load(folder, device, config.label.dtype), described
 
 
-def print_view(bucket: str, view: "View", model: "Vlm", config: "ConfigDict") -> None:
+def open_all(
+    config: ConfigDict, model_folder: str | Path, data: str | Path, sources: Sequence[str], process: int = 0
+) -> tuple["PreparedClips", "Vlm", dict[str, str], "Reading"]:
+    """The clips, the model, what the manifest says of it, and its attention that is read.
+
+    UserError on whatever can be wrong with them.
+    """
+    labelling = import_labelling(config)
+    prepared = PreparedClips(data, sources)
+    model, described = open_model(model_folder, config, process)
+    layers = labelling.choose_layers(config.label.layers, model.num_layers)
+    return prepared, model, described, labelling.make_reading(config.label, layers)
+
+
+def print_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> None:
     """Says how large the model's view is and how much memory it will take."""
     settings = config.label
     times, height, width = view.shown
@@ -270,8 +269,6 @@ class PreparedClips:
     """
 
     def __init__(self, data: str | Path, moved: Sequence[str]) -> None:
-        from prophy_jax.data import records
-
         self.data = Path(data)
         self.manifest = records.read_manifest(data)
         self.fps = self.manifest["video"]["fps"]
@@ -288,10 +285,6 @@ class PreparedClips:
             )
 
     def _open_source(self, moved: Sequence[str]):
-        from ml_collections import ConfigDict
-
-        from prophy_jax.data.sources import source as sources
-
         paths = self.manifest["sources"]
         if moved and len(moved) != len(paths):
             raise UserError(
@@ -299,18 +292,16 @@ class PreparedClips:
                 "in order"
             )
         if not paths:
-            return sources.draw_sandbox(
+            return source.draw_sandbox(
                 ConfigDict({**self.manifest["video"], "sandbox": self.manifest["sandbox"]})
             )
         try:
-            return sources.read_sources(moved or paths)
+            return source.read_sources(moved or paths)
         except UserError as error:
             raise UserError(f"{error}; if the source has moved, say where it is: --source=DIR") from error
 
     def _list_files(self) -> dict[str, list[RecordFile]]:
         """Split -> files of the records, bucket by bucket."""
-        from prophy_jax.data import records
-
         files: dict[str, list[RecordFile]] = {}
         for bucket in self.manifest["buckets"]:
             splits = records.open_info(self.data, "records", bucket).splits
@@ -321,9 +312,8 @@ class PreparedClips:
                     own.append(RecordFile(bucket, split, len(own), first, count))
         return files
 
-    def views(self, config: "ConfigDict") -> dict[str, "View"]:
+    def views(self, config: ConfigDict) -> dict[str, "View"]:
         """How the clips of each bucket are shown to the model."""
-        from prophy_jax.data.sources.video import Bucket
         from prophy_jax.labels import labelling
 
         every, cell = config.label.every, config.label.cell
@@ -332,7 +322,7 @@ class PreparedClips:
             bucket: labelling.View.of(
                 sizes.token_grid,
                 sizes.latent_shape[0],
-                Bucket.parse(bucket).frames,
+                video.Bucket.parse(bucket).frames,
                 self.fps,
                 every,
                 cell,
@@ -343,10 +333,6 @@ class PreparedClips:
 
     def read(self, bucket: str, split: str, index: int) -> Clip:
         """The clip of one record, cropped as for the record; without frames if it shows no phenomenon."""
-        from prophy_jax.data import records
-        from prophy_jax.data.sources import source as sources
-        from prophy_jax.data.sources import video
-
         if (bucket, split) not in self._open:
             self._open[bucket, split] = records.open_dataset(self.data, "records", bucket, split)
         stored = self._open[bucket, split][index]
@@ -354,7 +340,7 @@ class PreparedClips:
         category = stored["category"]
         if not category.any():
             return Clip(name, category, None)
-        clip = sources.Clip(name, caption, category, int(stored["source"]), place, split)
+        clip = source.Clip(name, caption, category, int(stored["source"]), place, split)
         try:
             sample = self._source.read(
                 clip, [video.Bucket.parse(bucket)], self.fps, self.manifest["max_upscale"]
@@ -386,32 +372,27 @@ def read_ahead(
         stop = min(first + batch, file.first + file.count)
         return [prepared.read(file.bucket, file.split, index) for index in range(first, stop)]
 
-    waiting = None
-    for first in range(file.first, file.first + file.count, batch):
-        reading = reader.submit(read, first)
-        if waiting is not None:
-            yield waiting.result()
-        waiting = reading
-    if waiting is not None:
-        yield waiting.result()
+    firsts = range(file.first, file.first + file.count, batch)
+    reading = (reader.submit(read, first) for first in firsts)
+    for this, _ in itertools.pairwise(itertools.chain(reading, [None])):  # the next one is submitted by now
+        yield this.result()
 
 
 # --- Clips to labels -------------------------------------------------------------------------------
 
 
 def label_shard(
-    shard: "Shard",
+    shard: Shard,
     model: "Vlm",
     batches: Iterator[list[Clip]],
     bucket: str,
     sizes: Sizes,
     view: "View",
     reading: "Reading",
-    config: "ConfigDict",
+    config: ConfigDict,
     bar: Any,
 ) -> None:
     """Asks about the clips of one shard and writes their labels; a clip without a video gets none."""
-    from prophy_jax.data import records
     from prophy_jax.labels import labelling
 
     features = records.features("alignment", sizes)
@@ -479,8 +460,6 @@ def describe(
     plan,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`."""
-    from prophy_jax.data import records
-
     clips = sum(size["count"] for report in reports for size in report["datasets"].values())
     features = {
         f"alignment/{bucket}": records.features("alignment", sizes)
@@ -510,8 +489,6 @@ def describe(
 
 def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
     """Prints what was made, and what was left out."""
-    from prophy_jax.data import records
-
     print(
         f"{out}: labels of {manifest['clips']} clips, {manifest['questions']} questions asked, "
         f"{manifest['seconds_per_clip']:.2f} s per clip, {manifest['peak_bytes'] / 2**30:.1f} GiB at most"
@@ -520,10 +497,8 @@ def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
     records.print_list("without labels, their videos cannot be read", unreadable)
 
 
-def main(config: "ConfigDict") -> None:
+def main(config: ConfigDict) -> None:
     """The command, with its flags parsed."""
-    from prophy_jax.data.job import parse_process
-
     options = flags.FLAGS
     if not options.vlm:
         raise UserError("name the folder of a Qwen2.5-VL model: --vlm=DIR")

@@ -22,32 +22,39 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tqdm
 from absl import flags
+from ml_collections import ConfigDict
 
 import prophy_jax
+from prophy_jax.data import records
+from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job, Shard, parse_process
+from prophy_jax.data.sources import statistics
+from prophy_jax.data.sources.source import (
+    Clip,
+    Sample,
+    Source,
+    choose,
+    draw_sandbox,
+    read_sources,
+    split_clips,
+)
+from prophy_jax.data.sources.video import Bucket
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import run_identity
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-    from prophy_jax.data.batch import Sizes
-    from prophy_jax.data.job import Shard
-    from prophy_jax.data.sources.source import Clip, Sample, Source
-    from prophy_jax.data.sources.video import Bucket
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
 THREADS = 8  # that decode; FFmpeg decodes each video with several threads of its own
 
 
 def prepare(
-    config: "ConfigDict",
+    config: ConfigDict,
     sources: Sequence[str | Path] = (),
     out: str | Path | None = None,
     process: tuple[int, int] = (0, 1),
@@ -68,9 +75,6 @@ def prepare(
     Raises:
         UserError: the folder is of something else, the sources are not usable, or no clip can be read.
     """
-    from prophy_jax.data.job import Job
-    from prophy_jax.data.sources import statistics
-
     # 1. What there is, and what is taken.
     source, splits = list_clips(config.data, sources)
     if dry_run:
@@ -118,29 +122,25 @@ def prepare(
     return manifest
 
 
-def list_clips(data: "ConfigDict", paths: Sequence[str | Path]) -> tuple["Source", dict[str, list["Clip"]]]:
+def list_clips(data: ConfigDict, paths: Sequence[str | Path]) -> tuple[Source, dict[str, list[Clip]]]:
     """The source, and split -> clips: `data.subset` of them (0: all), drawn by `data.seed`."""
-    from prophy_jax.data.sources import source as sources
-
     if not paths:
-        source = sources.draw_sandbox(data)
-        return source, sources.split_clips(source.clips, 0.0, data.seed)
-    source = sources.read_sources(paths, data.categories)
-    clips = sources.choose(source.clips, data.subset or None, data.seed)
-    return source, sources.split_clips(clips, data.val_share, data.seed)
+        source = draw_sandbox(data)
+        return source, split_clips(source.clips, 0.0, data.seed)
+    source = read_sources(paths, data.categories)
+    clips = choose(source.clips, data.subset or None, data.seed)
+    return source, split_clips(clips, data.val_share, data.seed)
 
 
-def list_buckets(data: "ConfigDict") -> list["Bucket"]:
+def list_buckets(data: ConfigDict) -> list[Bucket]:
     """The main size of `data`, then its further `buckets`, (frames, height, width) each."""
-    from prophy_jax.data.sources.video import Bucket
-
     main = Bucket(data.frames, data.height, data.width)
     return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
 
 
 def list_grids(
-    config: "ConfigDict", codec: Any, buckets: Sequence["Bucket"]
-) -> dict["Bucket", tuple[tuple[int, ...], tuple[int, int, int]]]:
+    config: ConfigDict, codec: Any, buckets: Sequence[Bucket]
+) -> dict[Bucket, tuple[tuple[int, ...], tuple[int, int, int]]]:
     """Bucket -> the shape of its latents (T, h, w, 16), and the backbone's token grid of them.
 
     Raises UserError on a size that the codec or the backbone cannot take.
@@ -155,7 +155,7 @@ def list_grids(
         raise UserError(f"{error}: change config.data.height, width, frames or buckets") from error
 
 
-def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> dict[str, Any]:
+def make_plan(config: ConfigDict, splits, codec: Any, text_encoder: Any) -> dict[str, Any]:
     """All that decides what the records hold, and in which shards."""
     digest = hashlib.sha256()
     for split, clips in splits.items():
@@ -181,49 +181,37 @@ def make_plan(config: "ConfigDict", splits, codec: Any, text_encoder: Any) -> di
 
 
 def decode_ahead(
-    source: "Source", clips: Sequence["Clip"], buckets: Sequence["Bucket"], data, devices: int
-) -> Iterator[tuple["Clip", "Sample | str"]]:
-    """Yields (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
+    source: Source, clips: Sequence[Clip], buckets: Sequence[Bucket], data, devices: int
+) -> Iterator[tuple[Clip, Sample | str]]:
+    """Gives (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
 
-    At most THREADS + 2 `devices` decoded clips are held at a time.
+    At most THREADS + 2 `devices` decoded clips wait at a time. `close` ends the threads.
     """
+    import grain
 
-    def read(clip: "Clip") -> "Sample | str":
+    def read(clip: Clip) -> tuple[Clip, Sample | str]:
         try:
-            return source.read(clip, buckets, data.fps, data.max_upscale)
+            return clip, source.read(clip, buckets, data.fps, data.max_upscale)
         except UserError as error:
-            return str(error)
+            return clip, str(error)
 
-    waiting: collections.deque = collections.deque()
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for clip in clips:
-            waiting.append((clip, pool.submit(read, clip)))
-            if len(waiting) == THREADS + 2 * devices:
-                clip, future = waiting.popleft()
-                yield clip, future.result()
-        while waiting:
-            clip, future = waiting.popleft()
-            yield clip, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2 * devices)
+    return iter(grain.MapDataset.source(clips).map(read).to_iter_dataset(options))
 
 
-def measure_text(grids: Mapping["Bucket", tuple], text_encoder: Any) -> tuple[dict["Bucket", "Sizes"], bool]:
+def measure_text(grids: Mapping[Bucket, tuple], text_encoder: Any) -> tuple[dict[Bucket, Sizes], bool]:
     """Bucket -> sizes, and whether the rows behind the words are not zero: part of the text then."""
-    from prophy_jax.data.batch import Sizes
-
     text, mask = text_encoder([""])  # (1, L, D), (1, L)
     sizes = {bucket: Sizes(*shapes, *text.shape[1:]) for bucket, shapes in grids.items()}
     return sizes, bool(text[~mask].any())
 
 
 def record_shard(
-    shard: "Shard",
+    shard: Shard,
     clips: Iterable,
     codec: Any,
     text_encoder: Any,
-    sizes: Mapping["Bucket", "Sizes"],
+    sizes: Mapping[Bucket, Sizes],
     padding: bool,
     group: int,
     progress: "Progress",
@@ -238,10 +226,10 @@ def record_shard(
     moments = np.zeros((3, channels))  # count, sum, sum of squares, per channel
     skipped, captions_cut = [], {}
 
-    def flush(bucket: "Bucket") -> None:
+    def flush(bucket: Bucket) -> None:
         nonlocal moments
         batch = waiting.pop(bucket)
-        with progress.encoding():
+        with progress.spending("encoding"):
             latents = codec.encode(np.stack([sample.frames for _, sample in batch]))  # (b, T, h, w, 16)
             captions = [sample.caption or clip.caption for clip, sample in batch]
             text, mask = text_encoder(captions)
@@ -267,21 +255,19 @@ def record_shard(
 
 
 def write_record(
-    shard: "Shard",
-    clip: "Clip",
-    sample: "Sample",
+    shard: Shard,
+    clip: Clip,
+    sample: Sample,
     caption: str,
     latents: np.ndarray,
     text: np.ndarray,
     text_mask: np.ndarray | None,
-    sizes: "Sizes",
+    sizes: Sizes,
 ) -> np.ndarray:
     """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16).
 
     text (n, D); text_mask (n,) where its rows are not all words.
     """
-    from prophy_jax.data import records
-
     stored = latents.astype(np.float16), text.astype(np.float16)
     if not all(np.isfinite(array).all() for array in stored):
         raise UserError(
@@ -329,27 +315,24 @@ class Progress:
     """The progress bar, and what the time goes to."""
 
     def __init__(self, clips: int) -> None:
-        import tqdm
-
         self._bar = tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips)
         self._spent = {"waiting for decoded clips": 0.0, "encoding": 0.0}
         self._clips, self._start = clips, time.perf_counter()
 
     def waiting(self, decoded: Iterator) -> Iterator:
         while True:
-            before = time.perf_counter()
-            item = next(decoded, None)
-            self._spent["waiting for decoded clips"] += time.perf_counter() - before
+            with self.spending("waiting for decoded clips"):
+                item = next(decoded, None)
             if item is None:
                 return
             yield item
             self._bar.update()
 
     @contextlib.contextmanager
-    def encoding(self) -> Iterator[None]:
+    def spending(self, what: str) -> Iterator[None]:
         before = time.perf_counter()
         yield
-        self._spent["encoding"] += time.perf_counter() - before
+        self._spent[what] += time.perf_counter() - before
 
     def close(self) -> None:
         self._bar.close()
@@ -366,21 +349,17 @@ class Progress:
 
 def describe(
     out: Path,
-    config: "ConfigDict",
+    config: ConfigDict,
     paths: list[str],
-    source: "Source",
+    source: Source,
     reports: list[dict[str, Any]],
-    grids: Mapping["Bucket", tuple],
+    grids: Mapping[Bucket, tuple],
     text_encoder: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`.
 
     Writes the encoded empty prompt and the statistics too.
     """
-    from prophy_jax.data import records
-    from prophy_jax.data.sources import statistics
-    from prophy_jax.data.sources.video import Bucket
-
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
     counts = {split: 0 for split in dict.fromkeys(report["split"] for report in reports)}
     buckets: dict[str, dict[str, Any]] = {}
@@ -448,8 +427,6 @@ def describe(
 
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
     """Prints what was made, and what was left out."""
-    from prophy_jax.data import records
-
     counts = manifest["counts"]
     print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " clips")
     for bucket, found in manifest["buckets"].items():
@@ -472,10 +449,8 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
     )
 
 
-def main(config: "ConfigDict") -> None:
+def main(config: ConfigDict) -> None:
     """The command, with its flags parsed."""
-    from prophy_jax.data.job import parse_process
-
     options = flags.FLAGS
     if options.process:
         process = parse_process(options.process)

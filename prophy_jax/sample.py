@@ -21,7 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
+from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 
@@ -76,29 +78,23 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
 
     Raises UserError when the folder holds something else, or clips made in another way.
     """
-    from prophy_jax.run import workdir
 
     def by_file(manifest: dict[str, Any]) -> dict[str, Any]:
         return {clip["file"]: clip for clip in manifest["clips"]}
 
     def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
-        was, now = by_file(stored), by_file(own)
-        both = was.keys() & now.keys()
-        return workdir.differences(
-            {
-                **workdir.run_identity(stored["settings"], "clips"),
-                **hashes(stored),
-                **{file: was[file] for file in both},
-            },
-            {
-                **workdir.run_identity(own["settings"], "clips"),
-                **hashes(own),
-                **{file: now[file] for file in both},
-            },
-        )
+        both = by_file(stored).keys() & by_file(own).keys()
 
-    def hashes(manifest: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in manifest["settings"].items() if name.endswith("_sha256")}
+        def deciding(manifest: dict[str, Any]) -> dict[str, Any]:
+            settings, clips = manifest["settings"], by_file(manifest)
+            hashes = {name: value for name, value in settings.items() if name.endswith("_sha256")}
+            return {
+                **workdir.run_identity(settings, "clips"),
+                **hashes,
+                **{file: clips[file] for file in both},
+            }
+
+        return workdir.differences(deciding(stored), deciding(own))
 
     def add(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         return {**stored, "clips": list({**by_file(own), **by_file(stored)}.values())}
@@ -108,14 +104,13 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
 
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
-    from absl import flags
     from tqdm import tqdm
 
     from prophy_jax import build
     from prophy_jax.data.sources import video
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import pictures
-    from prophy_jax.run import distributed, encoders, parallel, workdir
+    from prophy_jax.run import distributed, encoders, parallel
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
     options = flags.FLAGS
@@ -222,8 +217,6 @@ def main(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
     from prophy_jax.run import cli
 
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")

@@ -12,7 +12,7 @@ from prophy_jax.models import attention
 from prophy_jax.plan import hardware
 from prophy_jax.plan import planner as plan
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing.counting import attention_calls
+from tests.counting import attention_calls
 
 xla = functools.partial(attention.attention, backend="xla")
 

@@ -18,7 +18,7 @@ from prophy_jax.models.beside.prophy import ProPhy, RefinementConfig, SemanticCo
 from prophy_jax.plan import flops
 from prophy_jax.run import optim
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing.counting import attention_calls, equations
+from tests.counting import attention_calls, equations
 
 
 @pytest.fixture(autouse=True)

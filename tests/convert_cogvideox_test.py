@@ -28,7 +28,7 @@ from prophy_jax.models.codecs import cogvideox_vae
 from prophy_jax.models.text import t5
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 from tests.convert_files_test import assert_same, contents, load
 from tests.tiny_tokenizer import save_tiny_tokenizer
 

@@ -12,7 +12,7 @@ from convert import wan as convert_wan
 from prophy_jax import models
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 from tests.late import late
 from tests.tiny_tokenizer import save_tiny_tokenizer
 

@@ -15,7 +15,7 @@ from prophy_jax.models.codecs import wan_vae
 from prophy_jax.models.text import t5
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 
 NAMINGS = ("official", "diffusers")
 DIT = wan.build(dim=24, num_heads=2, num_layers=3, ffn_dim=32, text_dim=8)

@@ -16,7 +16,7 @@ from convert import wan as convert_wan
 from prophy_jax import models
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import checkpoints
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 from tests.late import late
 
 torch = late("torch")

@@ -25,7 +25,7 @@ from convert import wan as convert_wan
 from prophy_jax import models
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -501,7 +501,7 @@ def narrow_text(root):
         (cut_off_conversion, "transformer.partial is not finished"),
         (without_tree, "no .*_METADATA.*convert or train again"),
         (without_an_array, "tree is not readable .*head.out.bias.*not complete"),
-        (torn_manifest, "manifest.json is not readable"),
+        (torn_manifest, "manifest.json is not a readable"),
         (manifest_of_other_sizes, r"\(3, 24, 32\).*\(3, 24, 48\)"),
         (tree_of_another_manifest, "does not fit its manifest: blocks/cross_attn/k/bias is missing"),
         (flipped_bit, "values are not those of its manifest"),

@@ -11,7 +11,7 @@ import pytest
 from prophy_jax.models import attention
 from prophy_jax.run import parallel
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing.counting import attention_calls, equations
+from tests.counting import attention_calls, equations
 
 
 def mesh_of(*sizes, batch=8):

@@ -23,7 +23,7 @@ from prophy_jax.models.beside.prophy import (
 from prophy_jax.plan import flops
 from prophy_jax.run import optim
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing.counting import attention_calls
+from tests.counting import attention_calls
 
 LATENT, TEXT = (3, 4, 6, 16), (12, 16)  # 18 tokens
 SEMANTIC, REFINEMENT = SemanticConfig((3, 4, 6), hidden=8), RefinementConfig()

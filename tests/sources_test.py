@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def test_zip_members_read_as_files(tmp_path, method):
     assert not source.report.skipped
     bucket = Bucket(5, 24, 32)
     with ThreadPoolExecutor(4) as threads:  # several at once, from one zip file
-        samples = list(threads.map(lambda clip: source.read(clip, [bucket], 8), source.clips * 4))
+        samples = list(threads.map(lambda clip: source.read(clip, [bucket], 8, math.inf), source.clips * 4))
     for i, sample in enumerate(samples):
         assert sample.bucket == bucket and sample.masks is sample.caption is sample.category is None
         expected, _ = video.read_bucket(tmp_path / f"{i % 3}.mp4", [bucket], 8)
@@ -241,9 +242,9 @@ def test_damaged_member_is_one_line(tmp_path):
     path.write_bytes(damaged)
     source = sources.read_sources(root)  # the directory of the zip file is whole
     with pytest.raises(UserError, match="0.zip:a.mp4: .*zip file"):
-        source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+        source.read(source.clips[0], [Bucket(5, 24, 32)], 8, math.inf)
     with pytest.raises(UserError, match="0.zip:b.mp4: cannot be decoded.*not a video"):
-        source.read(source.clips[1], [Bucket(5, 24, 32)], 8)
+        source.read(source.clips[1], [Bucket(5, 24, 32)], 8, math.inf)
 
 
 def test_zip_of_another_compression(tmp_path):
@@ -251,12 +252,12 @@ def test_zip_of_another_compression(tmp_path):
     zipped(path, {"a.mp4": b"1" * 1000}, zipfile.ZIP_BZIP2)
     source = sources.read_sources(wisa(tmp_path, [record("a.mp4")], {}))
     with pytest.raises(UserError, match="0.zip:a.mp4: cannot be decoded.*not a video"):  # it can be read
-        source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+        source.read(source.clips[0], [Bucket(5, 24, 32)], 8, math.inf)
     content = path.read_bytes().replace(b"\x0c\x00", b"\x63\x00")  # method 12 becomes 99
     wisa(tmp_path / "other", [record("a.mp4")], {"0.zip": content})
     source = sources.read_sources(tmp_path / "other")
     with pytest.raises(UserError, match="0.zip:a.mp4: cannot be read .*compression"):
-        source.read(source.clips[0], [Bucket(5, 24, 32)], 8)
+        source.read(source.clips[0], [Bucket(5, 24, 32)], 8, math.inf)
 
 
 def test_what_the_records_mean_is_found_by_their_content(tmp_path):
@@ -445,8 +446,8 @@ def test_whatever_a_damaged_video_raises_is_one_line(tmp_path, monkeypatch):
     clips = {clip.id: clip for clip in source.clips}
     for name in ("cut", "text", "empty"):
         with pytest.raises(UserError, match=f"{name}.mp4: .*cut short"):
-            source.read(clips[name], [Bucket(5, 24, 32)], 8)
-    assert source.read(clips["ok"], [Bucket(5, 24, 32), Bucket(9, 24, 32)], 8).bucket == (9, 24, 32)
+            source.read(clips[name], [Bucket(5, 24, 32)], 8, math.inf)
+    assert source.read(clips["ok"], [Bucket(5, 24, 32), Bucket(9, 24, 32)], 8, math.inf).bucket == (9, 24, 32)
     with pytest.raises(UserError, match="too small"):
         source.read(clips["ok"], [Bucket(5, 96, 128)], 8, max_upscale=1)
 
@@ -455,9 +456,9 @@ def test_whatever_a_damaged_video_raises_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(video, "center_crop_resize", fail)
     with pytest.raises(UserError, match="ok.mp4 cannot be decoded .ZeroDivisionError"):
-        source.read(clips["ok"], [Bucket(5, 24, 32)], 8)
+        source.read(clips["ok"], [Bucket(5, 24, 32)], 8, math.inf)
     with pytest.raises(UserError, match="no clip other"):
-        source.read(sources.Clip("other", "", np.zeros(17), 0, "other.mp4"), [Bucket(5, 24, 32)], 8)
+        source.read(sources.Clip("other", "", np.zeros(17), 0, "other.mp4"), [Bucket(5, 24, 32)], 8, math.inf)
 
 
 # ---- subset and splits ---------------------------------------------------------------------------
@@ -525,7 +526,7 @@ def test_sandbox_draws_clips_when_they_are_read():
     assert [clip.video for clip in source.clips][2:5] == ["train/2", "val/0", "val/1"]
     splits = sources.split_clips(source.clips, 0.5, 0)
     assert {split: len(clips) for split, clips in splits.items()} == {"train": 3, "val": 2, "test": 1}
-    sample = source.read(source.clips[4], [Bucket(5, 32, 32)], 8)
+    sample = source.read(source.clips[4], [Bucket(5, 32, 32)], 8, math.inf)
     drawn = make_clip(5, "val", 1, 32, 5, 8)
     assert sample.bucket == (5, 32, 32) and sample.caption == drawn.caption and drawn.id == "val-000001"
     for name in ("frames", "masks", "category"):

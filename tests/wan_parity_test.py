@@ -9,7 +9,7 @@ import pytest
 
 from convert import wan as convert_wan
 from prophy_jax.models import wan
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 from tests.late import late
 
 torch = late("torch")

@@ -15,7 +15,7 @@ from convert import wan as convert_wan
 from prophy_jax.models import layers, wan
 from prophy_jax.plan import flops
 from prophy_jax.run.errors import UserError
-from prophy_jax.testing import state_dicts
+from tests import state_dicts
 
 # Values recorded from the public PyTorch model have six decimals and its own fp32 rounding.
 GOLDEN = 3e-5

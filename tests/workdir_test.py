@@ -134,7 +134,7 @@ def test_what_a_killed_process_left_of_its_claim_does_not_matter(tmp_path):
 
 def test_a_damaged_claim_is_named(tmp_path):
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="plan.json is damaged .*name another --out"):
+    with pytest.raises(UserError, match="plan.json is not a readable .*name another --out"):
         workdir.claim(tmp_path, "plan.json", OWN, "--out")
 
 

@@ -169,6 +169,12 @@ def make_loader(
     return iter(batches)
 
 
+def read_once(data: Any, split: str, batch_size: int, fields: Sequence[str]) -> grain.DatasetIterator:
+    """`make_loader` of `config.data`, with every record of a split once, in the order on disk."""
+    in_order = {"shuffle": False, "repeat": False, "side": data.side, "fields": fields}
+    return make_loader(data.dir, split, batch_size, 0, **in_order)
+
+
 def _open_buckets(
     data_dir: str | Path, split: str, side: Mapping[str, str | Path], fields: Sequence[str] | None
 ) -> list[_Bucket]:

@@ -103,16 +103,9 @@ def localisation(cases: Sequence[Case]) -> dict[str, Any]:
                 ]
         rows.append(row)
     keys = [f"{name}_{when}" for name in ("auc", "specificity") for when in ("before", "after")]
-    mean = {key: _mean_rows([row[key] for row in rows]) for key in keys}
+    known = {key: np.ma.masked_invalid([row[key] for row in rows]) for key in keys}
+    mean = {key: table.mean(0).filled(np.nan).tolist() for key, table in known.items()}
     return {"categories": rows, "mean": mean}
-
-
-def _mean_rows(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Column means that leave NaN entries out."""
-    table = np.array(rows)
-    known = ~np.isnan(table)
-    with np.errstate(invalid="ignore"):
-        return (np.where(known, table, 0).sum(0) / known.sum(0)).tolist()
 
 
 def expert_table(rho: np.ndarray, label: np.ndarray, present: np.ndarray) -> dict[str, list[float]]:

@@ -36,16 +36,7 @@ def make_validation(
         return jax.lax.map(at, jnp.float32(times))  # (len(times),)
 
     def validate(params) -> dict[str, float]:
-        batches = loader.make_loader(
-            config.data.dir,
-            "val",
-            config.validation.batch_size,
-            0,
-            shuffle=False,
-            repeat=False,
-            side=config.data.side,
-            fields=fields,
-        )
+        batches = loader.read_once(config.data, "val", config.validation.batch_size, fields)
         results = []
         for _, batch in zip(range(config.validation.batches), batches, strict=False):
             inputs = {name: batch[name] for name in (*fields, "index")}
@@ -64,16 +55,7 @@ def make_validation_clips(
 
     All processes of a job call it and sample together; the first one decodes and writes.
     """
-    batches = loader.make_loader(
-        config.data.dir,
-        "val",
-        config.samples.clips,
-        0,
-        shuffle=False,
-        repeat=False,
-        side=config.data.side,
-        fields=("latents", *model.fields),
-    )
+    batches = loader.read_once(config.data, "val", config.samples.clips, ("latents", *model.fields))
     batch = parallel.full_precision(next(batches))
     prompt = {name: batch[name] for name in model.fields}
     noise = generate.make_noise(config.seed, batch["index"], batch["latents"].shape[1:])

@@ -16,28 +16,23 @@ T latent times, G masks a side, N = T G G tokens.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.evaluation.auc import POSITIVE, roc_auc
 from prophy_jax.labels import labelling, targets
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-    from prophy_jax.labels.vlm import Answer, Vlm
+from prophy_jax.labels.vlm import Answer, Vlm
 
 MEASURES = ("auc", "specificity")
 CONFIGURED = "configured"  # the band of config.label.layers
 Cases = dict[tuple[str, str, str, str], list[float]]  # (band, denoise, phenomenon, measure) -> one per case
 
 
-def measure(
-    model: "Vlm", settings: "ConfigDict", sandbox: "ConfigDict", step: Callable[[], Any]
-) -> dict[str, Any]:
+def measure(model: Vlm, settings: ConfigDict, sandbox: ConfigDict, step: Callable[[], Any]) -> dict[str, Any]:
     """Labels `sandbox.clips` clips and measures them.
 
     Args:
@@ -75,7 +70,7 @@ def list_bands(configured: tuple, num_layers: int) -> dict[str, list[int]]:
 
 
 def score(
-    answers: list["Answer"], masks: np.ndarray, category: np.ndarray, layers: list[int], denoise: str
+    answers: list[Answer], masks: np.ndarray, category: np.ndarray, layers: list[int], denoise: str
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (phenomenon, measure, value) of one clip where there are tokens to compare.
 

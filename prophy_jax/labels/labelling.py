@@ -4,18 +4,16 @@ T h w token grid, N = T h w tokens, T' H' W' grid of the model, P phenomena of a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.labels import targets, vlm
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run.errors import UserError
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
@@ -28,7 +26,7 @@ _CHOICES = {
 }
 
 
-def check_settings(settings: "ConfigDict") -> None:
+def check_settings(settings: ConfigDict) -> None:
     """Raises UserError when a value of `config.label` does not exist; the layers depend on the model."""
     for key, allowed in _CHOICES.items():
         if settings[key] not in allowed:
@@ -55,7 +53,7 @@ def choose_layers(layers: Sequence[int | float], num_layers: int) -> tuple[int, 
     )
 
 
-def make_reading(settings: "ConfigDict", layers: tuple[int, ...]) -> vlm.Reading:
+def make_reading(settings: ConfigDict, layers: tuple[int, ...]) -> vlm.Reading:
     """The part of `config.label` that says which attention is read."""
     return vlm.Reading(layers, settings.heads, settings.rows, settings.tokens, settings.max_new_tokens)
 

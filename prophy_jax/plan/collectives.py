@@ -12,7 +12,8 @@ place where XLA says which devices exchange what, hence this reader.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,10 +34,14 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]  # mesh axes that its groups span
-    group: int  # devices in a group
+    devices: tuple[int, ...]  # one group, as positions in the mesh
     bytes: int  # of one call
     count: int
-    devices: tuple[int, ...] = ()  # one group, as positions in the mesh
+
+    @property
+    def group(self) -> int:
+        """Devices in a group."""
+        return len(self.devices)
 
     @property
     def sent(self) -> float:
@@ -52,15 +57,14 @@ def count(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
     def walk(name: str, times: int) -> None:
         for instruction in computations.get(name, ()):
-            if found_here := _collective(instruction, times, mesh_shape, computations):
+            if found_here := _collective(instruction, times, mesh_shape):
                 found.append(found_here)
             elif instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.rest)[1]
                 walk(body, times * trip_count(instruction.rest, computations))
             elif instruction.opcode == "conditional":
-                for branch in re.findall(
-                    r"[\w.\-]+", re.search(r"branch_computations=\{(.*?)\}", instruction.rest)[1]
-                ):
+                branches = re.search(r"branch_computations=\{(.*?)\}", instruction.rest)[1]
+                for branch in re.findall(r"[\w.\-]+", branches):
                     walk(branch, times)
             elif instruction.opcode in ("fusion", "call", "async-start", "custom-call"):
                 for called in _CALLED.findall(instruction.rest):
@@ -70,15 +74,22 @@ def count(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return [one for one in found if one.group > 1]
 
 
-def by_axis(collectives: Sequence[Collective]) -> dict[tuple[tuple[str, ...], str], dict[str, float]]:
-    """{(axes, kind): {"bytes", "sent", "calls"}}, sums over a step, the largest first."""
-    sums: dict[tuple[tuple[str, ...], str], dict[str, float]] = {}
+def by_axis(collectives: Sequence[Collective], rate: Callable[[Collective], float]) -> list[dict[str, Any]]:
+    """Rows of axes, kind, bytes, sent, calls and seconds, sums over a step; those that send most come first.
+
+    Args:
+        collectives: Of `count`.
+        rate: Bytes/s that a device sends for one of them.
+    """
+    sums: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
     for one in collectives:
-        row = sums.setdefault((one.axes, one.kind), {"bytes": 0, "sent": 0.0, "calls": 0})
+        new = {"axes": list(one.axes), "kind": one.kind, "bytes": 0, "sent": 0.0, "calls": 0, "seconds": 0.0}
+        row = sums.setdefault((one.axes, one.kind), new)
         row["bytes"] += one.count * one.bytes
         row["sent"] += one.sent
         row["calls"] += one.count
-    return dict(sorted(sums.items(), key=lambda item: -item[1]["sent"]))
+        row["seconds"] += one.sent / rate(one)
+    return sorted(sums.values(), key=lambda row: -row["sent"])
 
 
 # --- HLO text --------------------------------------------------------------------------------------
@@ -113,7 +124,7 @@ def _bytes(shape: str) -> list[int]:
     ]
 
 
-def _collective(instruction, times, mesh_shape, computations) -> Collective | None:
+def _collective(instruction, times, mesh_shape) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -125,16 +136,8 @@ def _collective(instruction, times, mesh_shape, computations) -> Collective | No
     groups = _groups(instruction.rest, math.prod(mesh_shape.values()))
     if kind == "reduce-scatter":
         sizes = [size * len(groups[0]) for size in sizes]
-    if kind == "collective-permute":
-        return Collective(
-            kind,
-            _axes(groups, mesh_shape),
-            2 if groups else 1,
-            sum(sizes),
-            times,
-            groups[0] if groups else (),
-        )
-    return Collective(kind, _axes(groups, mesh_shape), len(groups[0]), sum(sizes), times, tuple(groups[0]))
+    devices = groups[0] if groups else ()  # a permutation may move nothing
+    return Collective(kind, _axes(groups, mesh_shape), devices, sum(sizes), times)
 
 
 def _groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
@@ -150,13 +153,9 @@ def _groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
         return [tuple(map(int, group)) for group in order.reshape(shape[0], -1)]
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) \{([^}]*)\}", attributes):
         return _mesh_groups(*match.groups())
-    match = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
-    listed = (
-        [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1])]
-        if match
-        else []
-    )
-    return listed or [tuple(range(devices))]  # no list: all of them
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
+        return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    return [tuple(range(devices))]  # no list: all of them
 
 
 def _mesh_groups(mesh: str, order: str, axes: str) -> list[tuple[int, ...]]:

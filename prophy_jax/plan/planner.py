@@ -133,14 +133,11 @@ def make_plan(job: Job, topology: str, compiled: bool = True, traced: Traced | N
     else:
         params = optim.merge(arguments[0].params, arguments[1]) if mode == "train" else arguments[0]
         sent = guess_sent(params, model.backbone.config.dim, sides, trained, clips, traced.tokens)
-    rows = []
-    for (axes, kind), row in collectives.by_axis(sent).items():
-        seconds = 0.0
-        for one in sent:
-            if (one.axes, one.kind) == (axes, kind):
-                members = [mesh.devices.flat[index] for index in one.devices]
-                seconds += one.sent / hardware.link_rate(chip, devices, members)
-        rows.append({"axes": list(axes), "kind": kind, **row, "seconds": seconds})
+
+    def rate(one: collectives.Collective) -> float:
+        return hardware.link_rate(chip, devices, [mesh.devices.flat[index] for index in one.devices])
+
+    rows = collectives.by_axis(sent, rate)
     executed = traced.flops / sides["context"]
     # Everything is read once and, but for the parameters, written; the sampler reads all again in each step.
     traffic = 2 * sum(kinds.values()) - kinds["parameters"]

@@ -42,10 +42,10 @@ def train_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: int
     inputs = batch.shapes(fields, sizes(config, model), clips)
     step = train.make_train_step(model, build.build_objective(config), chosen, optimizer, config)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)), (
-        jax.tree.map(_placed, state, layout),
+        parallel.placed(state, layout),
         frozen,
         _prompts(inputs, ("text", "text_mask"), whole, one=True),
-        {name: _placed(leaf, NamedSharding(mesh, parallel.BATCH)) for name, leaf in inputs.items()},
+        parallel.placed(inputs, jax.tree.map(lambda _: NamedSharding(mesh, parallel.BATCH), inputs)),
     )
 
 
@@ -74,10 +74,6 @@ PROGRAMS = {"train": train_program, "sample": sample_program}
 def with_backbone(model: Model, **changes: Any) -> Model:
     """The model with another remat policy or another attention."""
     return dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, **changes))
-
-
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _prompts(inputs: Mapping[str, Any], names: Iterable[str], sharding: Any, one: bool = False) -> dict:

@@ -105,16 +105,16 @@ def guess_sent(
     spread = tuple(axis for axis in parallel.AXES if mesh[axis] > 1)
     if trained and devices > 1:
         everyone = tuple(range(devices))
-        found.append(collectives.Collective("all-reduce", spread, devices, 4 * trained, 1, everyone))
+        found.append(collectives.Collective("all-reduce", spread, everyone, 4 * trained, 1))
     if trained and mesh["fsdp"] > 1:
         stride = mesh["context"]
         group = tuple(range(0, stride * mesh["fsdp"], stride))
-        found.append(collectives.Collective("all-gather", ("fsdp",), mesh["fsdp"], 4 * trained, 2, group))
+        found.append(collectives.Collective("all-gather", ("fsdp",), group, 4 * trained, 2))
     if mesh["context"] > 1:
         stacks = [part["blocks"] for part in params.values() if "blocks" in part]
         blocks = sum(jax.tree.leaves(stack)[0].shape[0] for stack in stacks)
         size = 2 * clips * tokens * width // mesh["context"]
         group = tuple(range(mesh["context"]))
         calls = (8 if trained else 4) * blocks
-        found.append(collectives.Collective("all-to-all", ("context",), len(group), size, calls, group))
+        found.append(collectives.Collective("all-to-all", ("context",), group, size, calls))
     return found

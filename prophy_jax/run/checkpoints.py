@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax.run import distributed
+from prophy_jax.run import distributed, parallel
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import put_in_place, write_atomically
 
@@ -209,9 +209,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     # Orbax would take the devices that wrote a leaf, which may not be there.
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or alone), wanted
-    )
+    wanted = parallel.placed(wanted, jax.tree.map(lambda leaf: leaf.sharding or alone, wanted))
     options = {}
     if all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(wanted)):
         this = jax.process_index()

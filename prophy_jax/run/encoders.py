@@ -70,10 +70,8 @@ class VideoCodec:
     """
 
     def __init__(self, model: Any, config, mesh: Mesh):
-        layout = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parallel.replicated(mesh)),
-            jax.eval_shape(model.init, jax.random.key(0)),
-        )
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        layout = parallel.placed(shapes, jax.tree.map(lambda _: parallel.replicated(mesh), shapes))
         self._params = checkpoints.load_params(config.codec_params, layout, config.backbone_remedy)
         self.sha256 = checkpoints.read_manifest(config.codec_params, "")["sha256"]
         self._mesh = mesh
@@ -167,11 +165,7 @@ class TextEncoder:
         devices = jax.local_devices()
         mesh = parallel.make_mesh({"data": 1, "fsdp": -1, "context": 1}, len(devices), devices)
         shapes = jax.eval_shape(self._model.init, jax.random.key(0))
-        layout = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, self._model.dtype, sharding=place),
-            shapes,
-            parallel.shard_largest(shapes, mesh),
-        )
+        layout = parallel.placed(shapes, parallel.shard_largest(shapes, mesh), self._model.dtype)
         self._params = checkpoints.load_params(self._folder, layout, self._remedy)
         # On a CPU, XLA of jax 0.10 would hoist the conversion of all blocks to fp32 out of the scan over
         # them: 19 GB for UMT5-XXL.

@@ -1,5 +1,6 @@
 """Training metrics as JSON lines, always, and as TensorBoard events."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -42,8 +43,6 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     lines = []
     with open(path) as file:
         for line in file:
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
     return lines

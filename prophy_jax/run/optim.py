@@ -90,17 +90,8 @@ def make_optimizer(trainable: Mapping[str, Any], steps: int, settings: Any) -> o
 
     pattern_of = labels(trainable, groups)
     used = set(jax.tree.leaves(pattern_of))
-    adam = {
-        pattern: optax.adamw(
-            schedule(peak),
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
-        for pattern, peak in groups
-        if pattern in used
-    }
+    shared = {name: settings[name] for name in ("b1", "b2", "eps", "weight_decay")}
+    adam = {pattern: optax.adamw(schedule(peak), **shared) for pattern, peak in groups if pattern in used}
     return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(adam, pattern_of))
 
 

@@ -53,6 +53,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    """A tree of arrays, or of their shapes, as abstract arrays with places; in their own dtypes, or one."""
+
+    def describe(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=sharding)
+
+    return jax.tree.map(describe, tree, shardings)
+
+
 def shard_largest(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings of a tree: each large leaf split over `fsdp` on its largest divisible axis.
 

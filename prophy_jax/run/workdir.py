@@ -174,10 +174,8 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _holds_files(folder: Path, claimed: Path) -> bool:
     """Whether there are files below `folder`, other than unfinished ones of `claimed`."""
-    for path in folder.rglob("*"):
-        if not path.is_dir() and not path.name.startswith(f".{claimed.name}."):
-            return True
-    return False
+    unfinished = f".{claimed.name}."
+    return any(not path.is_dir() and not path.name.startswith(unfinished) for path in folder.rglob("*"))
 
 
 def _as_text(content: Mapping[str, Any]) -> str:
@@ -185,11 +183,13 @@ def _as_text(content: Mapping[str, Any]) -> str:
 
 
 def read_json(path: str | os.PathLike, remedy: str) -> Any:
-    """The content of a JSON file. Raises UserError with `remedy` when it is damaged."""
+    """The content of a JSON file. Raises UserError with `remedy` when it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"no {path}: {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable JSON file ({error}): {remedy}") from error
 
 
 # --- Files that are whole or not there -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Parameter trees of small models from PyTorch tensors in memory, and back, by the tables of `convert`."""
+"""Parameter trees of small models from PyTorch tensors in memory, by the tables of `convert`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,24 +24,3 @@ def read(tensors: Mapping[str, np.ndarray], table: Mapping[str, lv.Leaf]) -> dic
         pieces = [entry.from_torch(tensor) for tensor in whole]
         tree[path] = np.stack(pieces) if entry.stacked else np.ascontiguousarray(pieces[0])
     return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def write(params: Mapping[str, Any], table: Mapping[str, lv.Leaf]) -> dict[str, np.ndarray]:
-    """The PyTorch tensors of a parameter tree, contiguous, in its dtype.
-
-    Raises:
-        UserError: names every unknown, missing and mis-shaped leaf.
-        ValueError: the table has rows of larger tensors.
-    """
-    if any(entry.rows for entry in table.values()):
-        raise ValueError("a table with rows of larger tensors is for reading only")
-    tree = traverse_util.flatten_dict(params, sep="/")
-    shapes = {path: entry.shape for path, entry in table.items()}
-    lv.compare([(path, tuple(leaf.shape)) for path, leaf in tree.items()], shapes, "these leaves do not fit")
-    tensors = {}
-    for path, entry in table.items():
-        host = np.asarray(tree[path])
-        pieces = host if entry.stacked else host[None]
-        for name, piece in zip(entry.names, pieces, strict=True):
-            tensors[name] = np.ascontiguousarray(entry.to_torch(piece))
-    return tensors

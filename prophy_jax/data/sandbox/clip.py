@@ -8,6 +8,7 @@ Legend: F frames, S frame size in pixels; cells of the masks: T = (F-1)/4 + 1 in
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,34 +33,26 @@ class Scene(NamedTuple):
     residual: Callable[[dict[str, Any]], float]
 
 
+def _scene(module: ModuleType, name: str, category: str) -> Scene:
+    """The scene whose functions in `module` end in its name."""
+    functions = (getattr(module, f"{what}_{name}") for what in ("simulate", "draw", "residual"))
+    return Scene(name, category, *functions)
+
+
 SCENES = (
-    Scene("bounce", "collision", mechanics.simulate_bounce, mechanics.draw_bounce, mechanics.residual_bounce),
-    Scene("hit", "collision", mechanics.simulate_hit, mechanics.draw_hit, mechanics.residual_hit),
-    Scene(
-        "tumble",
-        "rigid body motion",
-        mechanics.simulate_tumble,
-        mechanics.draw_tumble,
-        mechanics.residual_tumble,
-    ),
-    Scene(
-        "spring",
-        "elastic motion",
-        mechanics.simulate_spring,
-        mechanics.draw_spring,
-        mechanics.residual_spring,
-    ),
-    Scene("slosh", "liquid motion", continua.simulate_slosh, continua.draw_slosh, continua.residual_slosh),
-    Scene("smoke", "gas motion", continua.simulate_smoke, continua.draw_smoke, continua.residual_smoke),
-    Scene("press", "deformation", mechanics.simulate_press, mechanics.draw_press, mechanics.residual_press),
-    Scene("melt", "melting", continua.simulate_melt, continua.draw_melt, continua.residual_melt),
-    Scene(
-        "freeze", "solidification", continua.simulate_freeze, continua.draw_freeze, continua.residual_freeze
-    ),
-    Scene("blast", "explosion", continua.simulate_blast, continua.draw_blast, continua.residual_blast),
-    Scene("fire", "combustion", continua.simulate_fire, continua.draw_fire, continua.residual_fire),
-    Scene("mirror", "reflection", continua.simulate_mirror, continua.draw_mirror, continua.residual_mirror),
-    Scene("beam", "refraction", continua.simulate_beam, continua.draw_beam, continua.residual_beam),
+    _scene(mechanics, "bounce", "collision"),
+    _scene(mechanics, "hit", "collision"),
+    _scene(mechanics, "tumble", "rigid body motion"),
+    _scene(mechanics, "spring", "elastic motion"),
+    _scene(continua, "slosh", "liquid motion"),
+    _scene(continua, "smoke", "gas motion"),
+    _scene(mechanics, "press", "deformation"),
+    _scene(continua, "melt", "melting"),
+    _scene(continua, "freeze", "solidification"),
+    _scene(continua, "blast", "explosion"),
+    _scene(continua, "fire", "combustion"),
+    _scene(continua, "mirror", "reflection"),
+    _scene(continua, "beam", "refraction"),
 )
 _BY_NAME = {scene.name: scene for scene in SCENES}
 

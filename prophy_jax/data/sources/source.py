@@ -13,14 +13,14 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 """
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from prophy_jax.data import taxonomy
 from prophy_jax.data.sources import annotations, video
@@ -28,9 +28,6 @@ from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.run.errors import UserError
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare
@@ -91,11 +88,6 @@ class Report:
     unannotated: list[str] = field(default_factory=list)
     label_differs: list[str] = field(default_factory=list)
 
-    def add_unknown(self, clip_id: str, where: str, text: str) -> None:
-        key = f'{where}: "{text}"'
-        self.unknown_labels[key] += 1
-        self.examples.setdefault(key, clip_id)
-
 
 class Source(Protocol):
     """Clips listed, in order, and how to read one.
@@ -108,9 +100,7 @@ class Source(Protocol):
     clips: list[Clip]
     report: Report
 
-    def read(
-        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-    ) -> Sample:
+    def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
         """Reads one clip of `clips`, as `video.read_bucket` does. Several threads may read at once.
 
         Raises:
@@ -130,9 +120,7 @@ class CaptionedVideos(Source):
         self._paths = paths  # of the annotation files
         self._videos = videos  # by clip id
 
-    def read(
-        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-    ) -> Sample:
+    def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
         found = self._videos.get(clip.id)
         if found is None:
             folders = ", ".join(str(path.parent) for path in self._paths)
@@ -170,9 +158,7 @@ class Sandbox(Source):
         self.report = Report(records=len(self.clips))
         self._seed, self._bucket, self._fps = seed, bucket, fps
 
-    def read(
-        self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-    ) -> Sample:
+    def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
         """Draws the clip, in its one shape and at its one rate."""
         from prophy_jax.data.sandbox.clip import make_clip
 
@@ -233,7 +219,7 @@ def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "an
     return CaptionedVideos(files, clips, videos, report)
 
 
-def draw_sandbox(data: "ConfigDict") -> Sandbox:
+def draw_sandbox(data: ConfigDict) -> Sandbox:
     """The physics sandbox as a source; each clip is drawn when it is read.
 
     Args:
@@ -330,7 +316,9 @@ def _category(labels: Mapping[str, str], categories: str, clip_id: str, report: 
     for where, text in labels.items():
         known[where], unknown = taxonomy.parse_labels(text)
         for label in unknown:
-            report.add_unknown(clip_id, where, label)
+            key = f'{where}: "{label}"'
+            report.unknown_labels[key] += 1
+            report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]
     answered = {name for where in answers for name in known[where]}
     if not answered.issuperset(known.get("label", ())):

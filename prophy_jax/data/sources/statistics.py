@@ -7,14 +7,12 @@ opened.
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from prophy_jax.data import taxonomy
-
-if TYPE_CHECKING:
-    from prophy_jax.data.sources.source import Source
+from prophy_jax.data.sources.source import Source
 
 GROUP_COLOURS = {"dynamics": "#2563a8", "thermodynamics": "#c8502d", "optics": "#2f8f6b"}
 _INK, _GREY, _BARS = "#1d242c", "#586473", "#8a97a6"
@@ -22,7 +20,7 @@ _BINS = 24
 _SHOWN = 8  # entries of a list in the picture; the table has all
 
 
-def summarise(source: "Source") -> dict[str, Any]:
+def summarise(source: Source) -> dict[str, Any]:
     """Statistics of the clips used, JSON types only.
 
     Returns:

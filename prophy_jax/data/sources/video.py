@@ -175,11 +175,8 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
         ):
             rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 30000/1001
             stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-            stream.height, stream.width, stream.pix_fmt = (
-                frames.shape[1],
-                frames.shape[2],
-                "yuv420p",
-            )
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
             _tag_bt709(stream.codec_context)
             for array in frames:
                 frame = av.VideoFrame.from_ndarray(array, format="rgb24")

@@ -7,9 +7,6 @@ alone, latent k the frames 4k-3 .. 4k. NumPy only; nothing is trained.
 Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, h = H/4, w = W/4.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 
 from prophy_jax.run.errors import UserError
@@ -18,7 +15,7 @@ STRIDE = 4  # pixels a side, and frames per latent after the first
 CHANNELS = 16
 # fmt: off
 # The chosen coefficients as (time, row, column, colour) frequencies, one per channel: 16 of 48 for
-# latent 0, 16 of 192 for the others. `measure_tables` found them, and the statistics below, on 400
+# latent 0, 16 of 192 for the others. benchmarks/sandbox.py found them, and the statistics below, on 400
 # training clips.
 FIRST = (
     (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 1, 2),
@@ -62,14 +59,14 @@ def _cosines(n: int) -> np.ndarray:
     return rows
 
 
-def _basis(frames: int) -> np.ndarray:
+def basis(frames: int) -> np.ndarray:
     """Every basis vector of a patch: (frames, 4, 4, 3 frequencies, frames * 4 * 4 * 3 pixels)."""
     time, space, colour = _cosines(frames), _cosines(STRIDE), _cosines(3)
     whole = np.einsum("ta,yb,xc,kd->tyxkabcd", time, space, space, colour)
     return whole.reshape(frames, STRIDE, STRIDE, 3, -1)
 
 
-def _patches(video: np.ndarray, frames: int) -> np.ndarray:
+def patches(video: np.ndarray, frames: int) -> np.ndarray:
     """(..., n frames, H, W, 3) -> (..., n, h, w, frames * 4 * 4 * 3)."""
     *lead, _, height, width, _ = video.shape
     h, w, b = height // STRIDE, width // STRIDE, len(lead)
@@ -79,7 +76,7 @@ def _patches(video: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _unpatch(patches: np.ndarray, frames: int) -> np.ndarray:
-    """The inverse of `_patches`."""
+    """The inverse of `patches`."""
     *lead, n, h, w, _ = patches.shape
     b = len(lead)
     split = patches.reshape(*lead, n, h, w, frames, STRIDE, STRIDE, 3)
@@ -95,7 +92,7 @@ class LinearCodec:
     """
 
     def __init__(self) -> None:
-        first, later = _basis(1), _basis(STRIDE)
+        first, later = basis(1), basis(STRIDE)
         self.first = np.stack([first[c] for c in FIRST]).astype(np.float32)  # (16, 48)
         self.later = np.stack([later[c] for c in LATER]).astype(np.float32)  # (16, 192)
 
@@ -108,25 +105,20 @@ class LinearCodec:
             )
         return (frames - 1) // STRIDE + 1, height // STRIDE, width // STRIDE, CHANNELS
 
-    def project(self, frames: np.ndarray) -> np.ndarray:
-        """As `encode`, before normalisation."""
-        shape = frames.shape
-        if frames.dtype != np.uint8 or frames.ndim < 4 or shape[-1] != 3:
-            raise UserError(f"linear codec: frames must be (F, H, W, 3) uint8, got {shape} {frames.dtype}")
-        self.latent_shape(*shape[-4:-1])
-        video = frames.astype(np.float32) / 127.5 - 1
-        head = _patches(video[..., :1, :, :, :], 1) @ self.first.T
-        if shape[-4] == 1:
-            return head
-        tail = _patches(video[..., 1:, :, :, :], STRIDE) @ self.later.T
-        return np.concatenate([head, tail], axis=-4)
-
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """(..., F, H, W, 3) uint8 -> (..., T, h, w, 16) float32: zero mean, unit variance on average.
 
         Raises UserError unless F = 4n + 1 and H, W are multiples of 8.
         """
-        raw = self.project(frames)
+        shape = frames.shape
+        if frames.dtype != np.uint8 or frames.ndim < 4 or shape[-1] != 3:
+            raise UserError(f"linear codec: frames must be (F, H, W, 3) uint8, got {shape} {frames.dtype}")
+        self.latent_shape(*shape[-4:-1])
+        video = frames.astype(np.float32) / 127.5 - 1
+        raw = patches(video[..., :1, :, :, :], 1) @ self.first.T
+        if shape[-4] > 1:
+            later = patches(video[..., 1:, :, :, :], STRIDE) @ self.later.T
+            raw = np.concatenate([raw, later], axis=-4)
         mean, std = _statistics(raw.shape[-4])
         return (raw - mean) / std
 
@@ -161,39 +153,3 @@ def _statistics(times: int) -> tuple[np.ndarray, np.ndarray]:
 def build() -> LinearCodec:
     """The codec; it has no settings."""
     return LinearCodec()
-
-
-def psnr(clip: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 clips of one shape, in dB."""
-    error = np.mean((clip.astype(np.float32) - other.astype(np.float32)) ** 2)
-    return float(10 * np.log10(255**2 / np.maximum(error, 1e-10)))
-
-
-def measure_tables(clips: Iterable[np.ndarray]) -> dict[str, list]:
-    """Recomputes FIRST, LATER, MEAN and STD from clips (F, H, W, 3) uint8.
-
-    The basis is orthonormal, so the coefficients of greatest energy lose least. A coefficient in
-    both lists has the same channel in both, so that a channel means much the same in every latent.
-    """
-    count = 0
-    moments: dict[int, Any] = {1: 0.0, STRIDE: 0.0}
-    bases = {n: _basis(n).astype(np.float32) for n in moments}
-    for clip in clips:
-        video = clip.astype(np.float32) / 127.5 - 1
-        for n, part in ((1, video[:1]), (STRIDE, video[1:])):
-            raw = np.tensordot(_patches(part, n), bases[n], (-1, -1))  # (n, h, w, frequencies)
-            moments[n] += np.stack([raw.mean((0, 1, 2)), (raw**2).mean((0, 1, 2))])
-        count += 1
-    ranked = {}
-    for n, (_, square) in moments.items():
-        best = np.unravel_index(np.argsort(-square, axis=None)[:CHANNELS], square.shape)
-        ranked[n] = [tuple(int(i) for i in frequencies) for frequencies in np.transpose(best)]
-    new = iter([c for c in ranked[1] if c not in ranked[STRIDE]])
-    chosen = {STRIDE: ranked[STRIDE]}
-    chosen[1] = [c if c in ranked[1] else next(new) for c in ranked[STRIDE]]
-    tables = {"FIRST": chosen[1], "LATER": chosen[STRIDE], "MEAN": [], "STD": []}
-    for n in (1, STRIDE):
-        mean, square = np.asarray([moments[n][:, *c] for c in chosen[n]], np.float64).T / count
-        tables["MEAN"].append(np.round(mean, 4).tolist())
-        tables["STD"].append(np.round(np.sqrt(square - mean**2), 4).tolist())
-    return tables

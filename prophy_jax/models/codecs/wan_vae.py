@@ -365,9 +365,9 @@ class WanVAE:
         tile = self.tile and (self.tile[0] // self.config.space, self.tile[1] // self.config.space)
         return Side(1, tile)
 
-    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = np.array([self.config.latents_mean, self.config.latents_std], np.float32)
-        return mean, std
+    def _statistics(self) -> np.ndarray:
+        """Mean and standard deviation (2, z) of the latents."""
+        return np.array([self.config.latents_mean, self.config.latents_std], np.float32)
 
     def _cast(self, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         """A parameter in the dtype of its layer."""
