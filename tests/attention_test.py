@@ -10,7 +10,6 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from prophy_jax.models import attention
 from prophy_jax.plan import hardware
-from prophy_jax.plan import planner as plan
 from prophy_jax.run.errors import UserError
 from tests.counting import attention_calls
 
@@ -81,7 +80,7 @@ def test_splash_equals_xla_in_value_and_gradients(batch, rows, keys, heads, widt
 
 def test_splash_compiles_for_a_tpu():
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu, as jax[tpu] does")
-    device = plan.get_devices(hardware.CHIPS["v5p"], "v5p:2x2x1", (2, 2, 1))[0]
+    device = hardware.get_devices(hardware.CHIPS["v5p"], "v5p:2x2x1", (2, 2, 1))[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     assert attention.choose("auto", device.platform, jnp.bfloat16) == "splash"
     x = jax.ShapeDtypeStruct((1, 32760, 12, 128), jnp.bfloat16, sharding=sharding)

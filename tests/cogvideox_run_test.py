@@ -51,7 +51,11 @@ def one_device():
     """Of the simulated ones: it is compiled in half the time."""
     build_mesh = build.build_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "build_mesh", lambda shape, rows=0: build_mesh(shape, rows, jax.devices()[:1]))
+        patch.setattr(
+            build,
+            "build_mesh",
+            lambda shape, rows=0, devices=None: build_mesh(shape, rows, jax.devices()[:1]),
+        )
         yield
 
 

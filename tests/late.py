@@ -16,7 +16,8 @@ class Late:
         object.__setattr__(self, "_name", name)
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("_"):  # pytest looks for marks of its own on all that a test file holds
+        # pytest looks for marks of its own on all that a test file holds.
+        if attribute.startswith("_") and attribute != "__version__":
             raise AttributeError(attribute)
         return getattr(importlib.import_module(self._name), attribute)
 
