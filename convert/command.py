@@ -7,6 +7,7 @@ its files (`convert.wan`, `convert.cogvideox`).
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import math
@@ -284,10 +285,18 @@ def _find_parts(model: Model, src: Path, wanted: str) -> list[str]:
     return parts
 
 
+def _return_freed_memory() -> None:
+    """glibc would keep for each of TensorStore's threads what that thread freed: a chunk of an array."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
+
+
 def main(model: Model, arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns of things that a user cannot change.
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
+    _return_freed_memory()
     options = _arguments(model, arguments)
     src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
     parts = _find_parts(model, src, options.component)

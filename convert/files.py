@@ -60,10 +60,12 @@ class Tensor:
         shape = (stop - start, *self.shape[1:])
         try:
             rows = self.load(start, stop)
-        except SafetensorError:
+        except (SafetensorError, FileNotFoundError):
             rows = np.empty(0)
         if rows.size != math.prod(shape):
-            raise SourceError(f"{self.file} became shorter while it was read: download it again")
+            raise SourceError(
+                f"{self.file} became shorter or disappeared while it was read: download it again"
+            )
         return rows.reshape(shape)
 
 
