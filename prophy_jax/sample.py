@@ -97,7 +97,7 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
         return workdir.differences(deciding(stored), deciding(own))
 
     def add(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        return {**stored, "clips": list({**by_file(own), **by_file(stored)}.values())}
+        return {**stored, "clips": list({**by_file(stored), **by_file(own)}.values())}
 
     workdir.claim(out, "manifest.json", {"settings": dict(settings), "clips": clips}, "--out", compare, add)
 

@@ -14,7 +14,7 @@ import pytest
 
 from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate, solvers, v_prediction
-from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run import checkpoints, parallel, workdir
 from prophy_jax.run.errors import UserError
 from prophy_jax.testing.counting import count_compiles
 from tests.conftest import ROOT, build_run, get_config
@@ -159,6 +159,22 @@ def test_folders_are_of_the_parts_that_the_configuration_names(weights):
     ):
         with pytest.raises(UserError, match=message):
             sample.find_parts(config, folders)
+
+
+def test_clips_are_added_to_a_folder_that_an_earlier_version_made(tmp_path):
+    """It said `branch` where configurations say `parts`."""
+    settings = workdir.run_identity(get_config("tiny"), "clips") | {"backbone_sha256": "0"}
+    clips = [{"file": f"{i:04d}.mp4", "prompt": prompt, "seed": 0} for i, prompt in enumerate(PROMPTS)]
+    sample.claim_folder(str(tmp_path), settings, clips[:2])
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["branch"] = manifest["settings"].pop("parts")["branch"]
+    del manifest["settings"]["branch"]["module"]
+    path.write_text(json.dumps(manifest))
+    sample.claim_folder(str(tmp_path), settings, clips[1:])
+    assert json.loads(path.read_text())["clips"] == clips
+    with pytest.raises(UserError, match="backbone_sha256 was 0, is 1"):
+        sample.claim_folder(str(tmp_path), settings | {"backbone_sha256": "1"}, clips)
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
