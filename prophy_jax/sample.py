@@ -107,6 +107,7 @@ def main(config: Any) -> None:
     from tqdm import tqdm
 
     from prophy_jax import build
+    from prophy_jax.data.batch import Sizes, shapes
     from prophy_jax.data.sources import video
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import pictures
@@ -138,6 +139,13 @@ def main(config: Any) -> None:
     encoder = encoders.load_text_encoder(config, encoders.default_cache())
     latent_shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
     grid = build.token_grid(model, latent_shape)
+    observe = generate.make_observer(model, objective)
+    if options.overlay:
+        sizes = Sizes(latent_shape, grid, config.text_encoder.length, model.backbone.config.text_dim)
+        inputs = shapes(("latents", *model.fields), sizes, 1)
+        seen = jax.eval_shape(observe, layout, inputs["latents"], inputs)
+        if all(model.parts[name].token_maps(found) is None for name, found in seen.items()):
+            raise UserError("--overlay: these parts have no token routing; leave it out, or name another run")
     for name, part in (("codec", codec), ("text_encoder", encoder)):
         if hasattr(part, "sha256"):
             references[f"{name}_sha256"] = part.sha256
@@ -185,7 +193,6 @@ def main(config: Any) -> None:
     ]
     made = sum(len(indices) for indices, _ in work)
     params = build.load_params(config, layout, folders) if work else {}
-    observe = generate.make_observer(model, objective)
     with jax.set_mesh(mesh), tqdm(total=made * config.samples.steps, unit="step") as bar:
         for indices, suffix in work:
             rows = np.minimum(np.arange(indices[0], indices[0] + batch), indices[-1])  # the last fills up
