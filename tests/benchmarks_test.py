@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import gpu, kernels, measure, skipping, train_step
 from prophy_jax.plan import flops
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 
 
 def test_the_shapes_of_wan_have_its_tokens():
@@ -187,7 +187,7 @@ def test_a_whole_run_at_tiny_sizes_needs_no_more_than_a_gpu_machine_has(tmp_path
     environment = {
         **os.environ,
         "PYTHONPATH": str(tmp_path),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(),
         "OUT": str(tmp_path / "out"),
     }
     done = subprocess.run(

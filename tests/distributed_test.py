@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from prophy_jax.prepare import prepare
 from prophy_jax.run import checkpoints, metrics
-from tests.conftest import ROOT, get_config
+from tests.conftest import ROOT, get_config, xla_flags
 
 # Short deadlines, and parameters that are small are split too. "slow" makes each step take a while.
 BOOT = """
@@ -61,7 +61,7 @@ class Job:
                         [sys.executable, "-c", BOOT.format(start=start), f"prophy_jax.{command}", *job,
                          *arguments, *own[rank : rank + 1]],
                         cwd=ROOT,
-                        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+                        env={**os.environ, "XLA_FLAGS": xla_flags()},
                         stdout=log,
                         stderr=log,
                     )

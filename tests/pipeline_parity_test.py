@@ -20,7 +20,7 @@ from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate
 from prophy_jax.run import checkpoints, encoders
 from tests import tiny_models, tiny_pipeline
-from tests.conftest import ROOT, build_run
+from tests.conftest import ROOT, build_run, xla_flags
 from tests.late import late
 
 torch = late("torch")
@@ -84,7 +84,7 @@ def run(*arguments: str, cache: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": xla_flags()},
         capture_output=True,
         text=True,
     )

@@ -18,7 +18,7 @@ from prophy_jax import models
 from prophy_jax.data.sources import video
 from prophy_jax.run import checkpoints, encoders
 from tests import tiny_pipeline
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.videos import read_clip
 
@@ -33,8 +33,7 @@ def run(*arguments: str, cwd: pathlib.Path, devices: int = 2) -> subprocess.Comp
         env={
             **os.environ,
             "XDG_CACHE_HOME": str(cwd / "cache"),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
         },
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from prophy_jax.diffusion import generate, solvers, v_prediction
 from prophy_jax.run import checkpoints, parallel, workdir
 from prophy_jax.run.errors import UserError
 from prophy_jax.testing.counting import count_compiles
-from tests.conftest import ROOT, build_run, get_config
+from tests.conftest import ROOT, build_run, get_config, xla_flags
 from tests.videos import read_clip
 
 PROMPTS = ["a red ball bounces on the left", "orange flames burn on logs", "blue ink spreads in water"]
@@ -50,7 +50,6 @@ def weights(tmp_path_factory):
 
 
 def run(out, *more, prompts=PROMPTS, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.run(
         [
             sys.executable,
@@ -63,7 +62,7 @@ def run(out, *more, prompts=PROMPTS, devices=1):
             *more,
         ],  # fmt: skip
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": xla_flags(devices)},
         capture_output=True,
         text=True,
     )

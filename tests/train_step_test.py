@@ -1,12 +1,15 @@
 """The train step: equal on every mesh, equal under accumulation, exact randomness, frozen stays frozen."""
 
+import functools
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
 from prophy_jax import build, losses, train
 from prophy_jax.losses import prophy
@@ -63,21 +66,57 @@ def start(run):
     return trainable, frozen
 
 
-def run_steps(config, devices=None, steps=2, batch=None, more_parts=None):
-    """Metrics of each step, trained parameters, frozen parameters, from `start`."""
-    run = build_run(config, devices, more_parts)
+@functools.cache
+def compiled(config, devices, more_parts, _):
+    """What `config` describes, its state and frozen parameters from `start`, and its step.
+
+    The step takes the three settings of the run that `run_steps` says, then what every step takes.
+    """
+    run = build_run(config, devices, dict(more_parts))
     with jax.set_mesh(run.mesh):
         trainable, frozen = start(run)
         optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
         state = train.place_state(trainable, optimizer, run.mesh)
-        step = train.make_train_step(run.model, run.objective, run.chosen, optimizer, config)
-        step = jax.jit(step)
+
+    def step(settings, *arguments):
+        own = types.SimpleNamespace(accumulation=config.accumulation, **settings)
+        own.optimizer = types.SimpleNamespace(ema=settings["ema"])
+        return train.make_train_step(run.model, run.objective, run.chosen, optimizer, own)(*arguments)
+
+    return run, state, frozen, jax.jit(step)
+
+
+def run_steps(config, devices=None, steps=2, batch=None, more_parts=None):
+    """Metrics of each step, trained parameters, frozen parameters, from `start`.
+
+    Runs that differ in seed, caption dropout or EMA alone are of one compiled program, and start the same.
+    """
+    settings = dict(seed=config.seed, caption_dropout=config.caption_dropout, ema=config.optimizer.ema)
+    one = config.copy_and_resolve_references()
+    one.update(seed=0, caption_dropout=0.0)
+    one.optimizer.ema = 0.0
+    parts = tuple((more_parts or {}).items())
+    key = FrozenConfigDict(one), devices and tuple(devices), parts, parallel.MIN_SHARDED_SIZE
+    run, state, frozen, step = compiled(*key)
+    with jax.set_mesh(run.mesh):
         placed = parallel.put_batch(batch or make_batch(), run.mesh)
         history = []
         for _ in range(steps):
-            state, metrics = step(state, frozen, EMPTY, placed)
+            state, metrics = step(settings, state, frozen, EMPTY, placed)
             history.append({name: float(value) for name, value in metrics.items()})
         return history, jax.device_get(state), frozen
+
+
+@pytest.fixture(scope="module")
+def begin():
+    """(trainable, frozen) of `tiny` as a run has them at step 0."""
+    return init(build_run(tiny(), jax.devices()[:1]))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Small parameters are split over devices too."""
+    monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +131,7 @@ def losses_of(metrics):
 @pytest.mark.parametrize(
     "mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=lambda mesh: "x".join(map(str, mesh))
 )
-def test_losses_and_parameters_are_equal_on_every_mesh(whole, mesh, monkeypatch):
-    monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)  # so that small parameters are split too
+def test_losses_and_parameters_are_equal_on_every_mesh(whole, mesh, small_parts):
     config = tiny(mesh=dict(zip(parallel.AXES, mesh, strict=True)))
     history, state, _ = run_steps(config)
     for got, expected in zip(history, whole[0], strict=True):
@@ -105,19 +143,23 @@ def test_losses_and_parameters_are_equal_on_every_mesh(whole, mesh, monkeypatch)
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-def test_fsdp_splits_the_trained_parameters(monkeypatch):
-    monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
+def test_fsdp_splits_the_trained_parameters(small_parts):
     trainable, frozen = init(build_run(tiny(mesh=dict(data=1, fsdp=8, context=1))))
     kernel = trainable["branch"]["blocks"]["ffn"]["up"]["kernel"]  # (2, 24, 32)
     assert kernel.addressable_shards[0].data.shape == (2, 24, 4)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(frozen))
 
 
+def without_balance(reduction="mean"):
+    """Changes that leave out the loss that is a product of means and is taken per microbatch."""
+    return dict(
+        reduction=dict(relative="sum", alignment=reduction), losses=dict(relative=0.1, alignment=0.02)
+    )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_accumulation_is_exact(reduction):
-    """Every loss but `balance`, which is a product of means and is taken per microbatch."""
-    changes = dict(reduction=dict(relative="sum", alignment=reduction))
-    changes["losses"] = dict(relative=0.1, alignment=0.02)
+    changes = without_balance(reduction)
     one, whole_state, _ = run_steps(tiny(**changes), jax.devices()[:1], steps=1)
     four, state, _ = run_steps(tiny(accumulation=4, **changes), jax.devices()[:1], steps=1)
     for name, value in losses_of(one[0]).items():
@@ -129,23 +171,21 @@ def test_accumulation_is_exact(reduction):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-def test_coarse_loss_is_of_the_whole_batch_however_it_is_split(whole):
-    batch = make_batch()
-    run = build_run(tiny(), jax.devices()[:1])
-    trainable, _ = init(run)
-    logits = run.model.parts["branch"].read(trainable["branch"], jax.tree.map(jnp.asarray, batch))
+def test_coarse_loss_is_of_the_whole_batch_however_it_is_split(whole, begin, small_parts):
+    batch, model = make_batch(), build_run(tiny(), jax.devices()[:1]).model
+    logits = model.parts["branch"].read(begin[0]["branch"], jax.tree.map(jnp.asarray, batch))
     expected = float(prophy.relative(logits, jnp.asarray(batch["category"])))
     assert expected > 0.1
     sharded, _, _ = run_steps(tiny(mesh=dict(data=8, fsdp=1, context=1)), steps=1)
-    split, _, _ = run_steps(tiny(accumulation=4), jax.devices()[:1], steps=1)
+    split, _, _ = run_steps(tiny(accumulation=4, **without_balance()), jax.devices()[:1], steps=1)
     for history in (whole[0], sharded, split):
         assert history[0]["loss/relative"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(whole):
+def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(whole, begin):
     _, state, frozen = whole
-    before = init(build_run(tiny(), jax.devices()[:1]))[1]
-    before["backbone"]["head"] = frozen["backbone"]["head"]  # moved by the test itself
+    # Its head was moved by the test itself.
+    before = {"backbone": {**begin[1]["backbone"], "head": frozen["backbone"]["head"]}}
     for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(state.params) == {"branch"}
@@ -154,8 +194,8 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(whole):
     assert moments == 2 * trained
 
 
-def test_every_part_of_the_branch_moves(whole):
-    start = init(build_run(tiny(), jax.devices()[:1]))[0]["branch"]
+def test_every_part_of_the_branch_moves(whole, begin):
+    start = begin[0]["branch"]
     for name, part in whole[1].params["branch"].items():
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), part, start[name])
         assert max(jax.tree.leaves(moved)) > 1e-4, name

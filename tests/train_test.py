@@ -19,11 +19,10 @@ from prophy_jax.prepare import prepare
 from prophy_jax.run import checkpoints, metrics
 from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, build_run, get_config
+from tests.conftest import ROOT, build_run, get_config, xla_flags
 
 
 def command(workdir, tiny_data, *more, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
         [
             sys.executable,
@@ -42,7 +41,7 @@ def command(workdir, tiny_data, *more, devices=1):
             *more,
         ],  # fmt: skip
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": xla_flags(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -15,6 +15,7 @@ from tests.late import late
 torch = late("torch")
 diffusers = late("diffusers")
 
+SIZES = dict(base_dim=8, num_res_blocks=1)
 # (B, F, H, W): an image, few and many frames, sides of one and of an odd number of latents.
 SHAPES = [(2, 1, 40, 24), (1, 5, 8, 56), (1, 9, 40, 24), (2, 17, 24, 8)]
 # fp32 on both sides: sums taken in another order through some 30 layers, on values of order 1.
@@ -51,7 +52,7 @@ def our_tree(state) -> dict:
 @pytest.fixture(scope="module")
 def models():
     """(torch model, our parameters), every weight random, gammas and biases included."""
-    reference = diffusers.AutoencoderKLWan(base_dim=8).eval()
+    reference = diffusers.AutoencoderKLWan(**SIZES).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
@@ -66,7 +67,7 @@ def models():
 
 @functools.cache
 def compiled(method: str, **arguments):
-    return jax.jit(getattr(wan_vae.build(base_dim=8, **arguments), method))
+    return jax.jit(getattr(wan_vae.build(**SIZES, **arguments), method))
 
 
 def torch_moments(reference, video: np.ndarray) -> np.ndarray:
