@@ -168,8 +168,10 @@ def find_parts(checkpoint: str) -> list[Path]:
     unfinished = sorted([*folder.glob("*.partial"), *folder.glob("*.writing")])
     if unfinished:
         raise UserError(f"{unfinished[0]} is not finished: run the command that writes {checkpoint} again")
-    known = {part for form in FORMS.values() for part in form.parts}
-    found = sorted(path for path in folder.iterdir() if path.name in known or (path / "tree").is_dir())
+    known = list(dict.fromkeys(part for form in FORMS.values() for part in form.parts))
+    found = [path for path in folder.iterdir() if path.name in known or (path / "tree").is_dir()]
+    # The transformer first: it tells best which model this is.
+    found.sort(key=lambda path: (known.index(path.name) if path.name in known else len(known), path.name))
     if not found:
         raise UserError(
             f"nothing to export in {checkpoint}: name a folder that convert.wan or convert.cogvideox wrote, "

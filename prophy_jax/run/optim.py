@@ -90,7 +90,7 @@ def make_optimizer(trainable: Mapping[str, Any], steps: int, settings: Any) -> o
 
     pattern_of = labels(trainable, groups)
     used = set(jax.tree.leaves(pattern_of))
-    shared = {name: settings[name] for name in ("b1", "b2", "eps", "weight_decay")}
+    shared = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "weight_decay")}
     adam = {pattern: optax.adamw(schedule(peak), **shared) for pattern, peak in groups if pattern in used}
     return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(adam, pattern_of))
 
