@@ -16,7 +16,7 @@ from prophy_jax import losses, models
 from prophy_jax.data import batch, records
 from prophy_jax.diffusion import guided, solvers
 from prophy_jax.models import attention
-from prophy_jax.models.beside.part import Model
+from prophy_jax.models.beside.part import Model, Part
 from prophy_jax.run import checkpoints, optim, parallel, workdir
 from prophy_jax.run.errors import UserError
 
@@ -39,12 +39,19 @@ def build_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Mo
     Its attention is that of the mesh's devices; plain attention without a mesh, to describe or trace it.
     Raises UserError on names and sizes that do not exist or do not fit together.
     """
+    for old, new in (("branch", "parts.branch"), ("data.labels", "data.side.alignment")):
+        table, _, key = old.rpartition(".")
+        if key in (config[table] if table else config):
+            raise UserError(f"config.{old} is now config.{new}: rename it in the configuration")
     backbone = models.build(config.backbone)
     if mesh is not None:
         backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
         on_device = functools.partial(attention.attention, backend=backend)
         backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
     parts = {name: models.build(spec) for name, spec in (config.parts or {}).items() if spec}
+    for name, part in parts.items():
+        if not isinstance(part, Part):
+            raise UserError(f"config.parts.{name}.module={config.parts[name].module!r} is no part")
     return Model(backbone, parts)
 
 
@@ -169,6 +176,15 @@ def check_params(
                 f"{folders[name]} was trained next to another backbone than {folders['backbone']}: "
                 "name that one with --checkpoint=DIR"
             )
+        stored = manifest.get("model", {}).get(name)
+        if name != "backbone" and stored:
+            # Before parts had files of their own, there was one.
+            own_spec = workdir.config_as_json(config)["parts"][name]
+            different = workdir.differences({"module": "prophy", **stored}, own_spec)
+            if different:
+                raise UserError(
+                    f"{folders[name]} was trained with another configuration ({different}): give that one"
+                )
     return hashes
 
 
@@ -208,7 +224,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
         if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
             print(
                 f"warning: {config.data.dir} has no data set {dataset!r}, so losses that read it stay 0; "
-                f"make it with python -m {batch.MADE_BY[dataset]}, and name it with "
+                f"make it with {batch.MADE_BY.get(dataset, 'its command')}, and name it with "
                 f"--config.data.side.{dataset}=DIR",
                 file=sys.stderr,
             )

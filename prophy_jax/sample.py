@@ -117,11 +117,13 @@ def main(config: Any) -> None:
     options = flags.FLAGS
     prompts = read_prompts(options.prompt, options.prompts)
     folders = find_parts(config, options.branch)
-    config.parts = {name: config.parts[name] for name in folders}
+    config.parts = {name: spec for name, spec in config.parts.items() if name in folders}
     if options.checkpoint:
         use_checkpoint(config, options.checkpoint)
     mesh = build.build_mesh(config.mesh, devices=jax.local_devices())  # each process samples its own share
     model, objective = build.build_model(config, mesh), build.build_objective(config)
+    if more := sorted({*model.fields} - {"text", "text_mask"}):
+        raise UserError(f"these parts read {more}, which a prompt alone does not have")
     if not folders and (options.overlay or options.baseline):
         raise UserError("--overlay and --baseline are about a trained part: name one with --branch=DIR")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]

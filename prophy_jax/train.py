@@ -295,13 +295,15 @@ def train(config: Any, workdir: str) -> None:
             if first:
                 print(f"stopped by a signal, saved at step {step}: run the same command to resume")
             return
-        own = folders.config_as_json(config)
-        for name, tree in state.ema.items():
+        own, trained = folders.config_as_json(config), optim.merge(state.ema, frozen)
+        for name in sorted(state.ema, key=lambda name: name != "backbone"):  # parts name their backbone
             spec = own["backbone"]
             if name != "backbone":
                 spec = {"backbone": spec, name: own["parts"][name]}
             about = {"part": name, "model": spec, "step": step, **references}
-            checkpoints.save_params(os.path.join(workdir, name), tree, about)
+            digest = checkpoints.save_params(os.path.join(workdir, name), trained[name], about)
+            if name == "backbone":
+                references["backbone_sha256"] = digest
 
 
 def main(config: Any) -> None:

@@ -51,7 +51,7 @@ def make_sampler(
     def begin(
         params: Any, noise: jax.Array, prompt: Batch, negative: Batch, rows: int | None
     ) -> tuple[Any, Any]:
-        paired = {name: guided.pair_prompts(prompt[name], negative[name], guidance) for name in prompt}
+        paired = {name: guided.pair_prompts(prompt[name], negative.get(name), guidance) for name in prompt}
         read = model.read_ahead(params, jax.tree.map(split_rows, paired), rows)
         return read, jax.tree.map(split_rows, solvers.start(solver, noise))
 
@@ -85,7 +85,7 @@ def make_generator(
 
     `prompt` has the fields of `Model.fields`, leading B. What the blocks read of the prompts is computed
     once; then all `settings.steps` solver steps are one call of one program. `negative` is the encoded
-    negative prompt, the same fields of one prompt, that guidance compares with.
+    negative prompt that guidance compares with, of one prompt; fields that it lacks are those of the prompt.
 
     `after_steps(n)` is called after every n steps that are done. The program is then called in a few pieces,
     and does not call back itself: jax 0.10 cannot keep such programs in its compile cache.

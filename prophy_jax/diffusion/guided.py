@@ -36,7 +36,7 @@ def guided(model: Velocity, guidance: Guidance) -> Velocity:
     return velocity
 
 
-def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: Guidance) -> jax.Array:
+def pair_prompts(conditional: jax.Array, unconditional: jax.Array | None, guidance: Guidance) -> jax.Array:
     """The prompts that the model of `guided` reads, (2B,...) or (B,...).
 
     Neighbours are one sample's, so that a batch split over devices is split between samples.
@@ -44,12 +44,13 @@ def pair_prompts(conditional: jax.Array, unconditional: jax.Array, guidance: Gui
     Args:
         conditional: (B,...) one array of the encoded prompts, e.g. text or its mask.
         unconditional: (...) the same of the negative prompt. Wan encodes a negative or an empty
-            prompt, never zeros.
+            prompt, never zeros. None: both halves of a pair read the same.
         guidance: as for `guided`; where that needs no pairs, the result is `conditional`.
     """
     if not _pairs(guidance):
         return conditional
-    both = jnp.stack([jnp.broadcast_to(unconditional, conditional.shape), conditional], axis=1)
+    other = conditional if unconditional is None else jnp.broadcast_to(unconditional, conditional.shape)
+    both = jnp.stack([other, conditional], axis=1)
     return both.reshape(-1, *conditional.shape[1:])  # (B, 2, ...) -> (2B, ...)
 
 

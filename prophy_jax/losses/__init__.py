@@ -78,7 +78,7 @@ class Chosen:
     def whole(self, model: Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """The losses that compare the clips of the whole batch with each other."""
         return {
-            name: loss.whole(model.parts[part], params.get(part, {}), batch, self.reductions[name])
+            name: loss.whole(model.parts.get(part), params.get(part, {}), batch, self.reductions[name])
             for (name, loss), part in zip(self.rows.items(), self.parts.values(), strict=True)
             if loss.whole
         }
@@ -113,12 +113,11 @@ def choose(weights: Mapping[str, float], reductions: Mapping[str, str], model: M
 def _find_part(name: str, loss: Loss, model: Model) -> str:
     if loss.part is None:
         return ""
-    for place, part in model.parts.items():
-        if isinstance(part, loss.part):
-            if loss.needs and getattr(part, loss.needs) is None:
-                raise UserError(
-                    f"config.losses lists {name!r} but config.parts.{place}.{loss.needs} is absent"
-                )
-            return place
     module = loss.part.__module__.rpartition(".")[2]
-    raise UserError(f"config.losses lists {name!r} but config.parts has no part of module {module!r}")
+    places = [place for place, part in model.parts.items() if isinstance(part, loss.part)]
+    if len(places) != 1:
+        found = "no part" if not places else f"several parts ({', '.join(places)})"
+        raise UserError(f"config.losses lists {name!r} but config.parts has {found} of module {module!r}")
+    if loss.needs and getattr(model.parts[places[0]], loss.needs) is None:
+        raise UserError(f"config.losses lists {name!r} but config.parts.{places[0]}.{loss.needs} is absent")
+    return places[0]

@@ -32,6 +32,8 @@ def build(spec: Mapping[str, Any], package: str = __name__) -> Any:
     """Builds what `spec` names in `package`. Raises UserError on an unknown module or argument."""
     arguments = {key: value for key, value in spec.items() if key != "module"}
     module = find(spec["module"], package)
+    if not hasattr(module, "build"):
+        raise UserError(f"{module.__name__} builds nothing: name another module in the configuration")
     try:
         inspect.signature(module.build).bind(**arguments)
     except TypeError as error:

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prophy_jax.run import distributed, parallel
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import put_in_place, write_atomically
+from prophy_jax.run.workdir import put_in_place, read_json, write_atomically
 
 SLICE_BYTES = 2**24
 
@@ -185,8 +185,10 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
-    with open(path) as file:
-        return json.load(file)
+    manifest = read_json(path, remedy or "name another folder")
+    if "sha256" not in manifest or "shapes" not in manifest:
+        raise UserError(f"{path} is of no parameters: {remedy or 'name another folder'}")
+    return manifest
 
 
 def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:

@@ -114,7 +114,9 @@ def _parse() -> Any:
     except (AttributeError, KeyError) as error:
         key = re.search(r"\w+", str(error)).group()
         override = next((word for word in sys.argv if f".{key}" in word.split("=")[0]), key)
-        raise UserError(f"the configuration has no such key: {override}") from error
+        now = {"labels": "data.side.alignment", "branch": "parts.branch"}.get(key)
+        hint = f"; it is --config.{now} now" if now else ""
+        raise UserError(f"the configuration has no such key: {override}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"{error}; see --help") from error
     if arguments:

@@ -74,7 +74,8 @@ def _modernised(config: dict[str, Any]) -> dict[str, Any]:
     if "labels" in config.get("data", {}):
         config["data"]["side"] = {"alignment": config["data"].pop("labels")}
     if "absolute_alignment" in config.get("losses", {}):  # it was reduced as its sibling
-        config["reduction"] = {"absolute_alignment": config["reduction"]["alignment"], **config["reduction"]}
+        was = config.get("reduction", {})
+        config["reduction"] = {"absolute_alignment": was.get("alignment", "mean"), **was}
     return config
 
 

@@ -197,7 +197,7 @@ class Model:
             latents: (B, T, h, w, c), noisy, normalised.
             t: (B,), in the units of the backbone (Wan: 0..1000, CogVideoX: 0..999).
             prompt: Of `read` or `read_ahead`, B rows.
-            scale: Multiplies what the parts add; 0 is the backbone alone.
+            scale: Multiplies what the parts add; at 0 those that only add are silent.
             key: For random choices of the parts in training.
         """
         params = self._whole(params)

@@ -174,8 +174,13 @@ class ProPhy(Part):
     refinement: RefinementConfig | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise UserError(f"layers={self.layers} of the branch: list at least one block, ascending")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise UserError(f"layers={self.layers} of the branch: list at least one block, ascending from 0")
+        if self.refinement and not 1 <= self.refinement.top_k <= self.refinement.experts:
+            raise UserError(
+                f"refinement.top_k={self.refinement.top_k} of the branch: choose 1 to experts="
+                f"{self.refinement.experts}"
+            )
 
     def init(self, key: jax.Array, backbone: Backbone, backbone_params: Params) -> dict[str, Any]:
         """Parameters in fp32: blocks copied from their own layers, exits and bases zero."""
