@@ -15,7 +15,6 @@ from prophy_jax.data.sandbox import captions
 from prophy_jax.data.sandbox.clip import (
     SCENES,
     SPLITS,
-    law_residual,
     make_clip,
     reduce_mask,
     render_scene,
@@ -23,6 +22,7 @@ from prophy_jax.data.sandbox.clip import (
 )
 from prophy_jax.data.sandbox.render import backdrop
 from prophy_jax.run.errors import UserError
+from tests.sandbox_laws import law_residual
 
 NAMES = [scene.name for scene in SCENES]
 # The state keeps 8 digits, which second differences (tumble) enlarge; Chipmunk integrates the

@@ -24,18 +24,17 @@ TIME = 4  # frames of one after the first: the finest tokens that models of such
 
 
 class Scene(NamedTuple):
-    """One phenomenon. `residual`'s docstring states the law that it measures."""
+    """One phenomenon."""
 
     name: str
     category: str
     simulate: Callable[[np.random.Generator, float, np.ndarray], dict[str, Any]]
     draw: Callable[[Canvas, dict[str, Any]], np.ndarray]
-    residual: Callable[[dict[str, Any]], float]
 
 
 def _scene(module: ModuleType, name: str, category: str) -> Scene:
     """The scene whose functions in `module` end in its name."""
-    functions = (getattr(module, f"{what}_{name}") for what in ("simulate", "draw", "residual"))
+    functions = (getattr(module, f"{what}_{name}") for what in ("simulate", "draw"))
     return Scene(name, category, *functions)
 
 
@@ -158,8 +157,3 @@ def make_clip(seed: int, split: str, index: int, size: int = 64, frames: int = 1
         masks=masks,
         state={"fps": fps, "scenes": states},
     )
-
-
-def law_residual(state: dict[str, Any]) -> float:
-    """How far one entry of `state["scenes"]` is from its law: relative, 0 where it holds."""
-    return _BY_NAME[state["scene"]].residual(state)

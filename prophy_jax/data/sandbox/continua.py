@@ -1,6 +1,6 @@
 """Fluids, heat and light of the sandbox: slosh, smoke, melt, freeze, fire, blast, mirror and beam.
 
-Each phenomenon is `simulate`, `draw`, `residual`, as in mechanics.py. The simulations are
+Each phenomenon is `simulate` and `draw`, as in mechanics.py. The simulations are
 small exact solutions: modes of linear shallow water, diffusing Gaussian puffs, heat balances, a
 blast wave, geometric optics.
 
@@ -70,16 +70,6 @@ def draw_slosh(canvas: Canvas, state: State) -> np.ndarray:
     return liquid
 
 
-def residual_slosh(state: State) -> float:
-    """The volume is constant; the tilt swings with omega = pi sqrt(gravity depth) / length."""
-    heights, times = np.asarray(state["heights"]), np.asarray(state["times"])
-    volume = np.max(np.abs(heights.mean(1) / state["depth"] - 1))
-    tilt = heights @ np.cos(np.pi * (np.arange(16) + 0.5) / 16)
-    omega = np.pi * np.sqrt(state["gravity"] * state["depth"]) / state["length"]
-    expected = tilt[0] * np.cos(omega * times)
-    return float(max(volume, np.max(np.abs(tilt - expected)) / abs(tilt[0])))
-
-
 # Gas motion: smoke rises from a chimney.
 
 
@@ -133,15 +123,6 @@ def draw_smoke(canvas: Canvas, state: State) -> np.ndarray:
     return opacity * (1 - np.maximum(pipe, collar))
 
 
-def residual_smoke(state: State) -> float:
-    """The smoke in the air, density integrated, weighs what the chimney has given off."""
-    grid = np.arange(-1, 2, 0.01)
-    weight = smoke_density(state, grid, grid).sum((1, 2)) * 0.01**2
-    age = np.asarray(state["times"])[:, None] - np.asarray(state["births"])
-    given = np.sum((age >= 0) * np.asarray(state["masses"]), axis=1)
-    return float(np.max(np.abs(weight / given - 1)))
-
-
 # Melting: a warm tray melts a block.
 
 MATERIALS = {
@@ -190,15 +171,6 @@ def draw_melt(canvas: Canvas, state: State) -> np.ndarray:
     return np.maximum(block, liquid)
 
 
-def residual_melt(state: State) -> float:
-    """Block and liquid keep one volume, and the melted part grows by power / latent heat."""
-    width, height, level = (np.asarray(state[key]) for key in ("width", "height", "level"))
-    liquid = level * state["length"] - width * np.minimum(level, height)
-    total = np.max(np.abs((width * height + liquid) / state["volume"] - 1))
-    rate = np.gradient(liquid, np.asarray(state["times"]))
-    return float(max(total, np.max(np.abs(rate / state["power"] - 1))))
-
-
 # Solidification: a tank freezes from its cold bottom upwards.
 
 
@@ -225,12 +197,6 @@ def draw_freeze(canvas: Canvas, state: State) -> np.ndarray:
     rim(canvas, x, TANK, top, BED)
     canvas.paint((0.30, 0.36, 0.62), box(canvas, x, BED + 0.045, TANK + 0.01, 0.035, corner=0.02))
     return ice
-
-
-def residual_freeze(state: State) -> float:
-    """Stefan's law: the square of the ice's thickness grows in proportion to time."""
-    squared = np.asarray(state["front"]) ** 2
-    return float(np.max(np.abs(squared / (state["rate"] ** 2 * np.asarray(state["elapsed"])) - 1)))
 
 
 # Combustion: flames burn on logs.
@@ -286,15 +252,6 @@ def draw_fire(canvas: Canvas, state: State) -> np.ndarray:
     return outer
 
 
-def residual_fire(state: State) -> float:
-    """The flame's height goes as power^(2/5) (Heskestad); the fuel lost is the heat released."""
-    power, times = np.asarray(state["power"]), np.asarray(state["times"])
-    height = np.max(np.abs(np.asarray(state["height"]) / (state["scale"] * power**0.4) - 1))
-    released = np.sum((power[1:] + power[:-1]) / 2 * np.diff(times))
-    lost = (state["fuel"][0] - state["fuel"][-1]) * state["heat"]
-    return float(max(height, abs(lost / released - 1)))
-
-
 # Explosion: a barrel blows up.
 
 
@@ -345,13 +302,6 @@ def draw_blast(canvas: Canvas, state: State) -> np.ndarray:
     return np.asarray(ball_of_fire, np.float32)
 
 
-def residual_blast(state: State) -> float:
-    """The blast's radius goes as time^(2/5) (Sedov and Taylor)."""
-    age = np.asarray(state["times"]) - state["start"]
-    radius = np.asarray(state["radius"])[age > 0]
-    return float(np.max(np.abs(radius**5 / (state["energy"] * age[age > 0] ** 2) - 1)))
-
-
 # Reflection: a ball moves over a mirror.
 
 
@@ -385,13 +335,6 @@ def draw_mirror(canvas: Canvas, state: State) -> np.ndarray:
     canvas.paint(WHITE, box(canvas, centre, axis, 0.16, 0.014, corner=0.01))
     ball(canvas, state["x"], state["y"], radius, colour)
     return panel
-
-
-def residual_mirror(state: State) -> float:
-    """The image stands as far behind the mirror as the ball before it, right across from it."""
-    away = np.asarray(state["y"]) + np.asarray(state["image_y"]) - 2 * state["axis"]
-    along = np.asarray(state["x"]) - np.asarray(state["image_x"])
-    return float(max(np.max(np.abs(away)), np.max(np.abs(along))))
 
 
 # Refraction: a beam of light bends as it enters glass.
@@ -435,9 +378,3 @@ def draw_beam(canvas: Canvas, state: State) -> np.ndarray:
     lamp = box(canvas, lamp_x, lamp_y, 0.042, 0.055, -incidence)
     canvas.paint(DARK, lamp)
     return np.asarray(beam * (1 - lamp), np.float32)
-
-
-def residual_beam(state: State) -> float:
-    """Snell's law: sin(incidence) = index sin(refraction)."""
-    bent = state["index"] * np.sin(np.asarray(state["refraction"]))
-    return float(np.max(np.abs(np.sin(np.asarray(state["incidence"])) - bent)))

@@ -1,9 +1,9 @@
 """Bodies of the sandbox: bounce, hit, tumble, spring (Chipmunk, through pymunk) and press.
 
-Each scene is three functions around one state. `simulate` picks the parameters at random and
-returns the ground truth as numbers; `draw` paints a station from that state alone and returns the
-coverage of the phenomenon; `residual` measures the law from that state, 0 where it holds. Speeds
-are relative to the clip's duration, so that the process fills a clip of any length.
+Each scene is two functions around one state. `simulate` picks the parameters at random and returns
+the ground truth as numbers; `draw` paints a station from that state alone and returns the coverage
+of the phenomenon. tests/sandbox_laws.py measures the law of each scene on its state. Speeds are
+relative to the clip's duration, so that the process fills a clip of any length.
 
 Legend: F frames, S frame size in pixels, w width of one station in pixels. Lengths in frame sides,
 x to the right, y down, times in seconds, masses in arbitrary units.
@@ -102,14 +102,6 @@ def draw_bounce(canvas: Canvas, state: State) -> np.ndarray:
     return ball(canvas, state["x"], y, radius, COLOURS[state["colour"]])
 
 
-def residual_bounce(state: State) -> float:
-    """Every impact reverses the velocity and scales it by the restitution."""
-    if not state["impacts"]:
-        return 0.0
-    _, before, after = np.asarray(state["impacts"]).T
-    return float(np.max(np.abs(after + state["restitution"] * before) / np.abs(before)))
-
-
 # Collision, second kind: two balls meet in mid-air.
 
 
@@ -160,17 +152,6 @@ def draw_hit(canvas: Canvas, state: State) -> np.ndarray:
     return np.maximum(upper, lower)
 
 
-def residual_hit(state: State) -> float:
-    """The impact keeps the momentum, but for gravity, and scales the speed by the restitution."""
-    masses, impact = np.asarray(state["masses"]), state["impact"]
-    before, after = np.asarray(impact["before"]), np.asarray(impact["after"])
-    scale = np.sum(masses * np.abs(before))
-    push = masses.sum() * state["gravity"] * impact["step"]
-    momentum = abs(np.sum(masses * (after - before)) - push) / scale
-    closing, parting = before[0] - before[1], after[1] - after[0]
-    return float(max(momentum, abs(parting - state["restitution"] * closing) / closing))
-
-
 # Rigid body motion: a tossed block turns in the air.
 
 
@@ -209,14 +190,6 @@ def draw_tumble(canvas: Canvas, state: State) -> np.ndarray:
     colour = np.asarray(COLOURS[state["colour"]], np.float32)
     canvas.paint(colour + pale * (0.7 * (0.97 - colour)), coverage)
     return coverage
-
-
-def residual_tumble(state: State) -> float:
-    """The angle grows at a constant rate while the centre falls freely."""
-    times, y, angle = (np.asarray(state[key]) for key in ("times", "y", "angle"))
-    turning = np.max(np.abs(np.diff(angle) / np.diff(times) / state["spin"] - 1))
-    falling = np.max(np.abs(np.diff(y, 2) / (times[1] - times[0]) ** 2 / state["gravity"] - 1))
-    return float(max(turning, falling))
 
 
 # Elastic motion: a block hangs on a spring.
@@ -264,14 +237,6 @@ def draw_spring(canvas: Canvas, state: State) -> np.ndarray:
     return np.maximum(block, coil)
 
 
-def residual_spring(state: State) -> float:
-    """The block oscillates about its rest point with omega = sqrt(stiffness / mass)."""
-    y, times = np.asarray(state["y"]) - state["centre"], np.asarray(state["times"])
-    turn = np.sqrt(state["stiffness"] / state["mass"]) * (times[1] - times[0])
-    # y(t + d) + y(t - d) = 2 cos(omega d) y(t) holds for every harmonic motion.
-    return float(np.max(np.abs(y[2:] + y[:-2] - 2 * np.cos(turn) * y[1:-1])) / np.max(np.abs(y)))
-
-
 # Deformation: a press squeezes clay, which stays squeezed.
 
 
@@ -305,9 +270,3 @@ def draw_press(canvas: Canvas, state: State) -> np.ndarray:
     canvas.paint((0.50, 0.52, 0.56), box(canvas, x, plate / 2 - 0.05, 0.035, plate / 2, corner=0.0))
     canvas.paint((0.74, 0.76, 0.80), box(canvas, x, plate - 0.035, 0.15, 0.035, corner=0.015))
     return clay
-
-
-def residual_press(state: State) -> float:
-    """The area of the clay, height times width, stays the same."""
-    area = np.asarray(state["height"]) * np.asarray(state["width"])
-    return float(np.max(np.abs(area / state["area"] - 1)))
