@@ -180,6 +180,7 @@ def test_a_part_that_hangs_is_ended():
 ABSENT = "grain array_record ml_collections tensorboardX tensorflow_datasets diffusers ftfy pymunk"
 
 
+@pytest.mark.slow  # every benchmark once
 def test_a_whole_run_at_tiny_sizes_needs_no_more_than_a_gpu_machine_has(tmp_path):
     pathlib.Path(tmp_path, "sitecustomize.py").write_text(
         f"import sys\nsys.modules.update(dict.fromkeys({ABSENT.split()}))\n"

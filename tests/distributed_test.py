@@ -115,6 +115,7 @@ def alone(tmp_path_factory, tiny_data):
     return folder / "run"
 
 
+@pytest.mark.slow  # five jobs of up to four processes: minutes
 def test_job_is_killed_and_terminated_and_goes_on_with_other_processes(alone, tmp_path, tiny_data):
     run, saves = tmp_path / "run", tmp_path / "run" / "checkpoints"
     with train(tmp_path, tiny_data, "two", 2) as job:

@@ -16,6 +16,8 @@ from prophy_jax.data import loader, records
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job
 
+pytestmark = pytest.mark.slow  # writes and reads the number of records of the real data
+
 SHARDS, SHARD = 1250, 64  # 80,000 records
 BUCKETS = {"5x16x16": 5, "5x16x24": 3, "9x16x16": 2}  # of ten clips, so many are of this size
 TINY = Sizes((1, 2, 2, 16), (1, 1, 1), 8, 4)

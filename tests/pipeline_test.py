@@ -163,6 +163,7 @@ def test_labels_of_a_vision_language_model_reach_the_loss(place, trained, tmp_pa
     assert min(with_labels["diffusion"], with_labels["balance"]) > 0
 
 
+@pytest.mark.slow  # tests of the sample command make the same clips with stand-ins
 def test_sampling_with_the_branch_beside_the_backbone_alone(place, trained):
     text_encoder = place / "wan" / "text_encoder" / "tree"
     prompts = [f"--prompt={PROMPT}", "--prompt=A blue box."]

@@ -100,6 +100,7 @@ def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, tiny_data)
         }
 
 
+@pytest.mark.slow  # compiles for two meshes; the test above resumes on one
 def test_sigterm_saves_and_the_run_goes_on_on_another_mesh(uninterrupted, tmp_path, tiny_data):
     workdir = str(tmp_path / "run")
     process = command(workdir, tiny_data)
