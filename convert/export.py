@@ -35,7 +35,7 @@ from convert.prophy import branch_leaves
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli
 from prophy_jax.run.errors import UserError, one_line_errors
-from prophy_jax.run.workdir import read_json
+from prophy_jax.run.workdir import name_module, read_json
 
 FORMATS = ("diffusers", "official")
 # The public names of the files in each format, without ".safetensors".
@@ -204,7 +204,7 @@ def _open_part(folder: Path, naming: str) -> Part:
     if naming not in form.configs:
         raise UserError(f"{folder} is of the model {module!r}: use --format={next(iter(form.configs))}")
     if added:
-        own = {"module": "prophy", **spec[name]}  # older manifests name no module
+        own = name_module(spec[name])
         if own["module"] not in BESIDE:
             raise UserError(f"{folder} holds {own['module']!r}: only {', '.join(BESIDE)} has a PyTorch form")
         config = models.build(own)

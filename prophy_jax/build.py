@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from prophy_jax import losses, models
 from prophy_jax.data import batch, records
-from prophy_jax.diffusion import guided, solvers
+from prophy_jax.diffusion import generate
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model, Part
 from prophy_jax.run import checkpoints, optim, parallel, workdir
@@ -39,7 +39,7 @@ def build_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Mo
     Its attention is that of the mesh's devices; plain attention without a mesh, to describe or trace it.
     Raises UserError on names and sizes that do not exist or do not fit together.
     """
-    for old, new in (("branch", "parts.branch"), ("data.labels", "data.side.alignment")):
+    for old, new in workdir.RENAMED.items():
         table, _, key = old.rpartition(".")
         if key in (config[table] if table else config):
             raise UserError(f"config.{old} is now config.{new}: rename it in the configuration")
@@ -62,9 +62,7 @@ def build_objective(config: ConfigDict) -> Any:
     would come out wrong without a word.
     """
     objective = models.build(config.objective, package="prophy_jax.diffusion")
-    settings = config.samples
-    solvers.skipping(objective.solver(settings.solver, settings.steps, settings.shift), settings.skip)
-    guided.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
+    generate.make_tables(objective, config.samples)
     return objective
 
 
@@ -178,10 +176,8 @@ def check_params(
             )
         stored = manifest.get("model", {}).get(name)
         if name != "backbone" and stored:
-            # Before parts had files of their own, there was one.
             own_spec = workdir.config_as_json(config)["parts"][name]
-            different = workdir.differences({"module": "prophy", **stored}, own_spec)
-            if different:
+            if different := workdir.differences(workdir.name_module(stored), own_spec):
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )
@@ -219,7 +215,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
                 f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone "
                 f"has {list(grid)}: prepare it again with this configuration"
             )
-    for dataset in dict.fromkeys(batch.FIELDS[name].stored for name in (*model.fields, *chosen.fields)):
+    for dataset in dict.fromkeys(batch.FIELDS[name].stored for name in list_fields(model, chosen)):
         named = config.data.side.get(dataset, "")
         if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
             print(
@@ -229,6 +225,19 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
                 file=sys.stderr,
             )
     return manifest
+
+
+def list_fields(model: Model, chosen: losses.Chosen) -> tuple[str, ...]:
+    """Fields of the batch that a training step reads."""
+    return tuple(dict.fromkeys(("latents", *model.fields, *chosen.fields)))
+
+
+def sizes(config: ConfigDict, model: Model) -> batch.Sizes:
+    """Of the clips that `config.data` describes. Raises UserError on sizes that the model cannot take."""
+    data = config.data
+    latents = models.build(config.codec).latent_shape(data.frames, data.height, data.width)
+    grid = token_grid(model, latents)
+    return batch.Sizes(latents, grid, config.text_encoder.length, model.backbone.config.text_dim)
 
 
 def token_grid(model: Model, latent_shape: Sequence[int]) -> tuple[int, int, int]:

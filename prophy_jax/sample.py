@@ -107,7 +107,7 @@ def main(config: Any) -> None:
     from tqdm import tqdm
 
     from prophy_jax import build
-    from prophy_jax.data.batch import Sizes, shapes
+    from prophy_jax.data.batch import shapes
     from prophy_jax.data.sources import video
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import pictures
@@ -139,11 +139,10 @@ def main(config: Any) -> None:
     references = build.check_params(config, layout, folders)
     codec = encoders.load_codec(config, mesh)
     encoder = encoders.load_text_encoder(config, encoders.default_cache())
-    latent_shape = codec.latent_shape(config.data.frames, config.data.height, config.data.width)
-    grid = build.token_grid(model, latent_shape)
+    sizes = build.sizes(config, model)
+    latent_shape, grid = sizes.latent_shape, sizes.token_grid
     observe = generate.make_observer(model, objective)
     if options.overlay:
-        sizes = Sizes(latent_shape, grid, config.text_encoder.length, model.backbone.config.text_dim)
         inputs = shapes(("latents", *model.fields), sizes, 1)
         seen = jax.eval_shape(observe, layout, inputs["latents"], inputs)
         if all(model.parts[name].token_maps(found) is None for name, found in seen.items()):

@@ -183,7 +183,7 @@ def train(config: Any, workdir: str) -> None:
     model, objective = build.build_model(config, mesh), build.build_objective(config)
     chosen = build.build_losses(config, model)
     layout = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
-    fields = tuple(dict.fromkeys(("latents", *model.fields, *chosen.fields)))
+    fields = build.list_fields(model, chosen)
     references = {}
 
     def place(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Batch]:

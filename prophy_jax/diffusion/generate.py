@@ -20,6 +20,16 @@ Wrapper = Callable[[solvers.Velocity], solvers.Velocity]
 PIECES = 10  # that a loop which shows its progress is called in
 
 
+def make_tables(objective: Any, settings: Any) -> tuple[solvers.Solver, guided.Guidance]:
+    """The solver and the guidance of `config.samples`.
+
+    Raises UserError on settings that do not fit the objective or each other.
+    """
+    solver = objective.solver(settings.solver, settings.steps, settings.shift)
+    guidance = guided.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
+    return solvers.skipping(solver, settings.skip), guidance
+
+
 def make_sampler(
     model: Model, objective: Any, settings: Any, wrappers: Sequence[Wrapper] = ()
 ) -> tuple[Callable, Callable]:
@@ -42,10 +52,7 @@ def make_sampler(
     Raises:
         UserError: on settings that do not fit the objective or each other.
     """
-    solver = solvers.skipping(
-        objective.solver(settings.solver, settings.steps, settings.shift), settings.skip
-    )
-    guidance = guided.guidance_schedule(settings.guidance_schedule, settings.guidance, settings.steps)
+    solver, guidance = make_tables(objective, settings)
 
     @functools.partial(jax.jit, static_argnames="rows")
     def begin(
@@ -142,18 +149,16 @@ def make_observer(model: Model, objective: Any, sigma: float = 0.2) -> Callable[
     @jax.jit
     def observe(params: Any, latents: jax.Array, prompt: Batch, seed: int = 0) -> dict[str, Any]:
         noise = jax.random.normal(jax.random.key(seed), latents.shape)
-        time = jnp.full((latents.shape[0],), sigma)
-        noisy = objective.add_noise(latents, noise, time)
-        return model(params, noisy, objective.model_time(time), prompt).seen
+        return diffusion_error(model, objective, params, {**prompt, "latents": latents}, noise, sigma)[1]
 
     return observe
 
 
 def diffusion_error(
-    model: Model, objective: Any, params: Any, batch: Batch, noise: jax.Array, sigma: Any, scale: float = 1.0
+    model: Model, objective: Any, params: Any, batch: Batch, noise: jax.Array, sigma: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(loss (B,) of each clip, what the parts saw) at one share of noise, captions as they are."""
     time = jnp.full((noise.shape[0],), sigma)
     noisy = objective.add_noise(batch["latents"], noise, time)
-    output = model(params, noisy, objective.model_time(time), batch, scale)
+    output = model(params, noisy, objective.model_time(time), batch)
     return objective.per_sample_loss(output.prediction, batch["latents"], noise, time), output.seen

@@ -7,7 +7,6 @@ The model's FLOPs are those of the same program with plain attention and nothing
 blocks, and fused kernels, compute scores again in the backward pass.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -70,5 +69,4 @@ def model_flops(function: Callable, *arguments: Any, unknown_length: int = 0) ->
 
 def plain(model: Any) -> Any:
     """The same model with plain attention on one device and nothing recomputed, to be traced alone."""
-    backbone = dataclasses.replace(model.backbone, attention=attention.attention, remat="none")
-    return dataclasses.replace(model, backbone=backbone)
+    return model.with_backbone(attention=attention.attention, remat="none")

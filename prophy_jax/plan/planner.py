@@ -118,7 +118,7 @@ def make_plan(job: Job, topology: str, compiled: bool = True, traced: Traced | N
     devices = hardware.get_devices(chip, topology, shape)
     mesh = build.build_mesh(job.mesh, job.rows, devices)
     sides = dict(mesh.shape)
-    model = programs.with_backbone(build.build_model(config, mesh), remat=job.remat)
+    model = build.build_model(config, mesh).with_backbone(remat=job.remat)
     program, arguments = programs.PROGRAMS[mode](config, model, mesh, job.clips)
     clips = job.clips // (sides["data"] * sides["fsdp"])  # of a device
     traced = traced or trace(config, mode, chip.platform, clips, job.remat)

@@ -3,7 +3,6 @@
 B global batch, N video tokens, L text length, D text width.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -13,21 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from prophy_jax import build, models, train
+from prophy_jax import build, train
 from prophy_jax.data import batch
 from prophy_jax.diffusion import generate
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import optim, parallel
 
 Program = tuple[Any, tuple]  # a jitted function, and its arguments
-
-
-def sizes(config: Any, model: Model) -> batch.Sizes:
-    """Of the clips that `config.data` describes. Raises UserError on sizes that the model cannot take."""
-    data = config.data
-    latents = models.build(config.codec).latent_shape(data.frames, data.height, data.width)
-    grid = build.token_grid(model, latents)
-    return batch.Sizes(latents, grid, config.text_encoder.length, model.backbone.config.text_dim)
 
 
 def train_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: int) -> Program:
@@ -38,8 +29,7 @@ def train_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: int
     optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
     state = jax.eval_shape(functools.partial(train.new_state, optimizer=optimizer), trainable)
     layout, whole = parallel.shard_largest(state, mesh), parallel.replicated(mesh)
-    fields = dict.fromkeys(("latents", *model.fields, *chosen.fields))
-    inputs = batch.shapes(fields, sizes(config, model), clips)
+    inputs = batch.shapes(build.list_fields(model, chosen), build.sizes(config, model), clips)
     step = train.make_train_step(model, build.build_objective(config), chosen, optimizer, config)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)), (
         parallel.placed(state, layout),
@@ -59,7 +49,7 @@ def sample_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: in
         return loop(params, state, prompt, jnp.float32(1.0), 0, settings.steps).x
 
     rows = parallel.batch_sharding(mesh, clips)
-    inputs = batch.shapes(("latents", *model.fields), sizes(config, model), clips)
+    inputs = batch.shapes(("latents", *model.fields), build.sizes(config, model), clips)
     return jax.jit(sample), (
         build.place(model, mesh, config.frozen_dtype),
         jax.ShapeDtypeStruct(inputs["latents"].shape, jnp.float32, sharding=rows),
@@ -69,11 +59,6 @@ def sample_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: in
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}
-
-
-def with_backbone(model: Model, **changes: Any) -> Model:
-    """The model with another remat policy or another attention."""
-    return dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, **changes))
 
 
 def _prompts(inputs: Mapping[str, Any], names: Iterable[str], sharding: Any, one: bool = False) -> dict:

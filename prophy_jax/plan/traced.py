@@ -71,7 +71,7 @@ def trace(
     weights = {"_dq_": 1 / 3} if backend == "cudnn" else {}
     kernel = functools.partial(attention.attention, backend="splash" if backend == "cudnn" else backend)
     model, steps = build.build_model(config), config.samples.steps
-    executed = programs.with_backbone(model, remat=remat or config.backbone.remat, attention=kernel)
+    executed = model.with_backbone(remat=remat or config.backbone.remat, attention=kernel)
     program, arguments = programs.PROGRAMS[mode](config, executed, mesh, clips)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(program)(*arguments)
@@ -82,7 +82,7 @@ def trace(
     large = {leaf.shape for leaf in jax.tree.leaves(arguments) if leaf.size >= parallel.MIN_SHARDED_SIZE}
     split = frozenset(large if mode == "train" else ())
     counted = flops.count(jaxpr, weights, unknown_length=steps)
-    return Traced(jaxpr, programs.sizes(config, model).tokens, split, counted, model_flops)
+    return Traced(jaxpr, build.sizes(config, model).tokens, split, counted, model_flops)
 
 
 def guess_sent(

@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags, logging
 
 from prophy_jax.run.errors import UserError, one_line_errors
+from prophy_jax.run.workdir import RENAMED
 
 INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
 HELP = ("--help", "-h", "-help", "--helpfull")
@@ -114,7 +115,7 @@ def _parse() -> Any:
     except (AttributeError, KeyError) as error:
         key = re.search(r"\w+", str(error)).group()
         override = next((word for word in sys.argv if f".{key}" in word.split("=")[0]), key)
-        now = {"labels": "data.side.alignment", "branch": "parts.branch"}.get(key)
+        now = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}.get(key)
         hint = f"; it is --config.{now} now" if now else ""
         raise UserError(f"the configuration has no such key: {override}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:

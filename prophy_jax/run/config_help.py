@@ -45,15 +45,14 @@ def find_meaning(config: ConfigDict, key: str) -> str:
 
     if pattern := next((pattern for pattern in MEANINGS if fnmatch.fnmatchcase(key, pattern)), None):
         return MEANINGS[pattern]
-    top, *path = key.split(".")
-    if top == "losses":
-        loss = losses.TABLE[path[0]]
-        return f"Weight of: {first_sentence((loss.share or loss.whole).__doc__ or '')}"
     names = key.split(".")
+    if names[0] == "losses":
+        loss = losses.TABLE[names[1]]
+        return f"Weight of: {first_sentence((loss.share or loss.whole).__doc__ or '')}"
     for depth in range(len(names) - 1, 0, -1):
         spec = functools.reduce(lambda table, name: table[name], names[:depth], config)
         if "module" in spec:
-            return argument(models.find(spec.module, PACKAGES.get(top, models.__name__)), names[depth:])
+            return argument(models.find(spec.module, PACKAGES.get(names[0], models.__name__)), names[depth:])
     return ""
 
 

@@ -30,6 +30,9 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "clips": (("backbone", "parts", *_ENCODERS, "samples", *_VIDEO), ()),
 }
 
+# Keys of earlier versions -> those of this one.
+RENAMED = {"branch": "parts.branch", "data.labels": "data.side.alignment"}
+
 
 # --- Identity --------------------------------------------------------------------------------------
 
@@ -66,11 +69,16 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
     return chosen
 
 
+def name_module(part: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of a part, as it was stored. The first part had no name of its file."""
+    return {"module": "prophy", **part}
+
+
 def _modernised(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration saved by an earlier version, with the keys of this one."""
     if "branch" in config:
         branch = config.pop("branch")
-        config["parts"] = {"branch": {"module": "prophy", **branch}} if branch else {}
+        config["parts"] = {"branch": name_module(branch)} if branch else {}
     if "labels" in config.get("data", {}):
         config["data"]["side"] = {"alignment": config["data"].pop("labels")}
     if "absolute_alignment" in config.get("losses", {}):  # it was reduced as its sibling

@@ -132,6 +132,10 @@ class Model:
         kept = {name: part for name, part in self.parts.items() if names and name not in names}
         return dataclasses.replace(self, parts=kept)
 
+    def with_backbone(self, **changes: Any) -> "Model":
+        """The model with another remat policy or another attention."""
+        return dataclasses.replace(self, backbone=dataclasses.replace(self.backbone, **changes))
+
     def init_part(self, name: str, key: jax.Array, backbone_params: Params) -> Params:
         """Parameters of one part at step 0. Parts after the first draw from keys of their own."""
         place = list(self.parts).index(name)

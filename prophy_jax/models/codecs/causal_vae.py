@@ -6,10 +6,11 @@ in the piece before (`History`). It is written once for a piece of any length.
 Legend: B batch, T H W frames, rows and columns of a layer, C its channels.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -255,3 +256,60 @@ def tiled(
             strips.append(tiles[i, j][:, :, :row_stride_out, :column_stride_out])
         joined.append(jnp.concatenate(strips, axis=3))
     return jnp.concatenate(joined, axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalVAE:
+    """Pure functions of a parameter tree {"encoder", "decoder", ...}.
+
+    In fp32, convolutions follow the setting `jax_default_matmul_precision`, whose default on GPUs and
+    TPUs is less than fp32. Under `jit`, a clip sharded over batch, rows or columns stays so in all
+    layers if the devices divide that side, counted in latents.
+    """
+
+    config: Any
+
+    name: ClassVar[str]  # as messages call the model
+    shapes: ClassVar[Any]  # config -> the shape of every parameter
+    encoder: ClassVar[Any]  # the network that `_run` takes
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Random fp32 parameters: kernels of variance 1 / fan-in, biases 0, scales 1."""
+        return draw(key, self.shapes(self.config))
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T, h, w, z) of a clip of that size. Raises UserError on a size that the model does not take."""
+        raise NotImplementedError
+
+    def moments(self, params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance of the latents, as the network gives them: without a lead.
+
+        Args:
+            params: The whole tree.
+            video: (B, F, H, W, 3) in [-1, 1].
+
+        Returns:
+            (B, T, h, w, z) fp32 each, the log-variance clipped to [-30, 20].
+
+        Raises:
+            UserError: on another shape, see `latent_shape`, or integers.
+        """
+        check_video(self.name, video)
+        self.latent_shape(*video.shape[1:4])
+        moments = self._run(self.encoder, params, video, self._pixels, self._latents)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30, 20)
+
+    @property
+    def _pixels(self) -> Side:
+        raise NotImplementedError
+
+    @property
+    def _latents(self) -> Side:
+        raise NotImplementedError
+
+    def _run(
+        self, network: Callable[..., jax.Array], params: Params, x: jax.Array, source: Side, target: Side
+    ) -> jax.Array:
+        """The network on x, piece by piece, tiled or not. Returns fp32."""
+        raise NotImplementedError

@@ -25,6 +25,7 @@ import numpy as np
 
 from prophy_jax import models
 from prophy_jax.models.codecs.causal_vae import (
+    CausalVAE,
     History,
     Network,
     Params,
@@ -32,10 +33,8 @@ from prophy_jax.models.codecs.causal_vae import (
     Tile,
     by_axis,
     check_sides,
-    check_video,
     conv,
     conv_shape,
-    draw,
     in_pieces,
     index_keys,
     list_blocks,
@@ -259,12 +258,8 @@ def _shapes(config: CogVideoXVAEConfig) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class CogVideoXVAE:
-    """Pure functions of a parameter tree.
-
-    In fp32, convolutions follow the setting `jax_default_matmul_precision`, whose default on GPUs and
-    TPUs is less than fp32. Under `jit`, a clip sharded over batch, rows or columns stays so in all
-    layers if the devices divide that side, counted in latents.
+class CogVideoXVAE(CausalVAE):
+    """The CogVideoX VAE; see `CausalVAE`.
 
     Attributes:
         config: Sizes.
@@ -282,9 +277,9 @@ class CogVideoXVAE:
     tile: Tile | None = None
     lead: int = 0
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Random fp32 parameters: kernels of variance 1 / fan-in, biases 0, scales 1."""
-        return draw(key, _shapes(self.config))
+    name = "CogVideoX VAE"
+    shapes = staticmethod(_shapes)
+    encoder = staticmethod(encoder)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, h, w, z) of a clip of that size, its lead included.
@@ -308,28 +303,9 @@ class CogVideoXVAE:
                 f"CogVideoX VAE: {frames} frames are neither {piece}n nor {piece}n + 1: cut the clip to "
                 f"{short + 1} frames or extend it to {short + piece}"
             )
-        check_sides("CogVideoX VAE", height, width, space)
+        check_sides(self.name, height, width, space)
         times = self.lead + frames // piece * PIECE + frames % piece
         return times, height // space, width // space, self.config.latent_channels
-
-    def moments(self, params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of the latents, as the network gives them: without a lead.
-
-        Args:
-            params: The whole tree.
-            video: (B, F, H, W, 3) in [-1, 1].
-
-        Returns:
-            (B, T, h, w, z) fp32 each, the log-variance clipped to [-30, 20].
-
-        Raises:
-            UserError: on another shape, see `latent_shape`, or integers.
-        """
-        check_video("CogVideoX VAE", video)
-        self.latent_shape(*video.shape[1:4])
-        moments = self._run(encoder, params, video, self._pixels, self._latents)
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        return mean, jnp.clip(log_variance, -30, 20)
 
     def encode(self, params: Params, video: jax.Array) -> jax.Array:
         """(B, F, H, W, 3) in [-1, 1] -> normalised mean latents (B, T, h, w, z) fp32, the lead first.

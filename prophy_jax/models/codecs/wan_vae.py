@@ -23,6 +23,7 @@ import numpy as np
 
 from prophy_jax import models
 from prophy_jax.models.codecs.causal_vae import (
+    CausalVAE,
     History,
     Layers,
     Network,
@@ -30,10 +31,8 @@ from prophy_jax.models.codecs.causal_vae import (
     Side,
     by_axis,
     check_sides,
-    check_video,
     conv,
     conv_shape,
-    draw,
     in_pieces,
     index_keys,
     list_blocks,
@@ -271,12 +270,8 @@ def _shapes(config: WanVAEConfig) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class WanVAE:
-    """Pure functions of a parameter tree.
-
-    In fp32, convolutions follow the setting `jax_default_matmul_precision`, whose default on GPUs and
-    TPUs is less than fp32. Under `jit`, a clip sharded over batch, rows or columns stays so in all
-    layers if the devices divide that side, counted in latents.
+class WanVAE(CausalVAE):
+    """The Wan VAE; see `CausalVAE`.
 
     Attributes:
         config: Sizes.
@@ -292,9 +287,9 @@ class WanVAE:
     tile: tuple[int, int] | None = None
     whole: bool = False
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Random fp32 parameters: kernels of variance 1 / fan-in, biases 0, scales 1."""
-        return draw(key, _shapes(self.config))
+    name = "Wan VAE"
+    shapes = staticmethod(_shapes)
+    encoder = staticmethod(encoder)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, h, w, z) of a clip of that size.
@@ -310,27 +305,8 @@ class WanVAE:
                 f"Wan VAE: {frames} frames are not {time}n + 1: cut the clip to {short} frames"
                 f" or extend it to {short + time}"
             )
-        check_sides("Wan VAE", height, width, space)
+        check_sides(self.name, height, width, space)
         return (frames - 1) // time + 1, height // space, width // space, self.config.z_dim
-
-    def moments(self, params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of the latents, as the network gives them.
-
-        Args:
-            params: The whole tree.
-            video: (B, F, H, W, 3) in [-1, 1].
-
-        Returns:
-            (B, T, h, w, z) fp32 each, the log-variance clipped to [-30, 20].
-
-        Raises:
-            UserError: on another shape, see `latent_shape`, or integers.
-        """
-        check_video("Wan VAE", video)
-        self.latent_shape(*video.shape[1:4])
-        moments = self._run(encoder, params, video, self._pixels, self._latents)
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        return mean, jnp.clip(log_variance, -30, 20)
 
     def encode(self, params: Params, video: jax.Array) -> jax.Array:
         """(B, F, H, W, 3) in [-1, 1] -> normalised mean latents (B, T, h, w, z) fp32.
