@@ -329,6 +329,8 @@ def _read(part: Part, progress: Callable[[int], Any]) -> Iterator[tuple[str, np.
                 values = array[start : start + rows].read().result()
             except ValueError as error:
                 raise UserError(f"{part.folder}/tree: {path} is damaged ({_first_line(error)})") from error
+            if not checkpoints.is_finite(values):
+                raise UserError(f"{part.folder}/tree: {path} holds NaN or infinity: convert or train again")
             digests[path][2].extend(checkpoints.leaf_digests(values))
             bits = values.view(f"u{values.itemsize}")  # NumPy moves integers faster than bfloat16.
             for name, piece in zip(leaf.names[start:], bits if leaf.stacked else bits[None], strict=False):

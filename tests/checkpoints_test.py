@@ -57,6 +57,32 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path):
     assert "a/kernel is ((2, 3), 'float32'), the configuration wants ((3, 2), 'float32')" in message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_that_are_not_finite_are_named(tmp_path, value, dtype):
+    folder, mesh = (
+        str(tmp_path / "tree"),
+        parallel.make_mesh({"data": 1, "fsdp": 8, "context": 1}, 8, jax.devices()),
+    )
+    tree = {"a": {"kernel": jnp.ones((16, 3)), "bias": jnp.ones(3)}, "b": jnp.zeros((), jnp.int32)}
+    tree["a"]["kernel"] = tree["a"]["kernel"].at[15, 2].set(value)
+    checkpoints.save_params(folder, tree, {})
+    wanted = like(tree, dtype)
+    for layout in (wanted, parallel.placed(wanted, parallel.shard_largest(wanted, mesh))):
+        with pytest.raises(UserError, match=f"{folder} holds NaN or infinity in a/kernel: .*; convert it$"):
+            checkpoints.load_params(folder, layout, "convert it")
+
+
+def test_every_kind_of_float_is_looked_at():
+    for dtype in (np.float16, jnp.bfloat16, np.float32, np.float64):
+        largest = jnp.finfo(dtype).max
+        array = np.array([[0.0, -largest], [largest, -0.0]], dtype)
+        assert checkpoints.is_finite(array) and checkpoints.is_finite(array[:0])
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            array[1, 1] = value
+            assert not checkpoints.is_finite(array)
+
+
 def test_missing_tree_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*nowhere: convert it"):
         checkpoints.load_params(str(tmp_path / "nowhere"), like(TREE), "convert it")

@@ -507,6 +507,31 @@ def test_all_keys_that_do_not_fit_are_named_at_once(tmp_path, params):
         assert part in message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, params, value, dtype):
+    """The last value of the largest tensor; a number that only --dtype makes infinite, too."""
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+
+    def change(arrays):
+        arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+        with np.errstate(over="ignore"):
+            arrays["blocks.2.ffn.2.weight"][-1, -1] = value
+        return arrays
+
+    resave(src / "diffusion_pytorch_model.safetensors", change)
+    if value == 3.4e38 and dtype != np.float16:
+        if dtype == np.float32:
+            error = fails(src, tmp_path, "--dtype=bfloat16")
+            assert "blocks.2.ffn.2.weight has numbers too large for bfloat16: leave out --dtype" in error
+        else:
+            assert "blocks.2.ffn.2.weight holds NaN" in fails(src, tmp_path)  # bfloat16 rounds it up
+        return
+    for flags in ([], ["--dtype=bfloat16"]):
+        error = fails(src, tmp_path, *flags)
+        assert "diffusion_pytorch_model.safetensors: blocks.2.ffn.2.weight holds NaN or infinity" in error
+
+
 @pytest.mark.parametrize(
     ("layout", "part", "change", "message"),
     [

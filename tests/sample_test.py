@@ -14,8 +14,9 @@ import pytest
 
 from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate, solvers, v_prediction
-from prophy_jax.run import checkpoints, parallel, workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.evaluation import validation
+from prophy_jax.run import checkpoints, encoders, parallel, workdir
+from prophy_jax.run.errors import NotFinite, UserError
 from prophy_jax.testing.counting import count_compiles
 from tests.conftest import ROOT, build_run, get_config, xla_flags
 from tests.videos import read_clip
@@ -135,6 +136,78 @@ def test_bad_input_is_one_line_before_anything_is_written(weights, tmp_path, arg
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error:") and message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def spoiled(folder, tmp_path, change) -> str:
+    """A copy of a backbone with one leaf changed."""
+    config = small_config()
+    config.batch_size = 0
+    layout = build_run(config).layout["backbone"]
+    tree = checkpoints.load_params(folder, layout, "")
+    tree["head"]["out"]["bias"] = change(tree["head"]["out"]["bias"])
+    checkpoints.save_params(str(tmp_path / "spoiled"), tree, {})
+    return str(tmp_path / "spoiled")
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (lambda bias: bias.at[3].set(np.nan), [], "spoiled holds NaN or infinity in head/out/bias"),
+        # Finite weights, and a guidance that float32 does not hold.
+        (
+            lambda bias: bias,
+            ["--config.samples.guidance=1e39"],
+            "0000.mp4, 0001.mp4, 0002.mp4: the latents became NaN or infinite in step 1 of 3",
+        ),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named_and_no_clip_is_written(
+    weights, tmp_path, change, more, message
+):
+    backbone = spoiled(weights[0], tmp_path, change)
+    done = run(tmp_path / "out", f"--checkpoint={backbone}", "--batch=3", *more)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error:") and message in last, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_latent_that_is_not_finite_has_its_row_and_step(weights):
+    config = small_config()
+    config.samples.steps = 20  # ten pieces of two
+    _, make_clips = make(config, weights, clips=3)
+    noise = np.asarray(make_clips.keywords["noise"]).copy()
+    noise[1, 0, 0, 0, 0] = np.inf
+    done = []
+    with pytest.raises(NotFinite, match="in one of steps 1 to 2 of 20") as caught:
+        make_clips(noise=noise, after_steps=done.append)
+    assert caught.value.rows == [1] and not done
+
+
+def test_a_video_codec_that_makes_nan_names_the_clip(tmp_path):
+    config = get_config("demo_data")
+    config.codec.base_dim = 4
+    model, mesh = models.build(config.codec), build.build_mesh(config.mesh, devices=jax.devices()[:2])
+    config.codec_params = str(tmp_path / "vae")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    checkpoints.save_params(config.codec_params, random_like(shapes, 0), {})
+    codec = encoders.load_codec(config, mesh)
+    latents = np.zeros((3, 1, 2, 2, 16), np.float32)
+    assert codec.decode(latents).shape == (3, 1, 16, 16, 3)
+    latents[2, 0, 1, 1, 3] = np.inf
+    with pytest.raises(NotFinite, match="the video codec makes frames of NaN") as caught:
+        codec.decode(latents)
+    assert caught.value.rows == [2]
+
+
+def test_a_training_run_goes_on_without_a_clip_that_is_not_finite(tiny_config, weights, tmp_path, capsys):
+    tiny_config.samples.guidance = 1e39
+    tiny_config.samples.steps = 2
+    run = build_run(tiny_config, jax.devices()[:1])
+    with jax.set_mesh(run.mesh):
+        write = validation.make_validation_clips(tiny_config, run.model, run.objective, run.mesh)
+        write(load(run, weights), str(tmp_path / "samples" / "step.mp4"))
+    assert "step.mp4 is not written: frames came out as NaN" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
 
 
 def test_a_branch_of_another_backbone_is_refused(weights, tmp_path):
