@@ -438,12 +438,15 @@ def _channels(patch: lv.Shape) -> int:
 
 MODEL = command.Model(
     name="CogVideoX",
+    give="CogVideoX for text to video",
     command="convert.cogvideox",
     about=__doc__,
     parts=PARTS,
     find=_find,
     wanted=_wanted,
     refuse=_refuse_other_models,
+    pipelines=("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"),
+    others={r"transformer_i2v|image_encoder|.*cogvideox.*-i2v": "image-to-video is not supported"},
 )
 
 main = functools.partial(command.main, MODEL)

@@ -107,6 +107,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} is a gguf file, of quantised weights: give .safetensors that are not")
     try:
         return _safetensors(path) if path.suffix == ".safetensors" else _pth(path, unused)
     except OSError as error:
