@@ -15,6 +15,7 @@ B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -44,13 +45,59 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
 
 
 def use_checkpoint(config, folder: str) -> None:
-    """Points the configuration at a folder of converted weights, or at one of backbone parameters."""
+    """Points the configuration at a folder of converted weights, or at one of backbone parameters.
+
+    Sizes are those that the manifests of the folder say. Raises UserError where they are of another kind of
+    model than the configuration describes.
+    """
     if os.path.isdir(os.path.join(folder, "transformer")):
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
+        names = ("backbone", "codec", "text_encoder")
     else:
         config.backbone_params = folder
+        names = ("backbone",)
+    for name in names:
+        take_sizes(config, name)
+
+
+def take_sizes(config: Any, name: str) -> None:
+    """Gives `config.NAME` the sizes that the manifest of its parameters says, and prints which were others.
+
+    What is no number, such as how a model counts positions, goes with other settings of the configuration:
+    UserError is raised where it differs.
+    """
+    from prophy_jax import models
+    from prophy_jax.run import checkpoints
+
+    folder = config[f"{name}_params"]
+    if not os.path.exists(os.path.join(folder, "manifest.json")):
+        return  # reading the parameters says so
+    stored = checkpoints.read_manifest(folder, config.backbone_remedy).get("model")
+    if not stored:  # of an earlier version
+        return
+    spec = config[name].to_dict()
+    if stored.get("module") != spec["module"]:
+        raise UserError(
+            f"{folder} is of the model {stored.get('module')!r}, config.{name} of {spec['module']!r}: name "
+            "the --config of that model"
+        )
+    own, theirs = (dataclasses.asdict(models.build(one).config) for one in (spec, stored))
+    if "text_len" in spec:  # Of prompts, and of no weight: what the configuration says counts.
+        theirs["text_len"] = own["text_len"]
+    other = {key: value for key, value in theirs.items() if value != own[key]}
+    kinds = {key: value for key, value in other.items() if isinstance(value, str | bool)}
+    if kinds:
+        different = workdir.differences({key: own[key] for key in kinds}, kinds)
+        raise UserError(f"{folder} is another kind of model ({different}): name its --config=FILE.py:VARIANT")
+    if other:
+        listed = ", ".join(f"{key} {value}" for key, value in other.items() if not isinstance(value, tuple))
+        print(f"config.{name} takes the sizes of {folder}: {listed or ', '.join(other)}")
+        kept = {key: value for key, value in spec.items() if key not in own and key != "variant"}
+        config[name] = {**kept, **theirs}
+    if name == "backbone" and "text_len" in other:
+        config.text_encoder.length = theirs["text_len"]
 
 
 def find_parts(config: Any, folders: list[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The sample command: what it writes, that it resumes, meshes, guidance, bad input."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,9 +16,11 @@ import pytest
 from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate, solvers, v_prediction
 from prophy_jax.evaluation import validation
+from prophy_jax.prepare import list_grids
 from prophy_jax.run import checkpoints, encoders, parallel, workdir
 from prophy_jax.run.errors import NotFinite, UserError
 from prophy_jax.testing.counting import count_compiles
+from tests import tiny_pipeline
 from tests.conftest import ROOT, build_run, get_config, xla_flags
 from tests.videos import read_clip
 
@@ -123,7 +126,7 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
         ),
         (["--checkpoint={backbone}", "--baseline"], "--branch"),
         (["--checkpoint={backbone}", "--config.data.frames=8"], "4n + 1"),
-        (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8"),
+        (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8, such as 48 x 32"),
         (["--checkpoint={backbone}", "--prompts=nowhere.txt"], "nowhere.txt"),
         (["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"], "do not divide"),
         (["--checkpoint={backbone}", "--config.samples.skip=(3,)"], "samples.skip=(3,)"),
@@ -485,3 +488,69 @@ def test_a_whole_folder_of_convert_wan_or_a_backbone_alone(tmp_path):
     assert config.backbone_params == str(tmp_path / "transformer")
     assert config.codec_params == str(tmp_path / "vae")
     assert config.text_encoder_params == str(tmp_path / "text_encoder")
+
+
+def save_converted(folder, name: str, **model) -> None:
+    """A part as convert writes it: the manifest has all sizes."""
+    built = models.build(model)
+    tree = random_like(jax.eval_shape(built.init, jax.random.key(0)), 0)
+    sizes = {"module": model["module"], **dataclasses.asdict(built.config)}
+    checkpoints.save_params(str(folder / name), tree, {"part": name, "model": sizes})
+
+
+def test_sizes_are_those_of_the_checkpoint(tmp_path):
+    """One block of width 24 with a configuration of two of width 48."""
+    sizes = dict(module="wan", dim=24, num_heads=1, num_layers=1, ffn_dim=40, text_dim=64, freq_dim=64)
+    save_converted(tmp_path, "backbone", **sizes)
+    done = run(tmp_path / "out", f"--checkpoint={tmp_path / 'backbone'}", prompts=PROMPTS[:1])
+    assert done.returncode == 0, done.stderr
+    assert "takes the sizes of" in done.stdout and "dim 24, num_heads 1, num_layers 1" in done.stdout
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["backbone"]
+    assert made["dim"] == 24 and made["dtype"] == "float32"
+    assert made["text_len"] == 64  # of prompts, as the configuration says
+
+    same = get_config("tiny")
+    sample.use_checkpoint(same, str(tmp_path / "backbone"))
+    assert same.backbone.num_layers == 1 and same.backbone.remat == "none"
+
+
+def test_sizes_of_every_part_and_what_is_no_size(tmp_path, capsys):
+    config = tiny_pipeline.cogvideox()
+    config.backbone.dim, config.backbone.ffn_dim = 96, 384
+    config.codec.scaling_factor = 0.5
+    config.text_encoder.d_ff = 48
+    del config.backbone.text_len
+    parts = {
+        "transformer": dict(tiny_pipeline.cogvideox().backbone, text_len=40),
+        "vae": dict(tiny_pipeline.cogvideox().codec),
+        "text_encoder": dict(tiny_pipeline.cogvideox().text_encoder),
+    }
+    for name, model in parts.items():
+        save_converted(tmp_path, name, **model)
+    other = config.copy_and_resolve_references()
+    sample.use_checkpoint(config, str(tmp_path))
+    assert (config.backbone.dim, config.backbone.ffn_dim, config.text_encoder.d_ff) == (48, 192, 40)
+    assert config.codec.scaling_factor == 0.7 and config.text_encoder.padding == "encoded"
+    assert config.backbone.text_len == config.text_encoder.length == 40  # which the configuration leaves open
+    assert capsys.readouterr().out.count("takes the sizes of") == 3
+    build.check_params(
+        config,
+        build.place(build.build_model(config), build.build_mesh(config.mesh), "float32"),
+        {"backbone": config.backbone_params},
+    )
+
+    other.backbone.variant = "2b"
+    with pytest.raises(UserError, match="another kind of model .positions was sincos, is rope_crop"):
+        sample.use_checkpoint(other, str(tmp_path))
+    with pytest.raises(UserError, match="is of the model 'cogvideox', config.backbone of 'wan'"):
+        sample.use_checkpoint(get_config(""), str(tmp_path))
+
+
+@pytest.mark.parametrize(("height", "near"), [(50, "48 x 832"), (56, "64 x 832"), (8, "16 x 832")])
+def test_the_multiple_of_sides_is_that_of_codec_and_patches(height, near):
+    config = get_config("")
+    config.data.height = height
+    with pytest.raises(UserError, match=f"multiples of 16, such as {near}"):
+        build.sizes(config, build.build_model(config))
+    with pytest.raises(UserError, match="multiples of 16"):
+        list_grids(config, models.build(config.codec), [(81, 480, 832), (81, height, 832)])
