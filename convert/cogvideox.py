@@ -300,6 +300,7 @@ def _dit_of_sat(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
         "out_channels": shapes["mixins.final_layer.linear.weight"][0] // volume,
         "patch_size": patch_size,
         "positions": positions,
+        "text_len": 224 if positions == "rope_slice" else 226,  # diffusers takes 226 for 1.5, too
     }
 
 

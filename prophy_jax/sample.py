@@ -83,7 +83,13 @@ def take_sizes(config: Any, name: str) -> None:
             f"{folder} is of the model {stored.get('module')!r}, config.{name} of {spec['module']!r}: name "
             "the --config of that model"
         )
-    own, theirs = (dataclasses.asdict(models.build(one).config) for one in (spec, stored))
+    own = dataclasses.asdict(models.build(spec).config)
+    try:
+        theirs = dataclasses.asdict(models.build(stored).config)
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/manifest.json has no usable sizes ({error}): convert or train again"
+        ) from error
     if "text_len" in spec:  # Of prompts, and of no weight: what the configuration says counts.
         theirs["text_len"] = own["text_len"]
     other = {key: value for key, value in theirs.items() if value != own[key]}

@@ -83,6 +83,36 @@ def test_every_kind_of_float_is_looked_at():
             assert not checkpoints.is_finite(array)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "3",
+        "null",
+        '{"sha256": "0", "shapes": []}',
+        '{"sha256": 1, "shapes": {}}',
+        '{"sha256": "0", "shapes": {"a": 3}}',
+        '{"sha256": "0", "shapes": {}, "model": []}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, content):
+    checkpoints.save_params(str(tmp_path), {"a": jnp.ones(3)}, {})
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest.json is .*: convert it"):
+        checkpoints.check_params(str(tmp_path), like({"a": jnp.ones(3)}), "convert it")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"tree_metadata": []}'])
+def test_a_damaged_tree_is_one_line(tmp_path, content):
+    folder = str(tmp_path / "tree")
+    checkpoints.save_params(folder, TREE, {})
+    (tmp_path / "tree" / "tree" / "_METADATA").write_text(content)
+    with pytest.raises(UserError, match="tree is damaged .*: convert it"):
+        checkpoints.load_params(folder, like(TREE), "convert it")
+
+
 def test_missing_tree_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*nowhere: convert it"):
         checkpoints.load_params(str(tmp_path / "nowhere"), like(TREE), "convert it")

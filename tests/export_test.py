@@ -454,6 +454,18 @@ def a_weight_of_nan(root):
     return root
 
 
+def metadata_of_nothing(root):
+    save_random(root / "vae", "vae")
+    (root / "vae" / "tree" / "_METADATA").write_text("{}")
+    return root
+
+
+def list_for_a_manifest(root):
+    save_random(root / "vae", "vae")
+    (root / "vae" / "manifest.json").write_text("[]")
+    return root
+
+
 def another_part(root):
     save_random(root / "vae", "vae")
     edit_manifest(root / "vae", part="optimizer")
@@ -515,6 +527,8 @@ def narrow_text(root):
         (damaged_chunk, "embed/text_out/kernel is damaged"),
         (older_branch, 'branch/manifest.json has no "model"'),
         (a_weight_of_nan, "transformer/tree: blocks/ffn/up/bias holds NaN or infinity"),
+        (metadata_of_nothing, "_METADATA is damaged"),
+        (list_for_a_manifest, "vae/manifest.json is not a JSON object"),
         (another_part, "holds 'optimizer'"),
         (another_backbone, "model 'cogvideox'"),
         (integers, r"values of \['int32'\]"),

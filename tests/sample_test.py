@@ -252,6 +252,14 @@ def test_clips_are_added_to_a_folder_that_an_earlier_version_made(tmp_path):
         sample.claim_folder(str(tmp_path), settings | {"backbone_sha256": "1"}, clips)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"clips": 3}', '{"clips": [3], "settings": {}}'])
+def test_a_damaged_folder_of_clips_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/manifest.json is .*: name another --out"):
+        sample.claim_folder(str(tmp_path), {}, [])
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "0000.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="not empty"):

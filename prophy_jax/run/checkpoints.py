@@ -215,9 +215,21 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
     manifest = read_json(path, remedy or "name another folder")
-    if "sha256" not in manifest or "shapes" not in manifest:
+    kinds = {"sha256": str, "shapes": dict, "model": dict, "part": str}
+    whole = {"sha256", "shapes"} <= manifest.keys() and all(
+        isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
+    )
+    if not whole or not all(map(_is_entry, manifest["shapes"].values())):
         raise UserError(f"{path} is of no parameters: {remedy or 'name another folder'}")
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what a manifest says of a parameter: [shape, dtype]."""
+    match entry:
+        case [list(shape), str()]:
+            return all(isinstance(side, int) for side in shape)
+    return False
 
 
 def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
@@ -250,7 +262,11 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         )
     with ocp.Checkpointer(handler, **options) as checkpointer:
         place = os.path.join(os.path.abspath(folder), "tree")
-        tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
+        try:
+            tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{place} is damaged ({reason}): {remedy or 'name another folder'}") from error
     tree = unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
     _refuse_not_finite(tree, folder, remedy)
     return tree
