@@ -4,8 +4,8 @@
 
 DIR is a download of Wan2.1-T2V in the official layout (diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth,
 models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) or in that of diffusers (transformer/, vae/, text_encoder/,
-tokenizer/). The result is DST/transformer, DST/vae and DST/text_encoder, each with tree/ and manifest.json.
-A run that was cut off resumes when the same command is run again.
+tokenizer/), or one file of weights. The result is DST/transformer, DST/vae and DST/text_encoder, each with
+tree/ and manifest.json. A run that was cut off resumes when the same command is run again.
 
 Both formats name the same tensors differently and store them alike, so one table of names per model covers
 reading and writing (here and in `convert.t5`). `convert.export` converts in the other direction.
