@@ -300,6 +300,7 @@ def _dit_of_sat(shapes: Mapping[str, lv.Shape], _: Path) -> dict[str, Any]:
         "out_channels": shapes["mixins.final_layer.linear.weight"][0] // volume,
         "patch_size": patch_size,
         "positions": positions,
+        "text_len": 224 if positions == "rope_slice" else 226,  # diffusers takes 226 for 1.5, too
     }
 
 
@@ -438,12 +439,15 @@ def _channels(patch: lv.Shape) -> int:
 
 MODEL = command.Model(
     name="CogVideoX",
+    give="CogVideoX for text to video",
     command="convert.cogvideox",
     about=__doc__,
     parts=PARTS,
     find=_find,
     wanted=_wanted,
     refuse=_refuse_other_models,
+    pipelines=("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"),
+    others={r"transformer_i2v|image_encoder|.*cogvideox.*-i2v": "image-to-video is not supported"},
 )
 
 main = functools.partial(command.main, MODEL)

@@ -37,7 +37,13 @@ from prophy_jax.run.errors import UserError, one_line_errors
 # Stems of the weight files in the folder that diffusers has for a part.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 # What finds the names of a LoRA's tensors, and what messages say of it.
-_LORA = {r"(^|[._])lora([._]|$)": "a LoRA and not a whole model: merge it into its base model first"}
+_LORA = {
+    r"(^|[._])lora([._]|$)": "a LoRA and not a whole model: merge it into its base model first",
+    r"(^|[._])(lycoris|hada|lokr|glora|boft|ia3|oft_(blocks|diag)|dora_scale)([._]|$)": (
+        "a LyCORIS and not a whole model: merge it into its base model first"
+    ),
+}
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # suffixes of files that may hold weights
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -69,6 +75,7 @@ class Model:
     """A published model."""
 
     name: str  # for messages
+    give: str  # what to give in place of another model
     command: str  # python -m of its module
     about: str  # the help
     parts: Mapping[str, Part]
@@ -77,6 +84,10 @@ class Model:
     # Takes the place, the shapes of its tensors and its config.json. Raises UserError if they are of another
     # kind of model, and says which.
     refuse: Callable[[str, Mapping[str, lv.Shape], Mapping[str, Any]], None]
+    pipelines: tuple[str, ...]  # of diffusers, that have these parts and no other
+    # Patterns of the names of downloads, of what lies in them and of keys in model_index.json that other
+    # models have, and what to say of these.
+    others: Mapping[str, str]
 
 
 def known_fields(
@@ -112,26 +123,29 @@ def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -
     Raises:
         UserError: the part is missing, damaged, of another model, or does not fit its configuration.
     """
-    kind, source = model.parts[part], model.find(src, part)
+    kind, source = model.parts[part], _find(model, src, part)
     if source is None:
         raise UserError(_missing(model, src, part))
     paths = source.weights
     where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+    tables = {naming: kind.leaves(kind.public, naming) for naming in kind.namings}
     tensors = files.tensors(paths, kind.unused)
+    names = lv.unwrapped((tensor.name for tensor in tensors), tables)
+    tensors = [dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors]
     fields = files.read_json(source.config) if source.config.is_file() else {}
     all_shapes = {tensor.name: tensor.shape for tensor in tensors}
     model.refuse(where, all_shapes, fields)
 
-    tables = {naming: kind.leaves(kind.public, naming) for naming in kind.namings}
     naming = lv.recognise(all_shapes, tables)
     if naming is None:
         raise UserError(f"{where} holds no tensor of a {model.name} {part}: is it the right file?")
     tensors, copies = _set_copies_apart(tensors)
-    if fields:
-        sizes, table = _configure(model, part, naming, str(source.config), lambda: kind.of_json(fields))
+    known = _configure(model, str(source.config), lambda: kind.of_json(fields)) if fields else {}
+    if known:
+        sizes, table = _configure(model, str(source.config), lambda: _build(kind, naming, known))
     elif naming in kind.of_shapes:
-        read = kind.of_shapes[naming]
-        sizes, table = _configure(model, part, naming, where, lambda: read(all_shapes, src))
+        read, root = kind.of_shapes[naming], src if src.is_dir() else src.parent
+        sizes, table = _configure(model, where, lambda: _build(kind, naming, read(all_shapes, root)))
     else:
         raise UserError(f"{source.config} is missing: download it too")
     if kind.unused:
@@ -146,21 +160,22 @@ def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -
     return Component(part, naming, sizes, job, tokenizer)
 
 
-def _configure(
-    model: Model, part: str, naming: str, where: str, read: Callable[[], dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, lv.Leaf]]:
-    """The model of a config.json or of shapes, for `models.build`, and the table of its leaves."""
-    kind = model.parts[part]
+def _build(kind: Part, naming: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, lv.Leaf]]:
+    """A model for `models.build`, and the table of its leaves."""
+    config = models.build({"module": kind.module, **fields}).config
+    return {"module": kind.module, **dataclasses.asdict(config)}, kind.leaves(config, naming)
+
+
+def _configure(model: Model, where: str, read: Callable[[], Any]) -> Any:
+    """What `read` makes of a config.json or of shapes. Raises UserError that says where it cannot."""
     try:
-        config = models.build({"module": kind.module, **read()}).config
-        table = kind.leaves(config, naming)
+        return read()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except KeyError as error:
-        raise UserError(f"{where} lacks {error}: is it of {model.name}?") from error
+        raise UserError(f"{where} lacks {error}: is it whole, and of {model.name}?") from error
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where} does not describe a {model.name} model: {error}") from error
-    return {"module": kind.module, **dataclasses.asdict(config)}, table
 
 
 def _set_copies_apart(tensors: list[files.Tensor]) -> tuple[list[files.Tensor], dict[str, str]]:
@@ -259,7 +274,7 @@ def _describe(component: Component) -> str:
 
 def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(f"python -m {model.command}", model.about)
-    parser.add_argument("--src", type=Path, required=True, help="folder of the download")
+    parser.add_argument("--src", type=Path, required=True, help="folder of the download, or a file of it")
     parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="what to convert")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; by default that of the files")
@@ -267,22 +282,90 @@ def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _find_parts(model: Model, src: Path, wanted: str) -> list[str]:
-    """The parts to convert; prints which of "all" are absent."""
-    if not src.is_dir():
-        raise UserError(f"{src} is not a folder: --src names the folder of the download")
-    if wanted != "all":
-        return [wanted]
-    parts = [part for part in model.parts if model.find(src, part)]
-    if not parts:
-        for file in sorted(src.glob("*.safetensors")):  # It may be a known kind of file.
-            model.refuse(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
-        missing = "; ".join(_missing(model, src, part) for part in model.parts)
-        raise UserError(f"no {model.name} weights: {missing}")
-    for part in model.parts:
-        if part not in parts:
-            print(f"no {part}: {_missing(model, src, part)}")
-    return parts
+def _find(model: Model, src: Path, part: str) -> Source | None:
+    """The files of a part in --src, which may also be the one file of this part."""
+    if src.is_dir():
+        return model.find(src, part)
+    tokenizers = [src.parent / name for name in ("tokenizer", "google/umt5-xxl", ".")]
+    tokenizer = next((folder for folder in tokenizers if any(folder.glob("*token*"))), tokenizers[0])
+    return Source([src], src.parent / "config.json", tokenizer)
+
+
+def _find_parts(model: Model, src: Path, wanted: str) -> tuple[Path, list[str]]:
+    """--src, or the one file of weights in it, and the parts to convert; prints which of "all" are absent."""
+    if not src.exists():
+        raise UserError(
+            f"{src} is not a folder: --src names the folder of the download, or a file of weights"
+        )
+    _refuse_more(model, src)
+    if src.is_dir():
+        parts = [part for part in model.parts if model.find(src, part)]
+        if wanted in parts:
+            return src, [wanted]
+        alone = [file for file in sorted(src.iterdir()) if file.suffix in _WEIGHTS]
+        if parts and wanted == "all":
+            for part in model.parts:
+                if part not in parts:
+                    print(f"no {part}: {_missing(model, src, part)}")
+            return src, parts
+        if parts or len(alone) != 1:
+            wants = model.parts if wanted == "all" else [wanted]
+            missing = "; ".join(_missing(model, src, part) for part in wants)
+            for file in [*alone, *src.glob("*.gguf")]:  # It may be a known kind of file.
+                model.refuse(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
+            raise UserError(f"no {model.name} weights: {missing}")
+        src = alone[0]
+        _refuse_more(model, src)
+    part = _part_of(model, src)
+    if wanted not in ("all", part):
+        raise UserError(f"{src} is a {part}: leave out --component={wanted}, or give the file of that")
+    return src, [part]
+
+
+def _part_of(model: Model, file: Path) -> str:
+    """Which part of the model a file holds, by the names in it."""
+    shapes = {tensor.name: tensor.shape for tensor in files.tensors([file])}
+    model.refuse(str(file), shapes, {})
+    shared = {}
+    for part, kind in model.parts.items():
+        tables = {naming: kind.leaves(kind.public, naming) for naming in kind.namings}
+        known = set().union(*map(lv.tensor_shapes, tables.values()))
+        shared[part] = len(known.intersection(lv.unwrapped(shapes, tables).values()))
+    best = max(shared, key=shared.get)
+    if not shared[best]:
+        raise UserError(
+            f"{file} holds no tensor of a {model.name} {' or '.join(model.parts)}: is it the right file?"
+        )
+    return best
+
+
+def _refuse_more(model: Model, src: Path) -> None:
+    """Raises UserError if --src is of a model with more than the parts of this one, and says which.
+
+    A single part tells nothing of it: it is the name of the download, what lies next to the part, or the list
+    that diffusers has of all parts.
+    """
+    place = src if src.is_dir() else src.parent
+    if place.name in model.parts:  # of a whole download
+        place = place.parent
+    index = place / "model_index.json"
+    fields = files.read_json(index) if index.is_file() else {}
+    # Later versions of diffusers list what a pipeline could have and does not: null, false or [null, null].
+    has = [key for key, value in fields.items() if any(value if isinstance(value, list) else [value])]
+    names = [src.resolve().name, place.resolve().name, *has]
+    if src.is_dir() or src.parent != place:  # The file of a folder is not about its neighbours.
+        names += [path.name for path in place.iterdir() if path.is_dir() or path.suffix in _WEIGHTS]
+    for pattern, what in model.others.items():
+        found = next(filter(re.compile(pattern, re.IGNORECASE).fullmatch, names), None)
+        if found:
+            raise UserError(f"{src}: {what} (found {found}): give a {model.give}")
+    kind = fields.get("_class_name")
+    if kind and kind not in model.pipelines:
+        raise UserError(f"{index} is of a {kind}, which {model.name} is not: give a {model.give}")
+    known = ("scheduler", "tokenizer", *model.parts)
+    more = next((key for key in has if not key.startswith("_") and key not in known), None)
+    if more:
+        raise UserError(f"{index} has {more}, which {model.name} does not have: give a {model.give}")
 
 
 def _return_freed_memory() -> None:
@@ -299,7 +382,7 @@ def main(model: Model, arguments: list[str] | None = None) -> None:
     _return_freed_memory()
     options = _arguments(model, arguments)
     src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
-    parts = _find_parts(model, src, options.component)
+    src, parts = _find_parts(model, src, options.component)
     components = [open_component(model, src, part, dtype) for part in parts]
     if dst.exists() and not dst.is_dir():
         raise UserError(f"{dst} is not a folder: choose another --dst")

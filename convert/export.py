@@ -184,7 +184,7 @@ def find_parts(checkpoint: str) -> list[Path]:
 
 def _open_part(folder: Path, naming: str) -> Part:
     """Reads and checks everything but the values."""
-    manifest = read_json(folder / "manifest.json", f"{folder} is not complete: convert or train again")
+    manifest = checkpoints.read_manifest(str(folder), f"{folder} is not complete: convert or train again")
     name, spec = manifest.get("part"), manifest.get("model")
     if not spec:
         raise UserError(
@@ -243,6 +243,8 @@ def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
     metadata = read_json(tree / "_METADATA", remedy)
     context = tensorstore.Context()
     opening = {}
+    if not isinstance(metadata.get("tree_metadata"), dict) or "use_ocdbt" not in metadata:
+        raise UserError(f"{tree}/_METADATA is damaged: {remedy}")
     for entry in metadata["tree_metadata"].values():
         keys = [str(key["key"]) for key in entry["key_metadata"]]
         name = ".".join(keys) + "/"
@@ -329,6 +331,8 @@ def _read(part: Part, progress: Callable[[int], Any]) -> Iterator[tuple[str, np.
                 values = array[start : start + rows].read().result()
             except ValueError as error:
                 raise UserError(f"{part.folder}/tree: {path} is damaged ({_first_line(error)})") from error
+            if not checkpoints.is_finite(values):
+                raise UserError(f"{part.folder}/tree: {path} holds NaN or infinity: convert or train again")
             digests[path][2].extend(checkpoints.leaf_digests(values))
             bits = values.view(f"u{values.itemsize}")  # NumPy moves integers faster than bfloat16.
             for name, piece in zip(leaf.names[start:], bits if leaf.stacked else bits[None], strict=False):
@@ -382,7 +386,7 @@ def _about_training(part: Part, naming: str) -> dict[str, str]:
     trained = part.folder.absolute().parent / "backbone" / "manifest.json"
     backbone = part.manifest.get("backbone_sha256", "")
     if trained.exists():
-        backbone = read_json(trained, "train again")["sha256"]
+        backbone = checkpoints.read_manifest(str(trained.parent), "train again")["sha256"]
     return {
         "names": naming,
         part.name: json.dumps(dataclasses.asdict(part.config)),

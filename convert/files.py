@@ -100,13 +100,12 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is not one."""
-    content = workdir.read_json(path, "download it again")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return content
+    return workdir.read_json(path, "download it again")
 
 
 def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} is a gguf file, of quantised weights: give .safetensors that are not")
     try:
         return _safetensors(path) if path.suffix == ".safetensors" else _pth(path, unused)
     except OSError as error:

@@ -112,12 +112,37 @@ def tensor_shapes(table: Mapping[str, Leaf]) -> dict[str, Shape]:
     return shapes
 
 
+# What other programs put before all names of a model, and what they put into them.
+_BEFORE = re.compile(r"(model|diffusion_model|module)\.")
+_WITHIN = re.compile(r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.")
+
+
 def recognise(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) -> str | None:
     """The naming whose table shares the most names with `names`; None when no table shares any."""
     names = set(names)
     shared = {naming: len(names & tensor_shapes(table).keys()) for naming, table in tables.items()}
     best = max(shared, key=shared.get)
     return best if shared[best] else None
+
+
+def unwrapped(names: Iterable[str], tables: Mapping[str, Mapping[str, Leaf]]) -> dict[str, str]:
+    """Every name without what other programs put around those of a model, such as "model.diffusion_model.".
+
+    What goes with this is what leaves the most names that a table has; nothing, where none has any.
+    """
+    names = list(names)
+    known = set().union(*map(tensor_shapes, tables.values()))
+    within = {name: _WITHIN.sub("", name) for name in names}
+    prefixes = {""}
+    for name in within.values():
+        end = 0
+        while match := _BEFORE.match(name, end):
+            end = match.end()
+            prefixes.add(name[:end])
+    candidates = [dict(zip(names, names, strict=True))]
+    for prefix in sorted(prefixes, key=len):
+        candidates.append({name: short.removeprefix(prefix) for name, short in within.items()})
+    return max(candidates, key=lambda found: len(known.intersection(found.values())))
 
 
 def check(found: Iterable[tuple[str, Shape]], table: Mapping[str, Leaf], summary: str) -> None:

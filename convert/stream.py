@@ -293,7 +293,7 @@ class _Writer:
             for piece, layer in zip(bits if leaf.stacked else [bits], layers, strict=True):
                 tensor, at = self._tensors[leaf.names[layer]], 0
                 for values in itertools.chain(*(_rows(tensor, *cut) for cut in ranges)):
-                    leaf.put(piece, at, values.astype(dtype, copy=False).view(bits.dtype))
+                    leaf.put(piece, at, _cast(tensor, values, dtype).view(bits.dtype))
                     at += len(values)
                     self._progress.update(values.nbytes)
             _write(self._arrays[path], rows, bits.view(dtype))
@@ -317,6 +317,21 @@ def _rows(tensor: Tensor, start: int, stop: int) -> Iterator[np.ndarray]:
     length = max(1, _READ * tensor.shape[0] // tensor.nbytes)
     for begin in range(start, stop, length):
         yield tensor.read(begin, min(begin + length, stop))
+
+
+def _cast(tensor: Tensor, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rows of a tensor in another dtype. Raises SourceError unless they are finite, before and after."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if not checkpoints.is_finite(cast):
+        if checkpoints.is_finite(values):
+            raise SourceError(
+                f"{tensor.file}: {tensor.name} has numbers too large for {dtype}: leave out --dtype"
+            )
+        raise SourceError(
+            f"{tensor.file}: {tensor.name} holds NaN or infinity: download it again, or save it again"
+        )
+    return cast
 
 
 def _write(array: tensorstore.TensorStore, rows: slice, values: np.ndarray) -> None:

@@ -4,8 +4,8 @@
 
 DIR is a download of Wan2.1-T2V in the official layout (diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth,
 models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) or in that of diffusers (transformer/, vae/, text_encoder/,
-tokenizer/). The result is DST/transformer, DST/vae and DST/text_encoder, each with tree/ and manifest.json.
-A run that was cut off resumes when the same command is run again.
+tokenizer/), or one file of weights. The result is DST/transformer, DST/vae and DST/text_encoder, each with
+tree/ and manifest.json. A run that was cut off resumes when the same command is run again.
 
 Both formats name the same tensors differently and store them alike, so one table of names per model covers
 reading and writing (here and in `convert.t5`). `convert.export` converts in the other direction.
@@ -342,22 +342,46 @@ _OTHER_MODELS = {
 def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Mapping[str, Any]) -> None:
     """Raises UserError if a file holds another known kind of model, and says which."""
     command.refuse_names(where, shapes, _OTHER_MODELS)
+    name = fields.get("_class_name", _CLASSES[0])
+    if name not in _CLASSES:
+        raise UserError(f"{where} is a {name}: give a Wan2.1-T2V")
     kind = fields.get("model_type", "t2v")
     if kind not in ("t2v", "umt5", "t5"):
         raise UserError(f"{where} is a model of type {kind}: give a Wan2.1-T2V")
-    channels = shapes.get("patch_embedding.weight", (0, 16))[1:2]
-    if fields.get("image_dim") is not None or channels == (36,):
+    patch, (rows, *_) = (
+        shapes.get("patch_embedding.weight", (0, 16)),
+        next((shapes[name] for name in ("head.head.weight", "proj_out.weight") if name in shapes), (0,)),
+    )
+    if fields.get("image_dim") is not None or patch[1:2] == (36,):
         raise UserError(f"{where} is an image-to-video model (36 input channels): give a Wan2.1-T2V")
+    outputs = rows // math.prod(patch[2:]) if len(patch) == 5 else 0
+    if outputs and patch[1] != outputs:
+        raise UserError(
+            f"{where} has {patch[1]} input channels for {outputs} of the video, as a model that is given "
+            "an image or a control: give a Wan2.1-T2V"
+        )
+    if outputs == 48:
+        raise UserError(f"{where}: Wan2.2 is not supported (48 channels): give a Wan2.1-T2V")
 
+
+_CLASSES = ("WanTransformer3DModel", "WanModel", "AutoencoderKLWan")
 
 MODEL = command.Model(
     name="Wan2.1",
+    give="Wan2.1-T2V",
     command="convert.wan",
     about=__doc__,
     parts=PARTS,
     find=_find,
     wanted=_wanted,
     refuse=_refuse_other_models,
+    pipelines=("WanPipeline", "WanVideoToVideoPipeline"),
+    others={
+        r"transformer_\d+|boundary_ratio|expand_timesteps|.*wan[_-]?2[._]?2(\D.*)?|.*(high|low)[_-]noise.*": (
+            "Wan2.2 is not supported"
+        ),
+        "image_encoder|image_processor|models_clip_.*|xlm-roberta-large": "image-to-video is not supported",
+    },
 )
 
 main = functools.partial(command.main, MODEL)

@@ -3,6 +3,7 @@
 Every function takes what it uses; none needs a whole run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -200,6 +201,9 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
     takes.
     """
     manifest = records.read_manifest(config.data.dir)
+    for key in ("video", "buckets", "counts", "codec", "text_encoder"):
+        if not isinstance(manifest.get(key), dict):
+            raise UserError(f"{config.data.dir}/manifest.json is damaged (no {key}): prepare the data again")
     own = workdir.run_identity(config, "data")
     own["data"] = {key: own["data"][key] for key in manifest["video"]}
     was = {"data": manifest["video"], **{key: manifest[key] for key in own if key != "data"}}
@@ -235,9 +239,42 @@ def list_fields(model: Model, chosen: losses.Chosen) -> tuple[str, ...]:
 def sizes(config: ConfigDict, model: Model) -> batch.Sizes:
     """Of the clips that `config.data` describes. Raises UserError on sizes that the model cannot take."""
     data = config.data
-    latents = models.build(config.codec).latent_shape(data.frames, data.height, data.width)
-    grid = token_grid(model, latents)
+    latents, grid = fit(models.build(config.codec), model.backbone, (data.frames, data.height, data.width))
     return batch.Sizes(latents, grid, config.text_encoder.length, model.backbone.config.text_dim)
+
+
+def fit(
+    codec: Any, backbone: Any, size: Sequence[int]
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
+    """The latents (T, h, w, 16) and the token grid of clips of (frames, height, width).
+
+    Raises UserError on a size that the codec or the backbone cannot take, with the multiple that both need.
+    """
+
+    def attempt(frames: int, height: int, width: int) -> tuple[Any, Any]:
+        latents = codec.latent_shape(frames, height, width)
+        try:
+            return latents, backbone.grid(latents)
+        except ValueError as error:
+            raise UserError(f"{error}: change config.data.height, width or frames") from error
+
+    frames, height, width = size
+    try:
+        return attempt(*size)
+    except UserError:
+        for side in range(1, 129):
+            with contextlib.suppress(UserError):
+                attempt(frames, side, side)
+                break
+        else:
+            raise  # The frames do not fit.
+        if min(height, width) > 0 and height % side == width % side == 0:
+            raise
+        near = [max(side, round(pixels / side) * side) for pixels in (height, width)]
+        raise UserError(
+            f"clips of {height} x {width} pixels (H x W): both must be multiples of {side}, such as "
+            f"{near[0]} x {near[1]}: change config.data.height or width"
+        ) from None
 
 
 def token_grid(model: Model, latent_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -145,14 +145,10 @@ def list_grids(
 
     Raises UserError on a size that the codec or the backbone cannot take.
     """
-    from prophy_jax import models
+    from prophy_jax import build, models
 
     backbone = models.build(config.backbone)
-    shapes = {bucket: codec.latent_shape(*bucket) for bucket in buckets}
-    try:
-        return {bucket: (shape, backbone.grid(shape)) for bucket, shape in shapes.items()}
-    except ValueError as error:
-        raise UserError(f"{error}: change config.data.height, width, frames or buckets") from error
+    return {bucket: build.fit(codec, backbone, bucket) for bucket in buckets}
 
 
 def make_plan(config: ConfigDict, splits, codec: Any, text_encoder: Any) -> dict[str, Any]:

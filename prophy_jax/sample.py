@@ -14,9 +14,12 @@ made. Run the same command again to make the clips that are missing.
 B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text width.
 """
 
+import contextlib
+import dataclasses
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from prophy_jax.run import workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import NotFinite, UserError
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -42,13 +45,65 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
 
 
 def use_checkpoint(config, folder: str) -> None:
-    """Points the configuration at a folder of converted weights, or at one of backbone parameters."""
+    """Points the configuration at a folder of converted weights, or at one of backbone parameters.
+
+    Sizes are those that the manifests of the folder say. Raises UserError where they are of another kind of
+    model than the configuration describes.
+    """
     if os.path.isdir(os.path.join(folder, "transformer")):
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
+        names = ("backbone", "codec", "text_encoder")
     else:
         config.backbone_params = folder
+        names = ("backbone",)
+    for name in names:
+        take_sizes(config, name)
+
+
+def take_sizes(config: Any, name: str) -> None:
+    """Gives `config.NAME` the sizes that the manifest of its parameters says, and prints which were others.
+
+    What is no number, such as how a model counts positions, goes with other settings of the configuration:
+    UserError is raised where it differs.
+    """
+    from prophy_jax import models
+    from prophy_jax.run import checkpoints
+
+    folder = config[f"{name}_params"]
+    if not os.path.exists(os.path.join(folder, "manifest.json")):
+        return  # reading the parameters says so
+    stored = checkpoints.read_manifest(folder, config.backbone_remedy).get("model")
+    if not stored:  # of an earlier version
+        return
+    spec = config[name].to_dict()
+    if stored.get("module") != spec["module"]:
+        raise UserError(
+            f"{folder} is of the model {stored.get('module')!r}, config.{name} of {spec['module']!r}: name "
+            "the --config of that model"
+        )
+    own = dataclasses.asdict(models.build(spec).config)
+    try:
+        theirs = dataclasses.asdict(models.build(stored).config)
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/manifest.json has no usable sizes ({error}): convert or train again"
+        ) from error
+    if "text_len" in spec:  # Of prompts, and of no weight: what the configuration says counts.
+        theirs["text_len"] = own["text_len"]
+    other = {key: value for key, value in theirs.items() if value != own[key]}
+    kinds = {key: value for key, value in other.items() if isinstance(value, str | bool)}
+    if kinds:
+        different = workdir.differences({key: own[key] for key in kinds}, kinds)
+        raise UserError(f"{folder} is another kind of model ({different}): name its --config=FILE.py:VARIANT")
+    if other:
+        listed = ", ".join(f"{key} {value}" for key, value in other.items() if not isinstance(value, tuple))
+        print(f"config.{name} takes the sizes of {folder}: {listed or ', '.join(other)}")
+        kept = {key: value for key, value in spec.items() if key not in own and key != "variant"}
+        config[name] = {**kept, **theirs}
+    if name == "backbone" and "text_len" in other:
+        config.text_encoder.length = theirs["text_len"]
 
 
 def find_parts(config: Any, folders: list[str]) -> dict[str, str]:
@@ -100,6 +155,17 @@ def claim_folder(out: str, settings: Mapping[str, Any], clips: list[dict[str, An
         return {**stored, "clips": list({**by_file(stored), **by_file(own)}.values())}
 
     workdir.claim(out, "manifest.json", {"settings": dict(settings), "clips": clips}, "--out", compare, add)
+
+
+@contextlib.contextmanager
+def no_folder_without_clips(out: str) -> Iterator[None]:
+    """Where the body raises, takes back `claim_folder` unless the folder has a clip by then."""
+    try:
+        yield
+    except UserError:
+        if os.listdir(out) == ["manifest.json"] and jax.process_count() == 1:
+            shutil.rmtree(out)
+        raise
 
 
 def main(config: Any) -> None:
@@ -171,54 +237,61 @@ def main(config: Any) -> None:
     with distributed.all_or_none():
         distributed.wait_for_file(os.path.join(options.out, "manifest.json"))
 
-    # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
-    for prompt in prompts:
-        if lost := encoder.words_lost(prompt):
-            words = " ".join(prompt.split()[-lost:])
-            print(f"warning: no room for the last {lost} words of a prompt, lost: {words}", file=sys.stderr)
-    text, text_mask = encoder([*prompts, config.samples.negative_prompt])
-    negative = {"text": text[-1], "text_mask": text_mask[-1]}
-    del encoder
+    with no_folder_without_clips(options.out):
+        # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
+        for prompt in prompts:
+            if lost := encoder.words_lost(prompt):
+                words = " ".join(prompt.split()[-lost:])
+                print(
+                    f"warning: no room for the last {lost} words of a prompt, lost: {words}", file=sys.stderr
+                )
+        text, text_mask = encoder([*prompts, config.samples.negative_prompt])
+        negative = {"text": text[-1], "text_mask": text_mask[-1]}
+        del encoder
 
-    # 3. The clips, a batch at a time. A batch with a missing file is made again, from the same noise.
-    def files(index: int, suffix: str) -> list[str]:
-        endings = [".mp4", "_routing.mp4"] if options.overlay and not suffix else [".mp4"]
-        return [os.path.join(options.out, f"{index:04d}{suffix}{ending}") for ending in endings]
+        # 3. The clips, a batch at a time. A batch with a missing file is made again, from the same noise.
+        def files(index: int, suffix: str) -> list[str]:
+            endings = [".mp4", "_routing.mp4"] if options.overlay and not suffix else [".mp4"]
+            return [os.path.join(options.out, f"{index:04d}{suffix}{ending}") for ending in endings]
 
-    batches = np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
-    share = [(indices, suffix) for indices in batches for suffix in models][process::processes]
-    work = [
-        (indices, suffix)
-        for indices, suffix in share
-        if not all(os.path.exists(path) for index in indices for path in files(index, suffix))
-    ]
-    made = sum(len(indices) for indices, _ in work)
-    params = build.load_params(config, layout, folders) if work else {}
-    with jax.set_mesh(mesh), tqdm(total=made * config.samples.steps, unit="step") as bar:
-        for indices, suffix in work:
-            rows = np.minimum(np.arange(indices[0], indices[0] + batch), indices[-1])  # the last fills up
-            noise = np.asarray(generate.make_noise(options.seed, rows, latent_shape))
-            inputs = {"noise": noise, "text": text[rows], "text_mask": text_mask[rows]}
-            inputs = parallel.put_batch(inputs, mesh)
-            noise = inputs.pop("noise")
-            latents = generators[suffix](
-                params,
-                noise,
-                inputs,
-                negative,
-                scale=models[suffix][1],
-                after_steps=lambda steps, indices=indices: bar.update(steps * len(indices)),
-            )
-            frames = codec.decode(np.asarray(latents)[: len(indices)])
-            maps = observe(params, latents, inputs) if options.overlay and not suffix else {}
-            maps = [model.parts[name].token_maps(seen) for name, seen in maps.items()]
-            maps = [np.asarray(one) for one in maps if one is not None]
-            for row, index in enumerate(indices):
-                path, *overlay = files(index, suffix)
-                video.write_mp4(path, frames[row], config.data.fps)
-                for path in overlay:
-                    shown = pictures.overlay_strongest(frames[row], maps[0][row], grid)
-                    video.write_mp4(path, shown, config.data.fps)
+        batches = np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
+        share = [(indices, suffix) for indices in batches for suffix in models][process::processes]
+        work = [
+            (indices, suffix)
+            for indices, suffix in share
+            if not all(os.path.exists(path) for index in indices for path in files(index, suffix))
+        ]
+        made = sum(len(indices) for indices, _ in work)
+        params = build.load_params(config, layout, folders) if work else {}
+        with jax.set_mesh(mesh), tqdm(total=made * config.samples.steps, unit="step") as bar:
+            for indices, suffix in work:
+                rows = np.minimum(np.arange(indices[0], indices[0] + batch), indices[-1])  # the last fills up
+                noise = np.asarray(generate.make_noise(options.seed, rows, latent_shape))
+                inputs = {"noise": noise, "text": text[rows], "text_mask": text_mask[rows]}
+                inputs = parallel.put_batch(inputs, mesh)
+                noise = inputs.pop("noise")
+                try:
+                    latents = generators[suffix](
+                        params,
+                        noise,
+                        inputs,
+                        negative,
+                        scale=models[suffix][1],
+                        after_steps=lambda steps, indices=indices: bar.update(steps * len(indices)),
+                    )
+                    frames = codec.decode(np.asarray(latents)[: len(indices)])
+                except NotFinite as error:
+                    named = (f"{indices[row]:04d}{suffix}.mp4" for row in error.rows if row < len(indices))
+                    raise UserError(f"{', '.join(named)}: {error}") from error
+                maps = observe(params, latents, inputs) if options.overlay and not suffix else {}
+                maps = [model.parts[name].token_maps(seen) for name, seen in maps.items()]
+                maps = [np.asarray(one) for one in maps if one is not None]
+                for row, index in enumerate(indices):
+                    path, *overlay = files(index, suffix)
+                    video.write_mp4(path, frames[row], config.data.fps)
+                    for path in overlay:
+                        shown = pictures.overlay_strongest(frames[row], maps[0][row], grid)
+                        video.write_mp4(path, shown, config.data.fps)
     here = sum(len(indices) for indices, _ in share)
     whose = f", process {process} of {processes}" if processes > 1 else ""
     print(f"{here} clips in {options.out}, {here - made} of them from before{whose}")

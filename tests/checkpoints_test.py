@@ -57,6 +57,62 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path):
     assert "a/kernel is ((2, 3), 'float32'), the configuration wants ((3, 2), 'float32')" in message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_that_are_not_finite_are_named(tmp_path, value, dtype):
+    folder, mesh = (
+        str(tmp_path / "tree"),
+        parallel.make_mesh({"data": 1, "fsdp": 8, "context": 1}, 8, jax.devices()),
+    )
+    tree = {"a": {"kernel": jnp.ones((16, 3)), "bias": jnp.ones(3)}, "b": jnp.zeros((), jnp.int32)}
+    tree["a"]["kernel"] = tree["a"]["kernel"].at[15, 2].set(value)
+    checkpoints.save_params(folder, tree, {})
+    wanted = like(tree, dtype)
+    for layout in (wanted, parallel.placed(wanted, parallel.shard_largest(wanted, mesh))):
+        with pytest.raises(UserError, match=f"{folder} holds NaN or infinity in a/kernel: .*; convert it$"):
+            checkpoints.load_params(folder, layout, "convert it")
+
+
+def test_every_kind_of_float_is_looked_at():
+    for dtype in (np.float16, jnp.bfloat16, np.float32, np.float64):
+        largest = jnp.finfo(dtype).max
+        array = np.array([[0.0, -largest], [largest, -0.0]], dtype)
+        assert checkpoints.is_finite(array) and checkpoints.is_finite(array[:0])
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            array[1, 1] = value
+            assert not checkpoints.is_finite(array)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "3",
+        "null",
+        '{"sha256": "0", "shapes": []}',
+        '{"sha256": 1, "shapes": {}}',
+        '{"sha256": "0", "shapes": {"a": 3}}',
+        '{"sha256": "0", "shapes": {}, "model": []}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, content):
+    checkpoints.save_params(str(tmp_path), {"a": jnp.ones(3)}, {})
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest.json is .*: convert it"):
+        checkpoints.check_params(str(tmp_path), like({"a": jnp.ones(3)}), "convert it")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"tree_metadata": []}'])
+def test_a_damaged_tree_is_one_line(tmp_path, content):
+    folder = str(tmp_path / "tree")
+    checkpoints.save_params(folder, TREE, {})
+    (tmp_path / "tree" / "tree" / "_METADATA").write_text(content)
+    with pytest.raises(UserError, match="tree is damaged .*: convert it"):
+        checkpoints.load_params(folder, like(TREE), "convert it")
+
+
 def test_missing_tree_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*nowhere: convert it"):
         checkpoints.load_params(str(tmp_path / "nowhere"), like(TREE), "convert it")

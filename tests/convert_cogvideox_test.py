@@ -410,6 +410,12 @@ def test_sat_files_in_half_precision(tmp_path, monkeypatch, variant, dtype):
         other.rename(tmp_path / SAT_TRANSFORMER)
 
 
+@pytest.mark.parametrize(("variant", "rows"), [("2b", 226), ("5b", 226), ("1.5", 224)])
+def test_rows_of_text_of_sat_files(tmp_path, variant, rows):
+    dst = convert(save_sat(tmp_path / "src", ["transformer"], variant), tmp_path / "dst")
+    assert checkpoints.read_manifest(str(dst / "transformer"), "")["model"]["text_len"] == rows
+
+
 def test_values_of_sat_files_are_cast(tmp_path):
     src = save_sat(tmp_path / "src", ["transformer"])
     tree = load(convert(src, tmp_path / "dst", "--dtype=bfloat16") / "transformer")

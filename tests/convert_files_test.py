@@ -507,6 +507,31 @@ def test_all_keys_that_do_not_fit_are_named_at_once(tmp_path, params):
         assert part in message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, params, value, dtype):
+    """The last value of the largest tensor; a number that only --dtype makes infinite, too."""
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+
+    def change(arrays):
+        arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+        with np.errstate(over="ignore"):
+            arrays["blocks.2.ffn.2.weight"][-1, -1] = value
+        return arrays
+
+    resave(src / "diffusion_pytorch_model.safetensors", change)
+    if value == 3.4e38 and dtype != np.float16:
+        if dtype == np.float32:
+            error = fails(src, tmp_path, "--dtype=bfloat16")
+            assert "blocks.2.ffn.2.weight has numbers too large for bfloat16: leave out --dtype" in error
+        else:
+            assert "blocks.2.ffn.2.weight holds NaN" in fails(src, tmp_path)  # bfloat16 rounds it up
+        return
+    for flags in ([], ["--dtype=bfloat16"]):
+        error = fails(src, tmp_path, *flags)
+        assert "diffusion_pytorch_model.safetensors: blocks.2.ffn.2.weight holds NaN or infinity" in error
+
+
 @pytest.mark.parametrize(
     ("layout", "part", "change", "message"),
     [
@@ -555,6 +580,145 @@ def test_other_kinds_of_models_are_named(tmp_path, name, message, public_name):
     save_file({name: np.zeros((4, 4), np.float32)}, tmp_path / f"{stem}.safetensors")
     error = fails(tmp_path, tmp_path)
     assert message in error and name in error
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("transformer_2", "Wan2.2 is not supported (found transformer_2)"),
+        ("low_noise_model", "Wan2.2 is not supported (found low_noise_model)"),
+        ("image_encoder", "image-to-video is not supported (found image_encoder)"),
+    ],
+)
+def test_a_download_with_more_than_the_model_is_refused(tmp_path, params, layout, name, message):
+    src = save(params, tmp_path / "src", layout)
+    (src / name).mkdir()
+    for flags in ([], ["--component=vae"], ["--dry-run"]):
+        assert message in fails(src, tmp_path, *flags)
+    if layout == "diffusers":  # Its transformer alone tells nothing of the other one.
+        assert message in fails(src / "transformer", tmp_path)
+        assert message in fails(src / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"boundary_ratio": 0.875}, "Wan2.2 is not supported (found boundary_ratio)"),
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "Wan2.2 is not supported"),
+        ({"expand_timesteps": True}, "Wan2.2 is not supported (found expand_timesteps)"),
+        ({"image_encoder": ["transformers", "CLIPVisionModel"]}, "image-to-video is not supported"),
+        ({"_class_name": "WanVACEPipeline"}, "is of a WanVACEPipeline, which Wan2.1 is not"),
+        ({"upsampler": ["diffusers", "Upsampler"]}, "has upsampler, which Wan2.1 does not have"),
+        # What later versions of diffusers write of a Wan2.1.
+        ({"boundary_ratio": None, "transformer_2": [None, None], "expand_timesteps": False}, None),
+    ],
+)
+def test_the_parts_that_diffusers_lists_are_those_of_the_model(tmp_path, params, entries, message):
+    src = save(params, tmp_path / "src", "diffusers", ["vae"])
+    index = {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0", "vae": ["diffusers", "V"]}
+    (src / "model_index.json").write_text(json.dumps(index | entries))
+    if message:
+        assert message in fails(src, tmp_path)
+    else:
+        convert(src, tmp_path / "dst", "--dry-run")
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-T2V-A14B", "high_noise_model", "wan22_t2v", "Wan2_2"])
+def test_a_download_whose_name_is_of_another_model_is_refused(tmp_path, params, name):
+    """Either half of Wan2.2 has the tensors of Wan2.1's 14B."""
+    src = save(params, tmp_path / name, "official", ["transformer"])
+    assert f"Wan2.2 is not supported (found {name})" in fails(src, tmp_path)
+    file = src / "diffusion_pytorch_model.safetensors"
+    lone = file.rename(tmp_path / "wan2.2_t2v_low_noise_14B.safetensors")
+    assert f"Wan2.2 is not supported (found {lone.name})" in fails(lone, tmp_path)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(52, 16), (48, 16), (48, 48)])
+def test_models_with_other_channels_are_refused(tmp_path, params, inputs, outputs):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    (src / "config.json").unlink()
+    odd = {
+        "patch_embedding.weight": np.zeros((48, inputs, 1, 2, 2), np.float32),
+        "head.head.weight": np.zeros((4 * outputs, 48), np.float32),
+    }
+    resave(src / "diffusion_pytorch_model.safetensors", lambda arrays: arrays | odd)
+    message = "Wan2.2 is not supported" if outputs == 48 else f"{inputs} input channels for 16 of the video"
+    assert message in fails(src, tmp_path)
+
+
+PREFIXES = {
+    "model.diffusion_model.": "model.diffusion_model.{}",
+    "diffusion_model.": "diffusion_model.{}",
+    "module.": "module.{}",
+    "_orig_mod.": "_orig_mod.{}",
+    "module._orig_mod.": "module._orig_mod.{}",
+    "within": "_fsdp_wrapped_module.{}",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_what_other_programs_put_before_names_is_taken_off(tmp_path, params, layout, prefix):
+    src = save(params, tmp_path / "src", layout, ["transformer"])
+    file = next(src.rglob("*.safetensors"))
+
+    def rename(name: str) -> str:
+        if prefix == "within":
+            name = re.sub(r"^blocks\.(\d+)\.", r"blocks.\1._checkpoint_wrapped_module._orig_mod.", name)
+        return PREFIXES[prefix].format(name)
+
+    resave(file, lambda arrays: {rename(name): array for name, array in arrays.items()})
+    assert_same(load(convert(src, tmp_path / "dst") / "transformer"), params["transformer"])
+
+
+def test_a_file_with_more_than_a_prefixed_model_names_the_rest(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+
+    def change(arrays):
+        odd = {"vae.conv1.weight": np.zeros(3, np.float32)}
+        return {f"model.diffusion_model.{name}": array for name, array in arrays.items()} | odd
+
+    resave(src / "diffusion_pytorch_model.safetensors", change)
+    message = fails(src, tmp_path)
+    assert "unknown vae.conv1.weight" in message and "missing" not in message
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_lone_repackaged_file_is_recognised(tmp_path, params, part, given):
+    tensors = state_dicts.write(params[part], table_of(part, "official"))
+    if part == "transformer":
+        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON["official"]["transformer"]))
+    if part == "text_encoder":
+        save_tiny_tokenizer(tmp_path / "google/umt5-xxl")
+    save_file(tensors, tmp_path / "wan_2.1_repackaged.safetensors")
+    src = tmp_path if given == "folder" else tmp_path / "wan_2.1_repackaged.safetensors"
+    dst = convert(src, tmp_path / "dst")
+    assert os.listdir(dst) == [part]
+    assert_same(load(dst / part), params[part])
+    other = "vae" if part != "vae" else "transformer"
+    with pytest.raises(UserError, match=f"is a {part}: leave out --component={other}"):
+        convert(src, tmp_path / "new", f"--component={other}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lycoris_blocks_0_ffn_0.lokr_w1", "diffusion_model.blocks.0.ffn.0.hada_w1_a", "lora_unet_x.dora_scale"],
+)
+def test_files_that_are_added_to_a_model_are_named(tmp_path, name):
+    file = tmp_path / "style.safetensors"
+    save_file({name: np.zeros((4, 4), np.float32)}, file)
+    for src in (file, tmp_path):
+        assert re.search("is a (LoRA|LyCORIS) and not a whole model: merge it", fails(src, tmp_path))
+
+
+def test_quantised_files_of_other_programs_are_named(tmp_path):
+    file = tmp_path / "wan2.1-t2v-1.3b-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    for src in (file, tmp_path):
+        assert f"{file} is a gguf file" in fails(src, tmp_path)
 
 
 def test_an_image_to_video_model_is_recognised_by_its_input_channels(tmp_path, params):

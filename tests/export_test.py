@@ -447,6 +447,25 @@ def older_branch(root):
     return root
 
 
+def a_weight_of_nan(root):
+    tensors = random_tensors("transformer", "official")
+    tensors["blocks.1.ffn.0.bias"][3] = np.nan
+    save(root / "transformer", "transformer", state_dicts.read(tensors, table("transformer", "official")))
+    return root
+
+
+def metadata_of_nothing(root):
+    save_random(root / "vae", "vae")
+    (root / "vae" / "tree" / "_METADATA").write_text("{}")
+    return root
+
+
+def list_for_a_manifest(root):
+    save_random(root / "vae", "vae")
+    (root / "vae" / "manifest.json").write_text("[]")
+    return root
+
+
 def another_part(root):
     save_random(root / "vae", "vae")
     edit_manifest(root / "vae", part="optimizer")
@@ -507,6 +526,9 @@ def narrow_text(root):
         (flipped_bit, "values are not those of its manifest"),
         (damaged_chunk, "embed/text_out/kernel is damaged"),
         (older_branch, 'branch/manifest.json has no "model"'),
+        (a_weight_of_nan, "transformer/tree: blocks/ffn/up/bias holds NaN or infinity"),
+        (metadata_of_nothing, "_METADATA is damaged"),
+        (list_for_a_manifest, "vae/manifest.json is not a JSON object"),
         (another_part, "holds 'optimizer'"),
         (another_backbone, "model 'cogvideox'"),
         (integers, r"values of \['int32'\]"),

@@ -7,7 +7,7 @@ from benchmarks.sandbox import measure_tables
 from prophy_jax import models
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.models.codecs import linear_codec
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import NotFinite, UserError
 
 
 def psnr(clip: np.ndarray, other: np.ndarray) -> float:
@@ -111,6 +111,17 @@ def test_tables_match_the_sandbox():
 def test_wrong_frames_raise(codec, shape, dtype):
     with pytest.raises(UserError, match="linear codec"):
         codec.encode(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_frames_that_are_not_finite_raise(codec, value):
+    latents = np.zeros((3, 2, 4, 4, 16), np.float32)
+    latents[1, 1, 0, 0, 0] = value
+    with pytest.raises(NotFinite, match="NaN or infinity") as caught:
+        codec.decode(latents)
+    assert caught.value.rows == [1]
+    with pytest.raises(NotFinite):
+        codec.decode(latents[1])
 
 
 def test_wrong_latents_raise(codec):

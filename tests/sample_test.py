@@ -1,5 +1,6 @@
 """The sample command: what it writes, that it resumes, meshes, guidance, bad input."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,9 +15,12 @@ import pytest
 
 from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate, solvers, v_prediction
-from prophy_jax.run import checkpoints, parallel, workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.evaluation import validation
+from prophy_jax.prepare import list_grids
+from prophy_jax.run import checkpoints, encoders, parallel, workdir
+from prophy_jax.run.errors import NotFinite, UserError
 from prophy_jax.testing.counting import count_compiles
+from tests import tiny_pipeline
 from tests.conftest import ROOT, build_run, get_config, xla_flags
 from tests.videos import read_clip
 
@@ -122,7 +126,7 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
         ),
         (["--checkpoint={backbone}", "--baseline"], "--branch"),
         (["--checkpoint={backbone}", "--config.data.frames=8"], "4n + 1"),
-        (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8"),
+        (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8, such as 48 x 32"),
         (["--checkpoint={backbone}", "--prompts=nowhere.txt"], "nowhere.txt"),
         (["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"], "do not divide"),
         (["--checkpoint={backbone}", "--config.samples.skip=(3,)"], "samples.skip=(3,)"),
@@ -135,6 +139,78 @@ def test_bad_input_is_one_line_before_anything_is_written(weights, tmp_path, arg
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error:") and message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def spoiled(folder, tmp_path, change) -> str:
+    """A copy of a backbone with one leaf changed."""
+    config = small_config()
+    config.batch_size = 0
+    layout = build_run(config).layout["backbone"]
+    tree = checkpoints.load_params(folder, layout, "")
+    tree["head"]["out"]["bias"] = change(tree["head"]["out"]["bias"])
+    checkpoints.save_params(str(tmp_path / "spoiled"), tree, {})
+    return str(tmp_path / "spoiled")
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (lambda bias: bias.at[3].set(np.nan), [], "spoiled holds NaN or infinity in head/out/bias"),
+        # Finite weights, and a guidance that float32 does not hold.
+        (
+            lambda bias: bias,
+            ["--config.samples.guidance=1e39"],
+            "0000.mp4, 0001.mp4, 0002.mp4: the latents became NaN or infinite in step 1 of 3",
+        ),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named_and_no_clip_is_written(
+    weights, tmp_path, change, more, message
+):
+    backbone = spoiled(weights[0], tmp_path, change)
+    done = run(tmp_path / "out", f"--checkpoint={backbone}", "--batch=3", *more)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error:") and message in last, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_latent_that_is_not_finite_has_its_row_and_step(weights):
+    config = small_config()
+    config.samples.steps = 20  # ten pieces of two
+    _, make_clips = make(config, weights, clips=3)
+    noise = np.asarray(make_clips.keywords["noise"]).copy()
+    noise[1, 0, 0, 0, 0] = np.inf
+    done = []
+    with pytest.raises(NotFinite, match="in one of steps 1 to 2 of 20") as caught:
+        make_clips(noise=noise, after_steps=done.append)
+    assert caught.value.rows == [1] and not done
+
+
+def test_a_video_codec_that_makes_nan_names_the_clip(tmp_path):
+    config = get_config("demo_data")
+    config.codec.base_dim = 4
+    model, mesh = models.build(config.codec), build.build_mesh(config.mesh, devices=jax.devices()[:2])
+    config.codec_params = str(tmp_path / "vae")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    checkpoints.save_params(config.codec_params, random_like(shapes, 0), {})
+    codec = encoders.load_codec(config, mesh)
+    latents = np.zeros((3, 1, 2, 2, 16), np.float32)
+    assert codec.decode(latents).shape == (3, 1, 16, 16, 3)
+    latents[2, 0, 1, 1, 3] = np.inf
+    with pytest.raises(NotFinite, match="the video codec makes frames of NaN") as caught:
+        codec.decode(latents)
+    assert caught.value.rows == [2]
+
+
+def test_a_training_run_goes_on_without_a_clip_that_is_not_finite(tiny_config, weights, tmp_path, capsys):
+    tiny_config.samples.guidance = 1e39
+    tiny_config.samples.steps = 2
+    run = build_run(tiny_config, jax.devices()[:1])
+    with jax.set_mesh(run.mesh):
+        write = validation.make_validation_clips(tiny_config, run.model, run.objective, run.mesh)
+        write(load(run, weights), str(tmp_path / "samples" / "step.mp4"))
+    assert "step.mp4 is not written: frames came out as NaN" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
 
 
 def test_a_branch_of_another_backbone_is_refused(weights, tmp_path):
@@ -174,6 +250,14 @@ def test_clips_are_added_to_a_folder_that_an_earlier_version_made(tmp_path):
     assert json.loads(path.read_text())["clips"] == clips
     with pytest.raises(UserError, match="backbone_sha256 was 0, is 1"):
         sample.claim_folder(str(tmp_path), settings | {"backbone_sha256": "1"}, clips)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"clips": 3}', '{"clips": [3], "settings": {}}'])
+def test_a_damaged_folder_of_clips_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/manifest.json is .*: name another --out"):
+        sample.claim_folder(str(tmp_path), {}, [])
+    assert (tmp_path / "manifest.json").read_text() == content
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
@@ -412,3 +496,69 @@ def test_a_whole_folder_of_convert_wan_or_a_backbone_alone(tmp_path):
     assert config.backbone_params == str(tmp_path / "transformer")
     assert config.codec_params == str(tmp_path / "vae")
     assert config.text_encoder_params == str(tmp_path / "text_encoder")
+
+
+def save_converted(folder, name: str, **model) -> None:
+    """A part as convert writes it: the manifest has all sizes."""
+    built = models.build(model)
+    tree = random_like(jax.eval_shape(built.init, jax.random.key(0)), 0)
+    sizes = {"module": model["module"], **dataclasses.asdict(built.config)}
+    checkpoints.save_params(str(folder / name), tree, {"part": name, "model": sizes})
+
+
+def test_sizes_are_those_of_the_checkpoint(tmp_path):
+    """One block of width 24 with a configuration of two of width 48."""
+    sizes = dict(module="wan", dim=24, num_heads=1, num_layers=1, ffn_dim=40, text_dim=64, freq_dim=64)
+    save_converted(tmp_path, "backbone", **sizes)
+    done = run(tmp_path / "out", f"--checkpoint={tmp_path / 'backbone'}", prompts=PROMPTS[:1])
+    assert done.returncode == 0, done.stderr
+    assert "takes the sizes of" in done.stdout and "dim 24, num_heads 1, num_layers 1" in done.stdout
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["backbone"]
+    assert made["dim"] == 24 and made["dtype"] == "float32"
+    assert made["text_len"] == 64  # of prompts, as the configuration says
+
+    same = get_config("tiny")
+    sample.use_checkpoint(same, str(tmp_path / "backbone"))
+    assert same.backbone.num_layers == 1 and same.backbone.remat == "none"
+
+
+def test_sizes_of_every_part_and_what_is_no_size(tmp_path, capsys):
+    config = tiny_pipeline.cogvideox()
+    config.backbone.dim, config.backbone.ffn_dim = 96, 384
+    config.codec.scaling_factor = 0.5
+    config.text_encoder.d_ff = 48
+    del config.backbone.text_len
+    parts = {
+        "transformer": dict(tiny_pipeline.cogvideox().backbone, text_len=40),
+        "vae": dict(tiny_pipeline.cogvideox().codec),
+        "text_encoder": dict(tiny_pipeline.cogvideox().text_encoder),
+    }
+    for name, model in parts.items():
+        save_converted(tmp_path, name, **model)
+    other = config.copy_and_resolve_references()
+    sample.use_checkpoint(config, str(tmp_path))
+    assert (config.backbone.dim, config.backbone.ffn_dim, config.text_encoder.d_ff) == (48, 192, 40)
+    assert config.codec.scaling_factor == 0.7 and config.text_encoder.padding == "encoded"
+    assert config.backbone.text_len == config.text_encoder.length == 40  # which the configuration leaves open
+    assert capsys.readouterr().out.count("takes the sizes of") == 3
+    build.check_params(
+        config,
+        build.place(build.build_model(config), build.build_mesh(config.mesh), "float32"),
+        {"backbone": config.backbone_params},
+    )
+
+    other.backbone.variant = "2b"
+    with pytest.raises(UserError, match="another kind of model .positions was sincos, is rope_crop"):
+        sample.use_checkpoint(other, str(tmp_path))
+    with pytest.raises(UserError, match="is of the model 'cogvideox', config.backbone of 'wan'"):
+        sample.use_checkpoint(get_config(""), str(tmp_path))
+
+
+@pytest.mark.parametrize(("height", "near"), [(50, "48 x 832"), (56, "64 x 832"), (8, "16 x 832")])
+def test_the_multiple_of_sides_is_that_of_codec_and_patches(height, near):
+    config = get_config("")
+    config.data.height = height
+    with pytest.raises(UserError, match=f"multiples of 16, such as {near}"):
+        build.sizes(config, build.build_model(config))
+    with pytest.raises(UserError, match="multiples of 16"):
+        list_grids(config, models.build(config.codec), [(81, 480, 832), (81, height, 832)])

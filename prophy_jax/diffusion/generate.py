@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from prophy_jax.diffusion import guided, solvers
 from prophy_jax.models.beside.part import Batch, Model
 from prophy_jax.run import parallel
+from prophy_jax.run.errors import NotFinite
 
 Wrapper = Callable[[solvers.Velocity], solvers.Velocity]
 PIECES = 10  # that a loop which shows its progress is called in
@@ -95,7 +96,8 @@ def make_generator(
     negative prompt that guidance compares with, of one prompt; fields that it lacks are those of the prompt.
 
     `after_steps(n)` is called after every n steps that are done. The program is then called in a few pieces,
-    and does not call back itself: jax 0.10 cannot keep such programs in its compile cache.
+    and does not call back itself: jax 0.10 cannot keep such programs in its compile cache. After each piece
+    it raises `NotFinite` if a number of the latents is not finite.
     """
     begin, loop = make_sampler(model, objective, settings, wrappers)
     steps = settings.steps
@@ -115,7 +117,15 @@ def make_generator(
         for piece in np.array_split(np.arange(steps), pieces):
             state = loop(params, state, read, jnp.float32(scale), piece[0], piece[-1] + 1)
             if after_steps:
-                jax.block_until_ready(state)
+                finite = np.isfinite(np.asarray(state.x)).reshape(len(state.x), -1).all(axis=1)
+                if not finite.all():
+                    first, last = piece[0] + 1, piece[-1] + 1
+                    where = f"step {last}" if first == last else f"one of steps {first} to {last}"
+                    raise NotFinite(
+                        f"the latents became NaN or infinite in {where} of {steps}: a lower "
+                        "config.samples.guidance, config.backbone.dtype=float32 or other weights may help",
+                        np.flatnonzero(~finite),
+                    )
                 after_steps(len(piece))
         return state.x
 

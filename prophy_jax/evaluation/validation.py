@@ -5,6 +5,7 @@ B batch, T h w latent grid.
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from prophy_jax.data.sources import video
 from prophy_jax.diffusion import generate
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import distributed, encoders, parallel
+from prophy_jax.run.errors import NotFinite
 
 
 def make_validation(
@@ -71,7 +73,11 @@ def make_validation_clips(
         latents = distributed.fetch(sample(params, noise, prompt, negative))
         if not first:
             return
-        rows = [side_by_side(latents), side_by_side(batch["latents"])]
+        try:
+            rows = [side_by_side(latents), side_by_side(batch["latents"])]
+        except NotFinite as error:  # The loss says whether training goes on.
+            print(f"warning: {path} is not written: {error}", file=sys.stderr)
+            return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         video.write_mp4(path, np.concatenate(rows, axis=1), config.data.fps)
 

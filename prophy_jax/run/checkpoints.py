@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -152,6 +153,34 @@ def hash_of(leaves: Mapping[str, tuple[str, tuple[int, ...], list[str]]]) -> str
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no number of an array of floats is NaN or infinite.
+
+    It looks at the exponents, as integers: NumPy's own test takes ten times as long on bfloat16.
+    """
+    bits = array.view(f"u{array.itemsize}")
+    exponent = np.asarray(np.inf, array.dtype).view(bits.dtype)
+    return bool((bits & exponent).max(initial=0) != exponent)
+
+
+@jax.jit
+def _largest(tree: Any) -> Any:
+    """The largest magnitude in every leaf: NaN or infinite where one of its numbers is."""
+    return jax.tree.map(lambda leaf: jnp.abs(leaf).max(initial=0), tree)
+
+
+def _refuse_not_finite(params: Mapping[str, Any], folder: str, remedy: str) -> None:
+    """Raises UserError that names the parameters with NaN or infinity. The devices look at their memory."""
+    largest = jax.device_get(_largest(params))
+    bad = [path for path, value in flatten_dict(largest, sep="/").items() if not np.isfinite(value)]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise UserError(
+            f"{folder} holds NaN or infinity in {', '.join(bad[:4])}{more}: it would only make noise; "
+            f"{remedy or 'name another folder'}"
+        )
+
+
 def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Writes a parameter tree and its manifest; replaces an earlier one at the end. Returns the hash.
 
@@ -186,9 +215,21 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
     manifest = read_json(path, remedy or "name another folder")
-    if "sha256" not in manifest or "shapes" not in manifest:
+    kinds = {"sha256": str, "shapes": dict, "model": dict, "part": str}
+    whole = {"sha256", "shapes"} <= manifest.keys() and all(
+        isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
+    )
+    if not whole or not all(map(_is_entry, manifest["shapes"].values())):
         raise UserError(f"{path} is of no parameters: {remedy or 'name another folder'}")
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what a manifest says of a parameter: [shape, dtype]."""
+    match entry:
+        case [list(shape), str()]:
+            return all(isinstance(side, int) for side in shape)
+    return False
 
 
 def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
@@ -203,7 +244,8 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     """Reads a parameter tree laid out like `wanted` (a tree of ShapeDtypeStructs, with shardings if any).
 
     Values are cast to the wanted dtypes. All processes of a job call it when the tree is laid out over all
-    of them; each by itself when it is not. Raises UserError when the folder is missing or does not fit.
+    of them; each by itself when it is not. Raises UserError when the folder is missing, does not fit, or
+    holds NaN or infinity.
     """
     check_params(folder, wanted, remedy)
     # Orbax would read all leaves at once and hold them twice: let it read the largest and little more.
@@ -220,8 +262,14 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         )
     with ocp.Checkpointer(handler, **options) as checkpointer:
         place = os.path.join(os.path.abspath(folder), "tree")
-        tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
-    return unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
+        try:
+            tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{place} is damaged ({reason}): {remedy or 'name another folder'}") from error
+    tree = unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
+    _refuse_not_finite(tree, folder, remedy)
+    return tree
 
 
 def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -2,7 +2,7 @@
 
     codec.latent_shape(frames, height, width) -> (T, h, w, 16)
     codec.encode(frames (..., F, H, W, 3) uint8) -> latents (..., T, h, w, 16) float32, normalised
-    codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8
+    codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8; raises NotFinite
     encoder(texts) -> (text (B, L, D) float32, mask (B, L) bool of the rows that hold words or the end token)
     encoder.words_lost(text) -> int, words that do not fit into L rows
     codec.sha256, encoder.sha256: hash of the weights, where there are any
@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prophy_jax import models
 from prophy_jax.models.text import tokenizer as prompts
 from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run.errors import NotFinite, UserError
 from prophy_jax.run.workdir import write_atomically
 
 TEXTS_AT_ONCE = 4  # the attention scores of a longer batch would take as much memory as the weights
@@ -84,7 +85,8 @@ class VideoCodec:
         @jax.jit
         def decode(params, latents):
             video = jnp.clip(model.decode(params, latents).astype(jnp.float32), -1, 1)
-            return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+            finite = jnp.isfinite(video).all(axis=(1, 2, 3, 4))
+            return jnp.round((video + 1) * 127.5).astype(jnp.uint8), finite
 
         self._encode, self._decode = encode, decode
 
@@ -92,10 +94,16 @@ class VideoCodec:
         return self._map(self._encode, frames)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        return self._map(self._decode, latents)
+        frames, finite = self._map(self._decode, latents)
+        if not finite.all():
+            raise NotFinite(
+                "the video codec makes frames of NaN: config.codec.dtype=float32 or other weights may help",
+                np.flatnonzero(~finite),
+            )
+        return frames
 
-    def _map(self, function: Callable, clips: np.ndarray) -> np.ndarray:
-        """`function` of every clip of (..., F, H, W, C)."""
+    def _map(self, function: Callable, clips: np.ndarray) -> Any:
+        """`function` of every clip of (..., F, H, W, C), an array or several."""
         lead, clips = clips.shape[:-4], np.asarray(clips).reshape(-1, *clips.shape[-4:])
         sizes = self._mesh.shape
         clip_axes: tuple[str, ...] = () if len(clips) == 1 else ("data", "fsdp")
@@ -107,9 +115,12 @@ class VideoCodec:
         done = []
         for first in range(0, len(clips), group):
             rows = np.minimum(np.arange(first, first + group), len(clips) - 1)  # the last fills up a group
-            done.append(np.asarray(function(self._params, jax.device_put(clips[rows], sharding))))
-        done = np.concatenate(done)[: len(clips)]
-        return done.reshape(*lead, *done.shape[1:])
+            done.append(jax.device_get(function(self._params, jax.device_put(clips[rows], sharding))))
+
+        def whole(*parts: np.ndarray) -> np.ndarray:
+            return np.concatenate(parts)[: len(clips)].reshape(*lead, *parts[0].shape[1:])
+
+        return jax.tree.map(whole, *done)
 
 
 class TextEncoder:
@@ -158,6 +169,11 @@ class TextEncoder:
             self._load()
         ids, mask = self._tokenizer(texts, self._model.length)
         encoded = np.asarray(self._run(self._params, ids, mask), np.float32)
+        if not np.isfinite(encoded).all():
+            raise UserError(
+                f"the text encoder {self._folder} makes NaN or infinity of a prompt: "
+                "config.text_encoder.dtype=float32 or other weights may help"
+            )
         counts = mask.sum(axis=1) if self._model.padding == "zeros" else [self._model.length] * len(texts)
         return [rows[:count] for rows, count in zip(encoded, counts, strict=True)]
 

@@ -2,11 +2,19 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
     """Bad input: the message names the file or setting and the remedy, on one line."""
+
+
+class NotFinite(UserError):
+    """Numbers that became NaN or infinite on their way, in these rows of a batch."""
+
+    def __init__(self, message: str, rows: Iterable[int]) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 @contextlib.contextmanager

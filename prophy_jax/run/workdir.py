@@ -137,7 +137,13 @@ def claim(
         path.parent.mkdir(parents=True, exist_ok=True)
         _create(path, _as_text(own))
     stored = read_json(path, f"name another {flag}")
-    if different := compare(stored, own):
+    try:
+        different = compare(stored, own)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged, it does not say what the folder is for: name another {flag}"
+        ) from error
+    if different:
         raise UserError(
             f"{path} says that the folder was made differently ({different}): name another {flag}, or give "
             "the configuration and the inputs that it was made with"
@@ -178,6 +184,8 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
     run = read_json(path, "name another --workdir")
+    if not all(isinstance(run.get(key), dict) for key in ("config", "references")):
+        raise UserError(f"{path} is of no run of prophy_jax.train: name another --workdir")
     return {**run, "config": _modernised(run["config"])}
 
 
@@ -191,14 +199,17 @@ def _as_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def read_json(path: str | os.PathLike, remedy: str) -> Any:
-    """The content of a JSON file. Raises UserError with `remedy` when it is missing or damaged."""
+def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError with `remedy` when it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"no {path}: {remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable JSON file ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: {remedy}")
+    return content
 
 
 # --- Files that are whole or not there -------------------------------------------------------------

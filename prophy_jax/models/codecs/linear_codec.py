@@ -9,7 +9,7 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, h = H/4, w = W/4.
 
 import numpy as np
 
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import NotFinite, UserError
 
 STRIDE = 4  # pixels a side, and frames per latent after the first
 CHANNELS = 16
@@ -125,7 +125,7 @@ class LinearCodec:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """(..., T, h, w, 16) -> (..., F, H, W, 3) uint8: the least-squares inverse, clipped.
 
-        Raises UserError on another number of channels.
+        Raises UserError on another number of channels, `NotFinite` where a frame would be NaN or infinite.
         """
         latents = np.asarray(latents, np.float32)
         if latents.ndim < 4 or latents.shape[-1] != CHANNELS:
@@ -135,6 +135,9 @@ class LinearCodec:
         head = _unpatch(raw[..., :1, :, :, :] @ self.first, 1)
         tail = _unpatch(raw[..., 1:, :, :, :] @ self.later, STRIDE)
         video = np.concatenate([head, tail], axis=-4)
+        finite = np.isfinite(video).all(axis=(-4, -3, -2, -1)).reshape(-1)
+        if not finite.all():
+            raise NotFinite("frames came out as NaN or infinity of the latents", np.flatnonzero(~finite))
         return np.clip((video + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
 
