@@ -215,16 +215,24 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
                 f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone "
                 f"has {list(grid)}: prepare it again with this configuration"
             )
-    for dataset in dict.fromkeys(batch.FIELDS[name].stored for name in list_fields(model, chosen)):
-        named = config.data.side.get(dataset, "")
-        if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
-            print(
-                f"warning: {config.data.dir} has no data set {dataset!r}, so losses that read it stay 0; "
-                f"make it with {batch.MADE_BY.get(dataset, 'its command')}, and name it with "
-                f"--config.data.side.{dataset}=DIR",
-                file=sys.stderr,
-            )
+    for bucket in manifest["buckets"]:
+        check_shapes(model, chosen, batch.Sizes.of(manifest, bucket))
     return manifest
+
+
+def check_shapes(model: Model, chosen: losses.Chosen, sizes: batch.Sizes) -> None:
+    """Raises UserError when the losses cannot compare the parts with clips of these sizes."""
+    chosen.check(model, {name: batch.FIELDS[name].shape(sizes) for name in list_fields(model, chosen)})
+
+
+def warn_of_idle_losses(config: ConfigDict, chosen: losses.Chosen) -> None:
+    """Says on stderr which losses can only be 0 on these data, why, and what that means."""
+    from prophy_jax.data import loader  # the planner needs no Grain
+
+    zero, looked = loader.find_zero_fields(config.data, "train", chosen.fields)
+    where = f" ({looked} clips of {config.data.dir} were looked at)" if zero else ""
+    for name, reason in chosen.idle(config.batch_size, zero).items():
+        print(f"warning: the loss {name!r} can only be 0: {reason}{where}", file=sys.stderr)
 
 
 def list_fields(model: Model, chosen: losses.Chosen) -> tuple[str, ...]:

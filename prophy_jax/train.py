@@ -197,6 +197,8 @@ def train(config: Any, workdir: str) -> None:
             )
             references["backbone_sha256"] = manifest["sha256"]
         build.check_data(config, model, chosen)
+        if distributed.is_first():
+            build.warn_of_idle_losses(config, chosen)
         data = loader.make_loader(
             config.data.dir,
             "train",
