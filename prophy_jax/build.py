@@ -225,6 +225,15 @@ def check_shapes(model: Model, chosen: losses.Chosen, sizes: batch.Sizes) -> Non
     chosen.check(model, {name: batch.FIELDS[name].shape(sizes) for name in list_fields(model, chosen)})
 
 
+def check_validation(config: ConfigDict, manifest: Mapping[str, Any]) -> None:
+    """Raises UserError when a run would measure or sample validation clips and the data have none."""
+    if (config.validation.every or config.samples.every) and not manifest["counts"].get("val"):
+        raise UserError(
+            f"{config.data.dir} has no validation clips: prepare it with a --config.data.val_share above 0, "
+            "or train without them: --config.validation.every=0 --config.samples.every=0"
+        )
+
+
 def warn_of_idle_losses(config: ConfigDict, chosen: losses.Chosen) -> None:
     """Says on stderr which losses can only be 0 on these data, why, and what that means."""
     from prophy_jax.data import loader  # the planner needs no Grain

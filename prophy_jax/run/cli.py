@@ -1,6 +1,8 @@
 """How every command reads its arguments and answers bad input: one line on stderr, exit status 1."""
 
 import argparse
+import contextlib
+import difflib
 import os
 import re
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from prophy_jax.run import config_check
 from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import RENAMED
 
@@ -57,6 +60,7 @@ def run(
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
         config = _parse()
+        config_check.check(config)
         if flags.FLAGS.print_config:
             from prophy_jax.run import config_help
 
@@ -102,6 +106,38 @@ def _find_configuration() -> None:
         sys.path.append(os.path.dirname(os.path.dirname(file)))
 
 
+def _nearest(name: str) -> str:
+    """What an unknown config.KEY was probably meant to be, as the end of a sentence; "" without a guess."""
+    from prophy_jax.run import config_help
+
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, flags.Error):
+        keys = [f"config.{key}" for key, _ in config_help.list_keys(_load_alone())]
+        found = difflib.get_close_matches(name, keys, 1, 0.75)
+        same = [key for key in keys if key.split(".")[-1] == name.split(".")[-1]]  # in another table
+        if same or found:
+            return f"; did you mean --{(same or found)[0]}?"
+    return ""
+
+
+def _load_alone() -> Any:
+    """The configuration that --config names, without overrides."""
+    from ml_collections import config_flags
+
+    program, *words = whole = sys.argv
+    values = flags.FlagValues()
+    place = next(i for i, word in enumerate(words) if re.match("--?config(=|$)", word))
+    config_flags.DEFINE_config_file("config", None, flag_values=values)
+    try:
+        sys.argv = [
+            program,
+            *words[place : place + (1 if "=" in words[place] else 2)],
+        ]  # it reads overrides here
+        values(sys.argv)
+        return values.config
+    finally:
+        sys.argv = whole
+
+
 def _parse() -> Any:
     _find_configuration()
     try:
@@ -116,10 +152,13 @@ def _parse() -> Any:
         key = re.search(r"\w+", str(error)).group()
         override = next((word for word in sys.argv if f".{key}" in word.split("=")[0]), key)
         now = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}.get(key)
-        hint = f"; it is --config.{now} now" if now else ""
+        hint = f"; it is --config.{now} now" if now else _nearest(override.split("=")[0].lstrip("-"))
         raise UserError(f"the configuration has no such key: {override}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{error}; see --help") from error
+        text = str(error)
+        raise UserError(f"{text if len(text) < 300 else text[:300] + '...'}; see --help") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        raise UserError("an argument cannot be read, it has too many brackets: fix it; see --help") from error
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
     if config is None:
