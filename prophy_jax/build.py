@@ -5,6 +5,8 @@ Every function takes what it uses; none needs a whole run.
 
 import dataclasses
 import functools
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -145,7 +147,7 @@ def load_part(config: ConfigDict, name: str, folder: str | None, layout: Mapping
 
     Raises UserError when the folder is missing or does not fit.
     """
-    return checkpoints.load_params(folder or "(none)", layout[name], _remedy(config, name))
+    return checkpoints.load_params(folder or "(none)", layout[name], remedy(config, name, folder))
 
 
 def load_params(
@@ -163,7 +165,9 @@ def check_params(
     Raises UserError when they are missing, do not fit, or a part belongs to another backbone.
     """
     manifests = {
-        name: checkpoints.check_params(folders.get(name) or "(none)", layout[name], _remedy(config, name))
+        name: checkpoints.check_params(
+            folders.get(name) or "(none)", layout[name], remedy(config, name, folders.get(name))
+        )
         for name in layout
     }
     hashes = {f"{name}_sha256": manifest["sha256"] for name, manifest in manifests.items()}
@@ -184,9 +188,17 @@ def check_params(
     return hashes
 
 
-def _remedy(config: ConfigDict, name: str) -> str:
+def remedy(config: ConfigDict, name: str, folder: str | None) -> str:
+    """What to do when parameters are missing from `folder`: it names that one, not the configuration's."""
     if name == "backbone":
-        return config.backbone_remedy
+        root = (folder or "").rstrip("/")
+        if root.endswith(("/transformer", "/backbone")):
+            root = os.path.dirname(root)
+        return (
+            re.sub(r"(--(?:dst|workdir))=\S+", rf"\1={root}", config.backbone_remedy)
+            if root
+            else (config.backbone_remedy)
+        )
     return f"name WORKDIR/{name} of a finished run of prophy_jax.train"
 
 

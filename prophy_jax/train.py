@@ -191,7 +191,9 @@ def train(config: Any, workdir: str) -> None:
     with distributed.all_or_none():
         if config.backbone_params:
             manifest = checkpoints.check_params(
-                config.backbone_params, layout["backbone"], config.backbone_remedy
+                config.backbone_params,
+                layout["backbone"],
+                build.remedy(config, "backbone", config.backbone_params),
             )
             references["backbone_sha256"] = manifest["sha256"]
         build.check_validation(config, build.check_data(config, model, chosen))

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from prophy_jax.run import config_check
+from prophy_jax import build
+from prophy_jax.run import cli, config_check, config_help
 from prophy_jax.run.errors import UserError
 from tests.config_help_test import shipped
 from tests.conftest import ROOT, get_config
@@ -74,6 +75,55 @@ def test_values_that_no_run_can_have_are_refused_by_their_key(key, value, words)
     with pytest.raises(UserError, match=f"^config.{key}=?.*{words}") as error:
         config_check.check(config)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("--dry-run", "--dry_run"),
+        ("--nodry-run", "--nodry_run"),
+        ("--print-config=true", "--print_config=true"),
+        ("--config.data.dir=my-clips", "--config.data.dir=my-clips"),
+        ("--prompt=a-b", "--prompt=a-b"),
+        ("--none-such", "--none-such"),
+        ("my-file", "my-file"),
+    ],
+)
+def test_both_spellings_of_a_flag_are_one(given, wanted):
+    known = ["--dry_run", "--nodry_run", "--print_config", "--prompt"]
+    assert cli.respell([given], known) == [wanted]
+    parser = cli.ArgumentParser("x", "")
+    parser.add_argument("--dry_run", action="store_true")
+    assert parser.parse_args(["--dry-run"]).dry_run and parser.parse_args(["--dry_run"]).dry_run
+
+
+def test_help_names_the_shared_flags_and_every_key_that_the_commands_read():
+    shown = subprocess.run(
+        [sys.executable, "-m", "prophy_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    for flag in ("--workdir", "--config", "--print_config", "--distributed"):
+        assert f"\n  {flag}: " in shown
+    for key, meaning in config_help.MEANINGS.items():
+        assert f"\n  --config.{key}=: {meaning}" in shown
+
+
+def test_the_remedy_for_missing_weights_names_the_folder_of_the_user():
+    config = get_config("")
+    assert "--dst=/my/weights" in build.remedy(config, "backbone", "/my/weights/transformer").split()
+    assert "--dst=/my/weights" in build.remedy(config, "backbone", "/my/weights/").split()
+    assert build.remedy(config, "backbone", config.backbone_params) == config.backbone_remedy
+    assert build.remedy(config, "backbone", None) == config.backbone_remedy
+    demo = get_config("demo")
+    assert build.remedy(demo, "backbone", "mine/run/backbone").endswith("--workdir=mine/run")
+
+
+def test_tiny_models_has_help():
+    for words, status in ((["--help"], 0), ([], 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.tiny_models", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status and "python -m tests.tiny_models DIR" in done.stdout
+        assert not done.stderr
 
 
 def test_every_shipped_configuration_and_every_switch_passes():

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -30,8 +30,23 @@ class ArgumentParser(argparse.ArgumentParser):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(respell(words, self._option_string_actions), namespace)
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
+
+
+def respell(words: Sequence[str], known: Container[str]) -> list[str]:
+    """Words of a command line with --dry-run and --dry_run both as the one that is `known`."""
+
+    def one(word: str) -> str:
+        name, equals, value = word.partition("=")
+        other = name[:2] + (name[2:].replace("-", "_") if "-" in name[2:] else name[2:].replace("_", "-"))
+        return other + equals + value if name[:2] == "--" and name not in known and other in known else word
+
+    return [one(word) for word in words]
 
 
 def run(
@@ -55,7 +70,7 @@ def run(
     if distributed:
         flags.DEFINE_string("distributed", None, DISTRIBUTED)
     if set(HELP) & set(sys.argv[1:]):
-        print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        print(_help(description))
         return
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
@@ -75,6 +90,24 @@ def run(
 
         with job(where):
             main(config)
+
+
+def _help(description: str) -> str:
+    """The description of a command, its flags, and the keys of its configuration with what they mean."""
+    from prophy_jax.run.config_help import MEANINGS
+
+    shared = ("config", "print_config", "distributed")  # defined here, for all commands
+    common = [f"  --{name}: {flags.FLAGS[name].help}" for name in shared if name in flags.FLAGS]
+    own = flags.FLAGS.main_module_help()
+    keys = [f"  --config.{key}=: {meaning}" for key, meaning in MEANINGS.items()]
+    return "\n".join(
+        [
+            f"{description.strip()}\n\nFlags:\n{own}\n\nof every command:",
+            *common,
+            "\nKeys of the configuration (--print_config: all of yours, also of the backbone and the parts):",
+            *keys,
+        ]
+    )
 
 
 def _keep_compiled() -> None:
@@ -140,6 +173,8 @@ def _load_alone() -> Any:
 
 def _parse() -> Any:
     _find_configuration()
+    names = [f"--{off}{name}" for name in flags.FLAGS for off in ("", "no")]
+    sys.argv[1:] = respell(sys.argv[1:], names)
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
         config = flags.FLAGS.config
