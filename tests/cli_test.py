@@ -77,6 +77,25 @@ def test_values_that_no_run_can_have_are_refused_by_their_key(key, value, words)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("flag", [("--config=mine.py",), ("--config", "{folder}/mine.py")])
+def test_the_configuration_of_the_docs_works_in_an_empty_folder(tmp_path, flag):
+    """docs/configuration.md: its file, from outside the clone."""
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    (tmp_path / "mine.py").write_text(page.split("```python\n")[1].split("```")[0])
+    shown = subprocess.run(
+        [
+            *(sys.executable, "-m", "prophy_jax.train", "--print_config"),
+            *(word.format(folder=tmp_path) for word in flag),
+        ],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "batch_size = 2 " in shown and "data.dir = 'data/mine'" in shown and "samples.every = 0 " in shown
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
