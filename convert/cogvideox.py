@@ -1,6 +1,6 @@
 """CogVideoX weights: diffusers and SAT files -> Orbax checkpoints that this package reads.
 
-    python -m convert.cogvideox --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry-run]
+    python -m convert.cogvideox --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry_run]
 
 DIR is a download of CogVideoX-2b, -5b or 1.5-5B (text to video) in the layout of diffusers (transformer/,
 vae/, text_encoder/, tokenizer/) or in that of the reference code, SAT (vae/3d-vae.pt, t5-v1_1-xxl/,

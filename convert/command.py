@@ -1,6 +1,6 @@
 """The command that converts a published model: PyTorch files -> Orbax checkpoints that this package reads.
 
-    python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry-run]
+    python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry_run]
 
 This file has what the models have in common. A `Model` has what differs: key tables, and where a download has
 its files (`convert.wan`, `convert.cogvideox`).
@@ -278,7 +278,7 @@ def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="what to convert")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; by default that of the files")
-    parser.add_argument("--dry-run", action="store_true", help="check and describe, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="check and describe, write nothing")
     return parser.parse_args(arguments)
 
 

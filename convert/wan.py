@@ -1,6 +1,6 @@
 """Wan2.1 weights: official and diffusers files -> Orbax checkpoints that this package reads.
 
-    python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry-run]
+    python -m convert.wan --src=DIR --dst=DIR [--component=all] [--dtype=bfloat16] [--dry_run]
 
 DIR is a download of Wan2.1-T2V in the official layout (diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth,
 models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/) or in that of diffusers (transformer/, vae/, text_encoder/,

@@ -6,6 +6,8 @@ Every function takes what it uses; none needs a whole run.
 import contextlib
 import dataclasses
 import functools
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -146,7 +148,7 @@ def load_part(config: ConfigDict, name: str, folder: str | None, layout: Mapping
 
     Raises UserError when the folder is missing or does not fit.
     """
-    return checkpoints.load_params(folder or "(none)", layout[name], _remedy(config, name))
+    return checkpoints.load_params(folder or "(none)", layout[name], remedy(config, name, folder))
 
 
 def load_params(
@@ -164,7 +166,9 @@ def check_params(
     Raises UserError when they are missing, do not fit, or a part belongs to another backbone.
     """
     manifests = {
-        name: checkpoints.check_params(folders.get(name) or "(none)", layout[name], _remedy(config, name))
+        name: checkpoints.check_params(
+            folders.get(name) or "(none)", layout[name], remedy(config, name, folders.get(name))
+        )
         for name in layout
     }
     hashes = {f"{name}_sha256": manifest["sha256"] for name, manifest in manifests.items()}
@@ -185,9 +189,17 @@ def check_params(
     return hashes
 
 
-def _remedy(config: ConfigDict, name: str) -> str:
+def remedy(config: ConfigDict, name: str, folder: str | None) -> str:
+    """What to do when parameters are missing from `folder`: it names that one, not the configuration's."""
     if name == "backbone":
-        return config.backbone_remedy
+        root = (folder or "").rstrip("/")
+        if root.endswith(("/transformer", "/backbone")):
+            root = os.path.dirname(root)
+        return (
+            re.sub(r"(--(?:dst|workdir))=\S+", rf"\1={root}", config.backbone_remedy)
+            if root
+            else (config.backbone_remedy)
+        )
     return f"name WORKDIR/{name} of a finished run of prophy_jax.train"
 
 
@@ -219,16 +231,33 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
                 f"{config.data.dir} was prepared for {bucket['token_grid']} tokens of a clip, the backbone "
                 f"has {list(grid)}: prepare it again with this configuration"
             )
-    for dataset in dict.fromkeys(batch.FIELDS[name].stored for name in list_fields(model, chosen)):
-        named = config.data.side.get(dataset, "")
-        if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
-            print(
-                f"warning: {config.data.dir} has no data set {dataset!r}, so losses that read it stay 0; "
-                f"make it with {batch.MADE_BY.get(dataset, 'its command')}, and name it with "
-                f"--config.data.side.{dataset}=DIR",
-                file=sys.stderr,
-            )
+    for bucket in manifest["buckets"]:
+        check_shapes(model, chosen, batch.Sizes.of(manifest, bucket))
     return manifest
+
+
+def check_shapes(model: Model, chosen: losses.Chosen, sizes: batch.Sizes) -> None:
+    """Raises UserError when the losses cannot compare the parts with clips of these sizes."""
+    chosen.check(model, {name: batch.FIELDS[name].shape(sizes) for name in list_fields(model, chosen)})
+
+
+def check_validation(config: ConfigDict, manifest: Mapping[str, Any]) -> None:
+    """Raises UserError when a run would measure or sample validation clips and the data have none."""
+    if (config.validation.every or config.samples.every) and not manifest["counts"].get("val"):
+        raise UserError(
+            f"{config.data.dir} has no validation clips: prepare it with a --config.data.val_share above 0, "
+            "or train without them: --config.validation.every=0 --config.samples.every=0"
+        )
+
+
+def warn_of_idle_losses(config: ConfigDict, chosen: losses.Chosen) -> None:
+    """Says on stderr which losses can only be 0 on these data, why, and what that means."""
+    from prophy_jax.data import loader  # the planner needs no Grain
+
+    zero, looked = loader.find_zero_fields(config.data, "train", chosen.fields)
+    where = f" ({looked} clips of {config.data.dir} were looked at)" if zero else ""
+    for name, reason in chosen.idle(config.batch_size, zero).items():
+        print(f"warning: the loss {name!r} can only be 0: {reason}{where}", file=sys.stderr)
 
 
 def list_fields(model: Model, chosen: losses.Chosen) -> tuple[str, ...]:

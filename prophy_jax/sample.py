@@ -308,7 +308,8 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", "samples", "Folder for the clips.")
     flags.DEFINE_float("scale", 1.0, "Strength of what the parts add.")
-    flags.DEFINE_integer("seed", 0, "Of the noise; prompt i of a run has its own noise.")
+    about = "Of the noise; prompt i of a run has its own noise."
+    flags.DEFINE_integer("seed", 0, about, lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch", None, "Prompts sampled at a time; default: one per device.", lower_bound=1)
     flags.DEFINE_bool("baseline", False, "Also sample the backbone alone, from the same noise.")
     flags.DEFINE_bool("overlay", False, "Also write each clip with the token routing laid over it.")

@@ -168,9 +168,7 @@ def place_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.
 
 def train(config: Any, workdir: str) -> None:
     """Trains from the configuration, or resumes WORKDIR. Raises UserError on bad input."""
-    from tqdm import tqdm  # Here and below: the step above needs none of these.
-
-    from prophy_jax import build
+    from prophy_jax import build  # Here and below: the step above needs none of these.
     from prophy_jax.data import loader
     from prophy_jax.evaluation import validation
     from prophy_jax.plan import flops
@@ -193,10 +191,14 @@ def train(config: Any, workdir: str) -> None:
     with distributed.all_or_none():
         if config.backbone_params:
             manifest = checkpoints.check_params(
-                config.backbone_params, layout["backbone"], config.backbone_remedy
+                config.backbone_params,
+                layout["backbone"],
+                build.remedy(config, "backbone", config.backbone_params),
             )
             references["backbone_sha256"] = manifest["sha256"]
-        build.check_data(config, model, chosen)
+        build.check_validation(config, build.check_data(config, model, chosen))
+        if distributed.is_first():
+            build.warn_of_idle_losses(config, chosen)
         data = loader.make_loader(
             config.data.dir,
             "train",
@@ -236,19 +238,20 @@ def train(config: Any, workdir: str) -> None:
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)),
         )
         validate = validation.make_validation(config, model, objective, mesh)
-        write_clips = validation.make_validation_clips(config, model, objective, mesh)
+        if config.samples.every:
+            write_clips = validation.make_validation_clips(config, model, objective, mesh)
         plain_step = make_train_step(flops.plain(model), objective, chosen, optimizer, config)
         step_flops: dict[int, int] = {}  # by the tokens of a clip
 
         # 5. The loop. The state and the data position are saved together, before the data advances.
-        if first_step == 0:
+        if first_step == 0 and config.validation.every:
             values = validate(optim.merge(state.ema, frozen))
             if writer:
                 writer.write(0, values)
         stop = loop.StopSignal(first_step)
-        recent_ids: deque = deque(maxlen=config.log.every)
+        recent_ids: deque = deque(maxlen=config.log.every or None)
         window = loop.Window(first_step)
-        bar = tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not first)
+        progress = loop.Progress(config.steps, first_step, first)
         step, stopping = first_step, False
         while step < config.steps and not stopping:
             with window.waiting():
@@ -259,21 +262,21 @@ def train(config: Any, workdir: str) -> None:
             tokens = math.prod(model.backbone.grid(inputs["latents"].shape[1:]))
             if tokens not in step_flops:  # while the device is at work
                 step_flops[tokens] = flops.model_flops(plain_step, state, frozen, empty, inputs)
-            window.count(config.batch_size * tokens, step_flops[tokens])
-            bar.update()
+            window.count(config.batch_size * tokens, step_flops[tokens], values["loss/total"])
+            progress.advance(step)
 
             stopping = stop.requested(step)
             last = step == config.steps or stopping
             due = {
-                name: last or step % config[name].every == 0
-                for name in ("log", "validation", "samples", "checkpoint")
+                name: loop.is_due(step, config[name].every, last, always)
+                for name, always in (("log", 1), ("validation", 0), ("samples", 0), ("checkpoint", 1))
             }
             if not any(due.values()):
                 continue
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             loop.stop_if_not_finite(int(state.bad_step), recent_ids, saved)
             values |= window.close(step)
-            bar.set_postfix_str(f"loss {values['loss/total']:.4f}", refresh=False)
+            progress.show(step, window.mean_loss, values["time/step_s"])
             if due["validation"]:
                 values |= validate(optim.merge(state.ema, frozen))
             if due["samples"]:
@@ -288,7 +291,7 @@ def train(config: Any, workdir: str) -> None:
         # 6. What remains: the last checkpoint, and the parameters to sample with.
         data.close()
         saved.close()
-        bar.close()
+        progress.close()
         if writer:
             writer.close()
         if step < config.steps:
@@ -304,6 +307,8 @@ def train(config: Any, workdir: str) -> None:
             digest = checkpoints.save_params(os.path.join(workdir, name), trained[name], about)
             if name == "backbone":
                 references["backbone_sha256"] = digest
+        if first:
+            print(loop.describe_folder(workdir, sorted(state.ema)))
 
 
 def main(config: Any) -> None:

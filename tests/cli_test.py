@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from prophy_jax import build
+from prophy_jax.run import cli, config_check, config_help
+from prophy_jax.run.errors import UserError
+from tests.config_help_test import shipped
+from tests.conftest import ROOT, get_config
 
 COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "label", "evaluate", "plan")] + [
     "convert.wan",
@@ -15,6 +19,7 @@ COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "lab
 ]
 # Every command shows its help in less than two seconds; one of these alone may take as long.
 HEAVY = {"torch", "transformers", "tensorboardX", "grain", "av"}
+EQUALS, SPACE = ("--config=configs/wan.py:tiny",), ("--config", "configs/wan.py:tiny")
 SHOW_HELP = """
 import runpy, sys
 try:
@@ -37,6 +42,130 @@ def test_help_imports_nothing_heavy(command):
     text, imported = shown.stdout.rsplit("imported:", 1)
     assert f"python -m {command}" in text and not shown.stderr
     assert not HEAVY & set(imported.split())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("seed", -1, "choose 0 to 4294967295"),
+        ("seed", 2**64 - 1, "choose 0 to 4294967295"),
+        ("data.fps", 0, "choose 0.01 to"),
+        ("steps", -5, "choose 1 to"),
+        ("steps", 10**30, "choose 1 to"),
+        ("batch_size", 0, "choose 1 to"),
+        ("accumulation", 0, "choose 1 to"),
+        ("log.every", -1, "choose 0 to"),
+        ("label.every", 0, "choose 1 to"),
+        ("optimizer.clip", float("nan"), "nan is not a number"),
+        ("optimizer.ema", 1.5, "choose 0 to 1"),
+        ("caption_dropout", -0.1, "choose 0 to 1"),
+        ("losses.balance", float("inf"), "choose"),
+        ("backbone.num_layers", -2, "choose 0 to"),
+        ("optimizer.groups", (("branch/", -1.0),), "choose 0 to"),
+        ("validation.times", (0.2, float("nan")), "not a number"),
+        ("data.buckets", (81, 32, 32), "each in brackets of its own"),
+        ("data.buckets", ((81, 32),), "each in brackets of its own"),
+        ("data.buckets", ((81, 0, 32),), "choose 1 to"),
+        ("samples.skip", ((((((((((1,),),),),),),),),),), "brackets in brackets"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused_by_their_key(key, value, words):
+    config = get_config("tiny")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"^config.{key}=?.*{words}") as error:
+        config_check.check(config)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("flag", [("--config=mine.py",), ("--config", "{folder}/mine.py")])
+def test_the_configuration_of_the_docs_works_in_an_empty_folder(tmp_path, flag):
+    """docs/configuration.md: its file, from outside the clone."""
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    (tmp_path / "mine.py").write_text(page.split("```python\n")[1].split("```")[0])
+    shown = subprocess.run(
+        [
+            *(sys.executable, "-m", "prophy_jax.train", "--print_config"),
+            *(word.format(folder=tmp_path) for word in flag),
+        ],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "batch_size = 2 " in shown and "data.dir = 'data/mine'" in shown and "samples.every = 0 " in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("--dry-run", "--dry_run"),
+        ("--nodry-run", "--nodry_run"),
+        ("--print-config=true", "--print_config=true"),
+        ("--config.data.dir=my-clips", "--config.data.dir=my-clips"),
+        ("--prompt=a-b", "--prompt=a-b"),
+        ("--none-such", "--none-such"),
+        ("my-file", "my-file"),
+    ],
+)
+def test_both_spellings_of_a_flag_are_one(given, wanted):
+    known = ["--dry_run", "--nodry_run", "--print_config", "--prompt"]
+    assert cli.respell([given], known) == [wanted]
+    parser = cli.ArgumentParser("x", "")
+    parser.add_argument("--dry_run", action="store_true")
+    assert parser.parse_args(["--dry-run"]).dry_run and parser.parse_args(["--dry_run"]).dry_run
+
+
+def test_help_names_the_shared_flags_and_every_key_that_the_commands_read():
+    shown = subprocess.run(
+        [sys.executable, "-m", "prophy_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    for flag in ("--workdir", "--config", "--print_config", "--distributed"):
+        assert f"\n  {flag}: " in shown
+    for key, meaning in config_help.MEANINGS.items():
+        assert f"\n  --config.{key}=: {meaning}" in shown
+
+
+def test_the_remedy_for_missing_weights_names_the_folder_of_the_user():
+    config = get_config("")
+    assert "--dst=/my/weights" in build.remedy(config, "backbone", "/my/weights/transformer").split()
+    assert "--dst=/my/weights" in build.remedy(config, "backbone", "/my/weights/").split()
+    assert build.remedy(config, "backbone", config.backbone_params) == config.backbone_remedy
+    assert build.remedy(config, "backbone", None) == config.backbone_remedy
+    demo = get_config("demo")
+    assert build.remedy(demo, "backbone", "mine/run/backbone").endswith("--workdir=mine/run")
+
+
+def test_tiny_models_has_help():
+    for words, status in ((["--help"], 0), ([], 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.tiny_models", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status and "python -m tests.tiny_models DIR" in done.stdout
+        assert not done.stderr
+
+
+def test_every_shipped_configuration_and_every_switch_passes():
+    for _, config in shipped():
+        config_check.check(config)
+        for name in ("log", "checkpoint", "validation", "samples"):
+            config[name].every = 0
+        config.optimizer.clip = config.data.max_upscale = float("inf")
+        config_check.check(config)
+
+
+@pytest.mark.parametrize(
+    ("flag", "override", "words"),
+    [
+        (EQUALS, "--config.optimiser.clip=2", "; did you mean --config.optimizer.clip?"),
+        (SPACE, "--config.samples.fps=2", "; did you mean --config.data.fps?"),
+        (SPACE, "--config.zzz=2", "no such key: --config.zzz=2\n"),
+        (EQUALS, "--config.data.side=" + 3000 * '{"a":' + "1" + 3000 * "}", "..."),
+    ],
+)
+def test_wrong_overrides_get_one_line(tmp_path, flag, override, words):
+    line = refused(tmp_path, *flag, override)
+    assert words in line and len(line) < 400
 
 
 def compile_cache(**environment) -> str:

@@ -240,6 +240,19 @@ def test_report_says_what_missed_its_aim(measured, tmp_path):
     assert text.count('class="missed"') == 3 and text.count('class="met"') == 0
 
 
+def test_a_report_of_one_clip_says_not_measured(measured, tmp_path):
+    config, _, results = measured
+    one = diffusion.compare(np.full((1, len(diffusion.SIGMAS)), 1.1), np.ones((1, len(diffusion.SIGMAS))))
+    assert diffusion.no_worse(one[-1]) == "not measured"
+    results = json.loads(json.dumps(results))
+    results |= {"clips": 1, "diffusion": {"val": json.loads(json.dumps(one).replace("NaN", "null"))}}
+    results["localisation"]["mean"]["auc_after"][0] = 0.6
+    path = str(tmp_path / "report.html")
+    report.write(path, folders.config_as_json(config), results, [], {}, {})
+    text = open(path).read()
+    assert text.count("not measured") == 3 and 'class="missed"' not in text and 'class="met"' not in text
+
+
 @pytest.mark.parametrize("ablation", ["pb", "pb+reb"])
 def test_parts_that_do_not_exist_are_left_out(ablation, tiny_data, tmp_path):
     config = prepared(f"tiny,{ablation}", tiny_data, tmp_path / "run")

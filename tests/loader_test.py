@@ -6,6 +6,7 @@ B global batch, T h w latent grid, N tokens, L text length, D text width.
 import json
 import shutil
 import threading
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -177,6 +178,25 @@ def test_buckets_take_turns_in_proportion(data_dir):
     # 10 and 5 clips. Grain mixes deterministically, so any 30 batches have 20 of the first, within one.
     for start in range(0, 300, 30):
         assert abs(sum(WIDE in bucket for bucket in buckets[start : start + 30]) - 20) <= 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])  # two buckets, and one
+def test_batches_of_one_clip(data_dir, split):
+    batches = _take(loader.make_loader(data_dir, split, 1, seed=0), 60)
+    counts = Counter(clip for clips in batches for clip in clips)
+    assert set(map(len, batches)) == {1} and max(counts.values()) - min(counts.values()) <= 1
+    assert len(counts) == sum(own[split] for own in COUNTS.values())
+
+
+def test_fields_that_are_zero_in_all_clips(data_dir, unlabelled):
+    data = types.SimpleNamespace(dir=data_dir, side={})
+    fields = ("category", "alignment", "alignment_present")
+    assert loader.find_zero_fields(data, "train", fields) == (set(), 1)
+    data.dir = unlabelled
+    zero, looked = loader.find_zero_fields(data, "train", fields[1:])
+    assert zero == set(fields[1:]) and looked == 15
+    assert loader.find_zero_fields(data, "train", fields[1:], clips=4)[1] < 8
+    assert loader.find_zero_fields(data, "train", ()) == (set(), 0)
 
 
 def test_bucket_smaller_than_the_batch_repeats_within_it(data_dir):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prophy_jax import losses
 from prophy_jax.losses import prophy
 from prophy_jax.models.beside.prophy import router_statistics
 
@@ -58,6 +59,25 @@ def numerical_gradient(function, x, step=1e-6):
         down[index] -= step
         gradient[index] = (function(up) - function(down)) / (2 * step)
     return gradient
+
+
+@pytest.mark.parametrize(
+    ("clips", "zero", "idle"),
+    [
+        (2, set(), set()),
+        (1, set(), {"relative"}),
+        (2, {"category"}, {"relative", "bce"}),
+        (2, {"alignment"}, {"alignment"}),
+        (2, {"alignment", "alignment_present"}, {"alignment", "absolute_alignment"}),
+    ],
+)
+def test_a_loss_says_when_it_can_only_be_0(clips, zero, idle):
+    rows = {**losses.TABLE}
+    chosen = losses.Chosen(rows, dict.fromkeys(rows, 1.0), {}, {})
+    reasons = chosen.idle(clips, zero)
+    assert reasons.keys() == idle
+    assert all("nothing teaches" in reason and "\n" not in reason for reason in reasons.values())
+    assert not losses.Chosen(rows, dict.fromkeys(rows, 0.0), {}, {}).idle(clips, zero)
 
 
 # --- By hand ---------------------------------------------------------------------------------------

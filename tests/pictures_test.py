@@ -48,7 +48,12 @@ def test_overlay_strongest_shows_the_category_with_the_highest_peak():
     alignment[5, 3] = 0.9
     shown = pictures.overlay_strongest(clip, alignment, GRID)
     heat = pictures.tokens_to_frames(pictures.stretch(alignment[:, 3]), GRID, (9, 16, 32))
-    np.testing.assert_array_equal(shown, pictures.overlay(clip, heat))
+    np.testing.assert_array_equal(shown[:, :16], pictures.overlay(clip, heat))
+    # Below, on every frame: from the colour of what is low to that of what is high.
+    assert shown.shape == (9, 16 + pictures.LEGEND, 32, 3) and (shown[:, 16:] == shown[:1, 16:]).all()
+    assert shown[0, -1, 0].sum() < 20 and shown[0, -1, -1].sum() > 500
+    wide = [pictures.legend(320, index, 17) for index in (3, 4)]
+    assert not np.array_equal(*wide)  # it says which map
 
 
 def test_webp_is_lossless_and_keeps_time():

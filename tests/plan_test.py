@@ -231,7 +231,14 @@ def test_a_job_that_does_not_fit_is_answered_with_what_is_too_much_and_a_remedy(
     small = make_plan(Job.of(config), "h100:8", compiled=False)
     assert not small.fits
     line = table.does_not_fit(small)
-    assert "most of it" in line and "try " in line and "\n" not in line
+    assert "most of it" in line and "\n" not in line
+    config.batch_size = 512
+    large = table.does_not_fit(make_plan(Job.of(config), "h100:8", compiled=False))
+    assert "try --config.accumulation=64, which keeps the batch, or --config.backbone.remat=products" in large
+    config.accumulation = 64
+    least = make_plan(Job.of(config), "h100:8", compiled=False)
+    assert least.clips == 512 and "accumulation" not in table.does_not_fit(least)
+    config.batch_size, config.accumulation = 16, 1
     assert small.compiled is None and json.dumps(table.as_json(small))
     with pytest.raises(UserError, match="nothing fits h100:8"):
         search.search(config, "h100:8", "sample")

@@ -68,6 +68,9 @@ def save_pipeline(parts: tuple, folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__.strip())
+        sys.exit(0 if {"--help", "-h"} & set(sys.argv) else 1)
     root = pathlib.Path(sys.argv[1])
     save_pipeline(random_parts(), root / "Wan2.1")
     save_tiny_vlm(root / "Qwen2.5-VL")

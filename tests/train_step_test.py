@@ -391,6 +391,26 @@ def test_the_paper_run_fits_together_at_its_real_size():
     assert {"loss/relative", "loss/alignment", "loss/balance", "loss/diffusion"} <= metrics.keys()
 
 
+@pytest.mark.parametrize(
+    ("losses", "section", "key"),
+    [
+        (dict(alignment=0.1), "refinement", "categories"),
+        (dict(absolute_alignment=0.1), "refinement", "categories"),
+        (dict(bce=0.1), "semantic", "experts"),
+    ],
+)
+def test_parts_that_do_not_fit_the_data_are_refused_for_the_losses_that_compare_them(losses, section, key):
+    config = tiny()
+    config.losses = losses
+    config.parts.branch[section][key] = 20
+    run = build_run(config)
+    with pytest.raises(UserError, match=rf"{section}.{key}=20, the .* have 17"):
+        build.check_shapes(run.model, run.chosen, build.sizes(config, run.model))
+    config.losses = dict(relative=0.1, balance=0.1)  # which compare nothing with the categories of the data
+    run = build_run(config)
+    build.check_shapes(run.model, run.chosen, build.sizes(config, run.model))
+
+
 def test_configurations_that_do_not_fit_together_are_refused():
     cases = [
         (dict(losses=dict(relative=0.1, typo=1.0)), "typo"),

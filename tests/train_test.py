@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,39 @@ def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, tiny_data)
         assert {k: v for k, v in a.items() if k.startswith("loss")} == {
             k: v for k, v in b.items() if k.startswith("loss")
         }
+
+
+def test_a_batch_of_one_with_all_intervals_off_says_what_it_does_and_what_comes_next(tmp_path, tiny_data):
+    workdir = tmp_path / "run"
+    off = [f"--config.{name}.every=0" for name in ("checkpoint", "samples", "validation")]
+    process = command(
+        workdir, tiny_data, *off, "--config.log.every=2", "--config.steps=5", "--config.batch_size=1"
+    )
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    lines = metrics.read_metrics(workdir)
+    assert [line["step"] for line in lines] == [2, 4, 5] and saved_steps(workdir) == [5]
+    assert not (workdir / "samples").exists() and not any("validation/loss" in line for line in lines)
+    # What can only be 0 is said before the first step, once and with what it means.
+    assert output.count("warning: ") == output.count("the loss 'relative' can only be 0: ") == 1
+    assert {line["loss/relative"] for line in lines} == {0.0}
+    assert output.index("nothing teaches") < output.index("compiling the first step")
+    # No terminal: a plain line each time, with the mean of the steps since the line before.
+    shown = [float(loss) for loss in re.findall(r"^step \d/5  loss ([\d.]+)  ", output, re.MULTILINE)]
+    assert len(shown) == 3 and shown[2] == pytest.approx(lines[2]["loss/total"], abs=1e-4)
+    assert shown[0] != pytest.approx(lines[0]["loss/total"], abs=1e-4) and "\r" not in output
+    # The commands to type next are of this run.
+    assert "python -m prophy_jax.evaluate --config=configs/wan.py:tiny" in output
+    assert f"--branch={workdir}/branch" in output and f"--logdir={workdir}/tensorboard" in output
+    assert "samples " not in output.split("holds")[1].split("next:")[0]
+
+
+def test_data_without_validation_clips_are_refused_unless_they_are_not_needed(tiny_config):
+    manifest = {"counts": {"train": 4}}
+    with pytest.raises(UserError, match="no validation clips: .*--config.validation.every=0"):
+        build.check_validation(tiny_config, manifest)
+    tiny_config.validation.every = tiny_config.samples.every = 0
+    build.check_validation(tiny_config, manifest)
 
 
 @pytest.mark.slow  # compiles for two meshes; the test above resumes on one

@@ -23,6 +23,7 @@ from prophy_jax.run.errors import UserError
 # reads a whole batch, so the buffer counts batches.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 _PLACED_AHEAD = 2  # batches on the devices before they are asked for
+_EPOCHS = 10**9  # of a stream that never ends: Grain cannot mix streams of endless batches of one
 
 
 class _Bucket:
@@ -151,7 +152,7 @@ def make_loader(
         if shuffle:
             indices = indices.shuffle()
         if repeat:
-            indices = indices.repeat(None, reseed_each_epoch=True)
+            indices = indices.repeat(_EPOCHS, reseed_each_epoch=True)
         # Global batches of indices.
         batches = indices.batch(batch_size)
         if rows is not None:  # only they are read
@@ -173,6 +174,27 @@ def read_once(data: Any, split: str, batch_size: int, fields: Sequence[str]) -> 
     """`make_loader` of `config.data`, with every record of a split once, in the order on disk."""
     in_order = {"shuffle": False, "repeat": False, "side": data.side, "fields": fields}
     return make_loader(data.dir, split, batch_size, 0, **in_order)
+
+
+def find_zero_fields(
+    data: Any, split: str, fields: Sequence[str], clips: int = 64
+) -> tuple[frozenset[str], int]:
+    """Which of `fields` are zero in all clips of a split of `config.data`, by a look at some, spread over it.
+
+    Returns:
+        Their names, and at how many clips it looked. It stops when none is left.
+    """
+    zero, looked = set(fields), 0
+    buckets = _open_buckets(data.dir, split, data.side, fields) if fields else []
+    total = sum(map(len, buckets))
+    for bucket in buckets:
+        count = -(-min(clips, total) * len(bucket) // total)  # its share, rounded up
+        for index in np.unique(np.linspace(0, len(bucket) - 1, count).astype(int)):
+            if not zero:
+                return frozenset(), looked
+            found, looked = bucket.read(np.array([index])), looked + 1
+            zero -= {name for name in zero if found[name].any()}
+    return frozenset(zero), looked
 
 
 def _open_buckets(

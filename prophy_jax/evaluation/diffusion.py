@@ -98,6 +98,10 @@ def compare(loss: np.ndarray, without: np.ndarray | None = None) -> list[dict[st
     return rows
 
 
-def no_worse(row: Mapping[str, Any]) -> bool:
-    """Whether the loss is above the one without by no more than chance explains: two standard errors."""
-    return row["difference"] <= 2 * (row["standard_error"] or 0)
+def no_worse(row: Mapping[str, Any]) -> bool | str:
+    """Whether the loss is above the one without by no more than chance explains: two standard errors.
+
+    "not measured" where there is no standard error: of one clip.
+    """
+    error = row["standard_error"]
+    return "not measured" if error is None or np.isnan(error) else row["difference"] <= 2 * error

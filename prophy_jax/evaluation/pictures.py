@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
+
+LEGEND = 16  # pixels
 
 
 def choose_clips(category: np.ndarray, sizes: Sequence[int]) -> list[int]:
@@ -48,10 +50,27 @@ def overlay(frames: np.ndarray, heat: np.ndarray, opacity: float = 0.65) -> np.n
     return ((1 - alpha) * grey + alpha * colour).astype(np.uint8)
 
 
+def legend(width: int, index: int, experts: int) -> np.ndarray:
+    """uint8 (LEGEND, width, 3): the colours of `overlay` from low to high, and which map is shown."""
+    ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, width))[None, :, :3] * 255  # (1, width, 3)
+    image = Image.fromarray(ramp.astype(np.uint8).repeat(LEGEND, 0))
+    draw = ImageDraw.Draw(image)
+    draw.text((2, 2), "low", fill="white")
+    draw.text((width - 26, 2), "high", fill="black")
+    if width >= 160:  # otherwise the words would not fit
+        draw.text((width // 2, 2), f"map {index + 1} of {experts}", fill="white", anchor="ma")
+    return np.asarray(image)
+
+
 def overlay_strongest(frames: np.ndarray, alignment: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """Frames under the map of the category whose P'_r (N, E) peaks highest, over its own range."""
-    strongest = alignment[:, alignment.max(0).argmax()]
-    return overlay(frames, tokens_to_frames(stretch(strongest), grid, frames.shape[:3]))
+    """Frames (F, H, W, 3) under the map of the category whose P'_r (N, E) peaks highest, over its own range.
+
+    Returns uint8 (F, H + LEGEND, W, 3), with the `legend` below.
+    """
+    index = int(alignment.max(0).argmax())
+    shown = overlay(frames, tokens_to_frames(stretch(alignment[:, index]), grid, frames.shape[:3]))
+    below = legend(frames.shape[2], index, alignment.shape[1])[None].repeat(len(frames), 0)
+    return np.concatenate([shown, below], axis=1)
 
 
 def stretch(tokens: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ that is not listed is not computed. The diffusion loss is always there, with wei
 
 import dataclasses
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -50,6 +51,19 @@ class Chosen:
     def reference(self) -> bool:
         """Whether the model without its parts must be run too."""
         return any(loss.reference for loss in self.rows.values())
+
+    def check(self, model: Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UserError on a loss whose part does not fit the fields of a clip, of these shapes."""
+        for name, loss in self.rows.items():
+            if misfit := loss.misfit(model.parts.get(self.parts[name]), shapes):
+                raise UserError(
+                    f"config.parts.{self.parts[name]} does not fit the data, for loss {name!r}: {misfit}"
+                )
+
+    def idle(self, clips: int, zero: AbstractSet[str]) -> dict[str, str]:
+        """Why losses can only be 0, by name; `zero` are the fields that are 0 in all clips."""
+        reasons = {name: loss.idle(clips, zero) for name, loss in self.rows.items() if self.weights[name]}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def counts(self, batch: Batch) -> dict[str, Any]:
         """What the losses of a forward pass are divided by, from the whole batch."""

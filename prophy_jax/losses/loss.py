@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,9 @@ class Loss:
         count: (batch, reduction) -> what `share` divides by, of the whole batch: accumulation is exact.
         reduction: "mean" or "sum", where the configuration names none.
         reference: Whether it reads `Seen.reference`.
+        misfit: (part, shapes of `fields` of one clip) -> what does not fit together, "" if all does.
+        idle: (clips of a batch, which of `fields` are zero in all clips) -> why it can only be 0, with what
+            that means and what to do; "" if it can be more.
     """
 
     part: type[Part] | None = None
@@ -51,3 +55,5 @@ class Loss:
     count: Callable[[Batch, str], Any] = clips
     reduction: str = "sum"
     reference: bool = False
+    misfit: Callable[[Any, Mapping[str, tuple[int, ...]]], str] = lambda part, shapes: ""
+    idle: Callable[[int, AbstractSet[str]], str] = lambda clips, zero: ""

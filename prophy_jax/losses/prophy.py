@@ -6,6 +6,8 @@ Each is a function of router outputs and labels that returns an fp32 scalar. The
 B batch, N tokens, E_s semantic experts, E_r refinement experts, E_a aligned categories.
 """
 
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -116,8 +118,22 @@ def _aligned(positive: bool) -> Loss:
         """L_fine: what each token is routed to, against the token labels."""
         return alignment(seen.of_part.alignment, batch["alignment"], _mask(batch, positive), count)
 
+    def misfit(part: ProPhy, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        labels = shapes["alignment"][-1]
+        if not part.refinement or part.refinement.categories == labels:
+            return ""
+        return f"refinement.categories={part.refinement.categories}, the token labels have {labels}"
+
+    def idle(clips: int, zero: AbstractSet[str]) -> str:
+        if zero.isdisjoint({"alignment", "alignment_present"} if positive else {"alignment_present"}):
+            return ""
+        return (
+            "the clips have no token labels, so nothing teaches the branch where in a clip each category "
+            "happens; make them with prophy_jax.label and name them with --config.data.side.alignment=DIR"
+        )
+
     fields = ("alignment", "alignment_present")
-    return Loss(ProPhy, "refinement", fields, share=share, count=count, reduction="mean")
+    return Loss(ProPhy, "refinement", fields, share, count=count, reduction="mean", misfit=misfit, idle=idle)
 
 
 def _balance(seen: Seen, batch: Batch, count: Any) -> jax.Array:
@@ -126,10 +142,37 @@ def _balance(seen: Seen, batch: Batch, count: Any) -> jax.Array:
     return share * balance(seen.of_part.refinement, seen.part.refinement.top_k)
 
 
+def _misfit_of_experts(part: ProPhy, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if not part.semantic or part.semantic.experts == shapes["category"][-1]:
+        return ""
+    return f"semantic.experts={part.semantic.experts}, the clips have {shapes['category'][-1]} categories"
+
+
+def _no_categories(clips: int, zero: AbstractSet[str]) -> str:
+    if "category" not in zero:
+        return ""
+    return (
+        "the clips have no categories, so nothing teaches the semantic router which physics a prompt "
+        "implies; prepare clips that have categories"
+    )
+
+
+def _no_pairs(clips: int, zero: AbstractSet[str]) -> str:
+    if clips > 1:
+        return _no_categories(clips, zero)
+    return (
+        "it compares the clips of a batch with each other and a batch has one, so nothing teaches the "
+        "semantic router which physics a prompt implies; raise --config.batch_size and, by as much, "
+        "--config.accumulation, which takes no more memory"
+    )
+
+
 LOSSES = {
     "alignment": _aligned(positive=True),
     "absolute_alignment": _aligned(positive=False),
     "balance": Loss(ProPhy, "refinement", share=_balance),
-    "relative": Loss(ProPhy, "semantic", ("category",), whole=_relative),
-    "bce": Loss(ProPhy, "semantic", ("category",), whole=_bce),
+    "relative": Loss(ProPhy, "semantic", ("category",), whole=_relative, idle=_no_pairs),
+    "bce": Loss(
+        ProPhy, "semantic", ("category",), whole=_bce, misfit=_misfit_of_experts, idle=_no_categories
+    ),
 }

@@ -61,6 +61,7 @@ class Plan:
     mesh: dict[str, int]
     mode: str
     clips: int  # of the whole job in a step
+    at_a_time: int  # of them, those that go through the model together
     tokens: int
     attention: str
     remat: str
@@ -148,6 +149,7 @@ def make_plan(job: Job, topology: str, compiled: bool = True, traced: Traced | N
         mesh=sides,
         mode=mode,
         clips=job.clips,
+        at_a_time=job.rows,
         tokens=traced.tokens,
         attention=attention.choose(config.attention, chip.platform, model.backbone.dtype),
         remat=job.remat,

@@ -29,7 +29,9 @@ def train_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: int
     optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
     state = jax.eval_shape(functools.partial(train.new_state, optimizer=optimizer), trainable)
     layout, whole = parallel.shard_largest(state, mesh), parallel.replicated(mesh)
-    inputs = batch.shapes(build.list_fields(model, chosen), build.sizes(config, model), clips)
+    sizes = build.sizes(config, model)
+    build.check_shapes(model, chosen, sizes)
+    inputs = batch.shapes(build.list_fields(model, chosen), sizes, clips)
     step = train.make_train_step(model, build.build_objective(config), chosen, optimizer, config)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)), (
         parallel.placed(state, layout),

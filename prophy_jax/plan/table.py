@@ -68,8 +68,12 @@ def does_not_fit(plan: Plan) -> str:
     remat = [f"--config.backbone.remat={stronger}"] if stronger and plan.mode == "train" else []
     rows = plan.mesh["data"] * plan.mesh["fsdp"]
     if kind in ("activations", "temporaries"):
-        smaller = f"--config.batch_size={rows}" if plan.clips > rows else "a larger context in --mesh"
-        remedy = [*remat, smaller]
+        if plan.at_a_time == rows:
+            remedy = [*remat, "a larger context in --mesh"]
+        elif plan.mode == "train":  # the least that keeps the batch
+            remedy = [f"--config.accumulation={plan.clips // rows}, which keeps the batch,", *remat]
+        else:
+            remedy = [f"--config.batch_size={rows}"]
     else:
         remedy = ["a larger fsdp in --mesh", *remat] if plan.mode == "train" else ["a chip with more memory"]
     return (

@@ -1,14 +1,17 @@
 """How every command reads its arguments and answers bad input: one line on stderr, exit status 1."""
 
 import argparse
+import contextlib
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from absl import flags, logging
 
+from prophy_jax.run import config_check
 from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import RENAMED
 
@@ -27,8 +30,23 @@ class ArgumentParser(argparse.ArgumentParser):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(respell(words, self._option_string_actions), namespace)
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
+
+
+def respell(words: Sequence[str], known: Container[str]) -> list[str]:
+    """Words of a command line with --dry-run and --dry_run both as the one that is `known`."""
+
+    def one(word: str) -> str:
+        name, equals, value = word.partition("=")
+        other = name[:2] + (name[2:].replace("-", "_") if "-" in name[2:] else name[2:].replace("_", "-"))
+        return other + equals + value if name[:2] == "--" and name not in known and other in known else word
+
+    return [one(word) for word in words]
 
 
 def run(
@@ -52,11 +70,12 @@ def run(
     if distributed:
         flags.DEFINE_string("distributed", None, DISTRIBUTED)
     if set(HELP) & set(sys.argv[1:]):
-        print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        print(_help(description))
         return
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
         config = _parse()
+        config_check.check(config)
         if flags.FLAGS.print_config:
             from prophy_jax.run import config_help
 
@@ -71,6 +90,24 @@ def run(
 
         with job(where):
             main(config)
+
+
+def _help(description: str) -> str:
+    """The description of a command, its flags, and the keys of its configuration with what they mean."""
+    from prophy_jax.run.config_help import MEANINGS
+
+    shared = ("config", "print_config", "distributed")  # defined here, for all commands
+    common = [f"  --{name}: {flags.FLAGS[name].help}" for name in shared if name in flags.FLAGS]
+    own = flags.FLAGS.main_module_help()
+    keys = [f"  --config.{key}=: {meaning}" for key, meaning in MEANINGS.items()]
+    return "\n".join(
+        [
+            f"{description.strip()}\n\nFlags:\n{own}\n\nof every command:",
+            *common,
+            "\nKeys of the configuration (--print_config: all of yours, also of the backbone and the parts):",
+            *keys,
+        ]
+    )
 
 
 def _keep_compiled() -> None:
@@ -102,8 +139,42 @@ def _find_configuration() -> None:
         sys.path.append(os.path.dirname(os.path.dirname(file)))
 
 
+def _nearest(name: str) -> str:
+    """What an unknown config.KEY was probably meant to be, as the end of a sentence; "" without a guess."""
+    from prophy_jax.run import config_help
+
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, flags.Error):
+        keys = [f"config.{key}" for key, _ in config_help.list_keys(_load_alone())]
+        found = difflib.get_close_matches(name, keys, 1, 0.75)
+        same = [key for key in keys if key.split(".")[-1] == name.split(".")[-1]]  # in another table
+        if same or found:
+            return f"; did you mean --{(same or found)[0]}?"
+    return ""
+
+
+def _load_alone() -> Any:
+    """The configuration that --config names, without overrides."""
+    from ml_collections import config_flags
+
+    program, *words = whole = sys.argv
+    values = flags.FlagValues()
+    place = next(i for i, word in enumerate(words) if re.match("--?config(=|$)", word))
+    config_flags.DEFINE_config_file("config", None, flag_values=values)
+    try:
+        sys.argv = [
+            program,
+            *words[place : place + (1 if "=" in words[place] else 2)],
+        ]  # it reads overrides here
+        values(sys.argv)
+        return values.config
+    finally:
+        sys.argv = whole
+
+
 def _parse() -> Any:
     _find_configuration()
+    names = [f"--{off}{name}" for name in flags.FLAGS for off in ("", "no")]
+    sys.argv[1:] = respell(sys.argv[1:], names)
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
         config = flags.FLAGS.config
@@ -116,10 +187,13 @@ def _parse() -> Any:
         key = re.search(r"\w+", str(error)).group()
         override = next((word for word in sys.argv if f".{key}" in word.split("=")[0]), key)
         now = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}.get(key)
-        hint = f"; it is --config.{now} now" if now else ""
+        hint = f"; it is --config.{now} now" if now else _nearest(override.split("=")[0].lstrip("-"))
         raise UserError(f"the configuration has no such key: {override}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{error}; see --help") from error
+        text = str(error)
+        raise UserError(f"{text if len(text) < 300 else text[:300] + '...'}; see --help") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        raise UserError("an argument cannot be read, it has too many brackets: fix it; see --help") from error
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
     if config is None:

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import re
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from prophy_jax.run.checkpoints import TrainCheckpoints
 from prophy_jax.run.errors import UserError
@@ -22,6 +27,7 @@ class Window:
     def open(self, step: int) -> None:
         self._step, self._start, self._wait = step, time.perf_counter(), 0.0
         self._tokens = self._flops = 0
+        self._losses: list[jax.Array] = []  # on the devices: reading one would wait for its step
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -29,8 +35,14 @@ class Window:
         yield
         self._wait += time.perf_counter() - before
 
-    def count(self, tokens: int, flops: int) -> None:
+    def count(self, tokens: int, flops: int, loss: jax.Array) -> None:
         self._tokens, self._flops = self._tokens + tokens, self._flops + flops
+        self._losses = [*self._losses[-999:], loss]
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the steps of the window, the last thousand at most."""
+        return float(np.mean(jax.device_get(self._losses)))
 
     def close(self, step: int) -> dict[str, float]:
         steps, seconds = step - self._step, time.perf_counter() - self._start
@@ -40,6 +52,66 @@ class Window:
             "speed/tokens_per_s": self._tokens / seconds,
             "speed/model_tflop_per_s": self._flops / seconds / 1e12,
         }
+
+
+def is_due(step: int, every: int, last: bool, always: bool) -> bool:
+    """Whether something happens after `step`: every so many steps and at the last.
+
+    With `every` of 0 it never does, or only at the last step when the run needs it (`always`).
+    """
+    return last and bool(every or always) or bool(every) and step % every == 0
+
+
+class Progress:
+    """What the first process says on stderr: a bar, or, where that is no terminal, plain lines."""
+
+    def __init__(self, steps: int, first_step: int, first: bool) -> None:
+        self._steps, self._first_step, self._first = steps, first_step, first
+        self._plain = not sys.stderr.isatty()
+        if first and first_step < steps:
+            print("compiling the first step (about a minute)", file=sys.stderr, flush=True)
+        hidden = self._plain or not first
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, disable=hidden)
+
+    def advance(self, step: int) -> None:
+        self._bar.update()
+
+    def show(self, step: int, loss: float, seconds: float) -> None:
+        """Shows the mean loss of the steps since it was shown last, and the seconds that a step took."""
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        if self._first and self._plain:
+            text = f"step {step}/{self._steps}  loss {loss:.4f}  {seconds:.3g} s a step"
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def describe_folder(workdir: str, trained: Sequence[str]) -> str:
+    """What a finished run has written where, and what to do with it."""
+    meanings = {
+        "metrics.jsonl": "losses, gradients, routers and times, a JSON line each time",
+        "tensorboard": f"the same as curves: tensorboard --logdir={os.path.join(workdir, 'tensorboard')}",
+        "samples": "sample clips above the real ones",
+        "checkpoints": "to resume from",
+        **{name: "trained parameters (EMA)" for name in trained},
+    }
+    there = {name: text for name, text in meanings.items() if os.path.exists(os.path.join(workdir, name))}
+    width = max(map(len, there))
+    parts = [f"--branch={os.path.join(workdir, name)}" for name in trained if name != "backbone"]
+    backbone = [f"--checkpoint={os.path.join(workdir, 'backbone')}"] if "backbone" in trained else []
+    folders = " ".join(backbone + parts)
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)  # --config FILE is two words
+    chosen = shlex.join(word for last, word in pairs if re.match("--?config", word) or last == "--config")
+    return "\n".join(
+        [
+            f"done: {workdir} holds",
+            *(f"  {name:<{width}}  {text}" for name, text in there.items()),
+            "next:",
+            f'  python -m prophy_jax.sample {chosen} {folders} --prompt="..." --out=samples',
+            f"  python -m prophy_jax.evaluate {chosen} --workdir={workdir}",
+        ]
+    )
 
 
 class StopSignal:

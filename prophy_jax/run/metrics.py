@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 
 from prophy_jax.run.workdir import write_atomically
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
+    """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard.
 
     A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
     checkpoint, so that every step stands once.
@@ -27,12 +28,28 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        for name, value in summarised(values).items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def summarised(values: Mapping[str, float]) -> dict[str, float]:
+    """Values of a numbered series (load_0, load_1, ...) as its least and its largest; others as they are."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        series = re.fullmatch(r"(.+)_\d+", name)
+        if series:
+            least, largest = f"{series[1]}_min", f"{series[1]}_max"
+            found |= {
+                least: min(value, found.get(least, value)),
+                largest: max(value, found.get(largest, value)),
+            }
+        else:
+            found[name] = value
+    return found
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:

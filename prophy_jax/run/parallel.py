@@ -40,8 +40,9 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
         raise UserError(f"mesh={dict(shape)} does not fit {count} devices: fix config.mesh")
     if batch_size % (sizes[0] * sizes[1]):
         raise UserError(
-            f"batch of {batch_size} does not divide over data x fsdp = {sizes[0] * sizes[1]}: "
-            "fix config.batch_size, config.accumulation or config.mesh"
+            f"a batch of {batch_size} clips at a time (config.batch_size / config.accumulation) does not "
+            f"divide over data x fsdp = {sizes[0] * sizes[1]}: lower config.accumulation, raise "
+            "config.batch_size or change config.mesh"
         )
     # `jax.make_mesh` refuses an axis of 8 on a torus of 4x4x4 or 16x16.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

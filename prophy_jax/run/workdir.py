@@ -19,7 +19,10 @@ _ENCODERS = ("codec", "text_encoder")
 # that do not.
 IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # A run of prophy_jax.train, which resumes only what is equal in all of these.
-    "train": (("",), ("mesh", "attention", "log", "checkpoint", "samples", "label", "label_check")),
+    "train": (
+        ("",),
+        ("mesh", "accumulation", "attention", "log", "checkpoint", "samples", "label", "label_check"),
+    ),
     # What a finished run learned: any number of steps, on any data.
     "model": (("backbone", "parts", "objective", "losses", "reduction", *_ENCODERS), ()),
     # Records of prophy_jax.prepare.

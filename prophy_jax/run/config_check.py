@@ -1,0 +1,78 @@
+"""Refuses values of a configuration that no run can have, before anything is read or written."""
+
+import fnmatch
+import math
+from typing import Any
+
+from prophy_jax.run.errors import UserError
+
+INT32 = 2**31 - 1
+# Key -> the least and the largest number that it may be, or that each number of it may be; the first match
+# counts.
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),  # what all random generators take
+    "data.seed": (0, 2**63 - 1),
+    "data.sandbox.seed": (0, 2**63 - 1),
+    "label_check.seed": (0, 2**63 - 1),
+    "label.every": (1, INT32),
+    "*.every": (0, INT32),  # 0: never
+    "data.subset": (0, INT32),
+    "data.sandbox.*": (0, INT32),
+    "data.val_share": (0, 1),
+    "caption_dropout": (0, 1),
+    "data.fps": (0.01, 10_000),
+    "label_check.fps": (0.01, 10_000),
+    "data.buckets": (1, INT32),
+    "data.max_upscale": (0.01, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.ema": (0, 1),
+    "optimizer.warmup": (0, INT32),
+    "optimizer.clip": (1e-30, math.inf),
+    "optimizer.*": (0, 1e38),
+    "losses.*": (-1e38, 1e38),
+    "mesh.*": (-1, INT32),
+    "backbone.*": (0, math.inf),
+    "parts.*": (0, math.inf),
+    "validation.times": (0, 1),
+    "samples.skip": (1, INT32),
+    "samples.guidance": (-1e6, 1e6),
+    **dict.fromkeys(
+        ("steps", "batch_size", "accumulation", "data.*", "samples.clips", "samples.steps"), (1, INT32)
+    ),
+    **dict.fromkeys(("validation.batches", "validation.batch_size", "checkpoint.keep"), (1, INT32)),
+}
+
+
+def check(config: Any) -> None:
+    """Raises UserError on NaN, on a number out of its limits, and on buckets of another form."""
+    from prophy_jax.run.config_help import list_keys
+
+    for key, value in list_keys(config):
+        limits = next((LIMITS[pattern] for pattern in LIMITS if fnmatch.fnmatchcase(key, pattern)), None)
+        for number in _numbers(value, key):
+            if math.isnan(number):
+                raise UserError(f"config.{key}={_short(value)} is not a number: fix it")
+            if limits and not limits[0] <= number <= limits[1]:
+                least, most = (f"{limit:.10g}" for limit in limits)
+                raise UserError(f"config.{key}={_short(value)}: choose {least} to {most}")
+    buckets = config.get("data", {}).get("buckets", ())
+    if any(not isinstance(one, tuple | list) or len(one) != 3 for one in buckets):
+        raise UserError(
+            f"config.data.buckets={_short(buckets)}: list (frames, height, width), each in brackets of its "
+            "own, such as --config.data.buckets='((49, 480, 832),)'"
+        )
+
+
+def _numbers(value: Any, key: str, depth: int = 0) -> list[float]:
+    """All numbers in a value, also in the sequences of it."""
+    if isinstance(value, tuple | list):
+        if depth > 8:
+            raise UserError(f"config.{key}: brackets in brackets in brackets, {depth} deep: fix it")
+        return [number for one in value for number in _numbers(one, key, depth + 1)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."
