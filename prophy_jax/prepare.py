@@ -5,8 +5,9 @@
 
 SOURCE is a folder of WISA-80K, a table of videos and captions, or a folder of videos with a text beside each
 (docs/data.md); several may be given, and --val=SOURCE names one's own validation clips. `config.data` says
-which clips are taken, and into which sizes and lengths (buckets) they are cropped; `config.codec` encodes the videos and `config.text_encoder` the captions. Without --source
-it draws the clips of `config.data.sandbox`, and stores their exact token masks as alignment labels.
+which clips are taken, and into which sizes and lengths (buckets) they are cropped; `config.codec` encodes the
+videos and `config.text_encoder` the captions. Without --source it draws the clips of `config.data.sandbox`,
+and stores their exact token masks as alignment labels.
 
 Any number of processes may share the work, and any of them may be stopped and started again: those of one job
 with --distributed, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped, counted
