@@ -24,6 +24,7 @@ T h w token grid, N = T h w tokens, P phenomena of a clip, T' H' W' grid of the 
 import hashlib
 import itertools
 import json
+import re
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,12 +146,20 @@ def preview(
         [answers] = labelling.ask(model, [clip.frames], [clip.category], view, reading)
         maps = labelling.make_targets(answers, view, config.label)
         names = [PHENOMENA[e] for e in np.flatnonzero(clip.category)]
-        path = out / f"{file.split}-{clip.id}.mp4"
+        path = out / f"{file.split}-{file_name(clip.id)}.mp4"
         video.write_mp4(path, draw(clip.frames, names, maps, view.grid), prepared.fps)
         questions = [*(QUESTIONS[name] for name in names), BACKGROUND]
         lines = [f"{q}\n    {answer.text}\n" for q, answer in zip(questions, answers, strict=True)]
         path.with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
         print(f"wrote {path}: {', '.join(names)}", flush=True)
+
+
+def file_name(clip_id: str) -> str:
+    """A name for files of a clip: its id, unless that holds what no name should, such as "/", or is long."""
+    if re.fullmatch(r"\w[\w.-]{0,99}", clip_id, re.ASCII):
+        return clip_id
+    digest = hashlib.sha256(clip_id.encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', clip_id)[-60:].strip('_')}-{digest[:8]}"
 
 
 def check(config: ConfigDict, model_folder: str | Path, out: str | Path) -> dict[str, Any]:

@@ -3,10 +3,11 @@
     python -m prophy_jax.prepare --config=configs/wan.py --source=WISA --out=DIR
     python -m prophy_jax.prepare --config=configs/wan.py:demo                     # the sandbox
 
-SOURCE is a folder of WISA-80K, or a CSV or JSONL file of videos and captions (`prophy_jax.data.sources`);
-several may be given. `config.data` says which clips are taken, and into which sizes and lengths (buckets)
-they are cropped; `config.codec` encodes the videos and `config.text_encoder` the captions. Without --source
-it draws the clips of `config.data.sandbox`, and stores their exact token masks as alignment labels.
+SOURCE is a folder of WISA-80K, a table of videos and captions, or a folder of videos with a text beside each
+(docs/data.md); several may be given, and --val=SOURCE names one's own validation clips. `config.data` says
+which clips are taken, and into which sizes and lengths (buckets) they are cropped; `config.codec` encodes the
+videos and `config.text_encoder` the captions. Without --source it draws the clips of `config.data.sandbox`,
+and stores their exact token masks as alignment labels.
 
 Any number of processes may share the work, and any of them may be stopped and started again: those of one job
 with --distributed, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped, counted
@@ -59,6 +60,7 @@ def prepare(
     out: str | Path | None = None,
     process: tuple[int, int] = (0, 1),
     dry_run: bool = False,
+    validation: Sequence[str | Path] = (),
 ) -> dict[str, Any] | None:
     """Makes this process's share of a folder of training records (see `prophy_jax.data.records`).
 
@@ -68,6 +70,7 @@ def prepare(
         out: the folder to make, or to resume; None is `config.data.dir`.
         process: (i, P), which of how many processes this is.
         dry_run: only list the clips and print statistics.
+        validation: further sources, whose clips make the validation split.
 
     Returns:
         The manifest, as in `out`/manifest.json; None when other processes are still at work, or on a dry run.
@@ -76,7 +79,9 @@ def prepare(
         UserError: the folder is of something else, the sources are not usable, or no clip can be read.
     """
     # 1. What there is, and what is taken.
-    source, splits = list_clips(config.data, sources)
+    if validation and not sources:
+        raise UserError("--val names validation clips, but no --source those to train on")
+    source, splits = list_clips(config.data, sources, validation)
     if dry_run:
         if sources:
             print(statistics.table(statistics.summarise(source)))
@@ -115,20 +120,27 @@ def prepare(
     progress.report()
 
     # 4. The last process to be done puts the folder together.
-    paths = [str(Path(path).resolve()) for path in sources]
+    paths = [str(Path(path).resolve()) for path in (*sources, *validation)]
     manifest = job.finish(lambda reports: describe(out, config, paths, source, reports, grids, text_encoder))
     if manifest is not None:
         print_summary(out, manifest)
     return manifest
 
 
-def list_clips(data: ConfigDict, paths: Sequence[str | Path]) -> tuple[Source, dict[str, list[Clip]]]:
-    """The source, and split -> clips: `data.subset` of them (0: all), drawn by `data.seed`."""
+def list_clips(
+    data: ConfigDict, paths: Sequence[str | Path], validation: Sequence[str | Path] = ()
+) -> tuple[Source, dict[str, list[Clip]]]:
+    """The source, and split -> clips: `data.subset` of them (0: all), drawn by `data.seed`.
+
+    All clips of the sources `validation` are taken, and are not counted in the subset.
+    """
     if not paths:
         source = draw_sandbox(data)
         return source, split_clips(source.clips, 0.0, data.seed)
-    source = read_sources(paths, data.categories)
-    clips = choose(source.clips, data.subset or None, data.seed)
+    source = read_sources(paths, data.categories, validation)
+    own = [clip for clip in source.clips if clip.source < len(paths)]
+    clips = choose(own, data.subset or None, data.seed)
+    clips += [clip for clip in source.clips if clip.source >= len(paths)]
     return source, split_clips(clips, data.val_share, data.seed)
 
 
@@ -456,12 +468,13 @@ def main(config: ConfigDict) -> None:
         import jax
 
         process = (jax.process_index(), jax.process_count())
-    prepare(config, options.source, options.out, process, options.dry_run)
+    prepare(config, options.source, options.out, process, options.dry_run, options.val)
 
 
 if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
     flags.DEFINE_multi_string("source", [], "Folder or file of captioned videos; without it, the sandbox.")
+    flags.DEFINE_multi_string("val", [], "Folder or file of one's own validation clips; none is drawn then.")
     flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
     flags.DEFINE_bool("dry_run", False, "Only list the clips and print statistics.")

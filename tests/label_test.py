@@ -270,6 +270,34 @@ def test_preview(prepared, model_folder, tmp_path):
     assert QUESTIONS["melting"] in text and BACKGROUND in text
 
 
+def test_an_id_is_never_a_file_name():
+    ids = [
+        "clip0",
+        "../../etc/x",
+        "..",
+        "a/b",
+        "a_b",
+        "dogs/0001.mp4",
+        "x" * 300,
+        "\u00e9t\u00e9",
+        "a\0b",
+        "/a",
+        "",
+    ]
+    names = [label.file_name(clip_id) for clip_id in ids]
+    assert names[0] == "clip0" and names[4] == "a_b" and len(set(names)) == len(ids)
+    assert all(0 < len(name) <= 100 and not set(name) & set("/\\\0") for name in names)
+
+
+def test_preview_stays_in_its_folder(prepared, model_folder, tmp_path, monkeypatch):
+    read = label.PreparedClips.read
+    renamed = lambda self, *place: read(self, *place)._replace(id="../../outside/x")  # noqa: E731
+    monkeypatch.setattr(label.PreparedClips, "read", renamed)
+    label.preview(get_config(), model_folder, prepared[1], tmp_path / "deep" / "p", 1)
+    assert sorted(path.name for path in tmp_path.rglob("*"))[0:2] == ["deep", "p"]
+    assert len(list((tmp_path / "deep" / "p").iterdir())) == 2
+
+
 def test_drawing_shows_a_map_where_it_is():
     frames = np.full((5, 32, 32, 3), 100, np.uint8)
     maps = np.full((1, 2, 4, 4), -1, np.float16)

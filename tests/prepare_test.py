@@ -234,7 +234,7 @@ def test_single_labels_subset_and_seed(tmp_path):
 
 def test_buckets_of_aspect_and_length(tmp_path):
     source = _wisa(tmp_path / "wisa", 4, frames=9, sizes=((48, 64), (64, 48)))
-    config = _config(tmp_path / "out", height=24, width=32, buckets=((9, 24, 32), (5, 32, 24)), val_share=0.0)
+    config = _config(tmp_path / "out", height=24, width=32, buckets=((9, 24, 32), (5, 32, 24)))
     manifest = prepare(config, [source])
     assert manifest["buckets"]["9x24x32"]["latent_shape"] == [3, 6, 8, 16]
     assert {bucket: sum(found["counts"].values()) for bucket, found in manifest["buckets"].items()} == {
@@ -273,6 +273,31 @@ def test_bad_videos_are_skipped_and_listed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "skipped: 7" in printed and all(reason in printed for reason in reasons.values())
     assert "so that they overlap" in printed
+
+
+def test_own_validation_clips(tmp_path):
+    """All of them validate, whatever the subset, and none is drawn from the others."""
+    source = _wisa(tmp_path / "wisa", 6)
+    own = _wisa(tmp_path / "own", 5)
+    (own / "videos" / "clip4.mp4").unlink()
+    for index in range(3):  # other videos than those of the source
+        grey = np.full((8, 48, 64, 3), 20 * index + 150, np.uint8)
+        video.write_mp4(own / "videos" / f"clip{index}.mp4", grey, fps=8)
+    config = _config(tmp_path / "out", subset=3, val_share=0.5)
+    manifest = prepare(config, [source], validation=[own])
+    assert manifest["counts"] == {"train": 3, "val": 4} and len(manifest["sources"]) == 2
+    stored = {name: _read(tmp_path / "out", name) for name in ("train", "val")}
+    assert {record["source"] for record in stored["train"]} == {0}
+    assert {record["source"] for record in stored["val"]} == {1}
+    assert "clip3" not in _ids(tmp_path / "out", "train")  # it is clip3 of the validation clips too
+    with pytest.raises(UserError, match="--val names validation clips, but no --source"):
+        prepare(config, validation=[own])
+
+
+def test_no_validation_share(tmp_path, capsys):
+    manifest = prepare(_config(tmp_path / "out", val_share=0.0), [_wisa(tmp_path / "wisa", 4)])
+    assert _ids(tmp_path / "out", "train") == [f"clip{index}" for index in range(4)]
+    assert manifest["stand_in"] == ["val"] and "so that they overlap" in capsys.readouterr().out
 
 
 def test_captions_that_do_not_fit_are_listed(tmp_path):

@@ -124,7 +124,7 @@ def test_everything_not_understood_is_reported(tmp_path):
     assert report.skipped == [
         ("good", "second record of this video; the first is used"),
         ("missing", "missing: no video missing.mp4"),
-        ("mute", "no caption"),
+        ("mute", "no caption: record 3"),
         ("passwd", "missing: no video passwd"),
         ("twins", "ambiguous: 2 different videos are called twins.mp4"),
         ("record 10", "no video name"),
@@ -322,21 +322,33 @@ def test_jsonl(tmp_path):
     source = sources.read_sources(tmp_path, categories="label")
     assert ids(source) == ["7"]
     np.testing.assert_array_equal(source.clips[0].category, taxonomy.multi_hot(["reflection", "refraction"]))
-    assert source.report.skipped == [("b", "no caption"), ("record 2", "no video name")]
+    assert source.report.skipped == [
+        ("b", "no caption: line 3 of clips.jsonl"),
+        ("line 5 of clips.jsonl", "no video name"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"caption,path\nA,b.mp4\n", "no column for the video: .*videopath.*found caption, path"),
+        ("a.csv", b"caption,clip\nA,b.mp4\n", "no column for the video: .*videopath.*found caption, clip"),
+        (
+            "a.csv",
+            b"x,y\nA,b.mp4\n",
+            "no column for the video: .*, and no column for the caption: .*found x, y",
+        ),
+        ("a.csv", b"video,caption, Caption\na.mp4,A,B\n", "two columns 'caption'"),
+        ("a.csv", b'video,"cap"tion\na.mp4,A\n', "is not a CSV file .line 1 of a.csv has a wrong quote"),
+        ("a.csv", b"video,caption\na.mp4,A, B\n", "line 2 of a.csv has more cells than columns, 3 of 2"),
         ("a.csv", b"video\nb.mp4\n", "no column for the caption: .*text; found video"),
         ("a.csv", b"video;caption\nb.mp4;A\n", "no column for the video"),
-        ("a.csv", b'video,caption\na.mp4,"never closed\nb.mp4,B\n', "is not a CSV file"),
+        ("a.csv", b'video,caption\na.mp4,"never closed\n', "is not a CSV file"),
         ("a.csv", b"video,caption\na.mp4,\xff\xfe\n", "is not a CSV file .*utf-8"),
         ("a.csv", b"", "lists no records"),
         ("a.csv", b"video,caption\n", "lists no records"),
-        ("a.jsonl", b'{"video": "a.mp4", "caption": "A"}\n{oops\n', "is not a JSONL file .*line 2"),
-        ("a.jsonl", b"[1, 2]\n", "is not a JSONL file .*line 1 is not an object"),
+        ("a.jsonl", b"\n{oops\n", "is not a JSONL file .*line 2"),
+        ("a.json", b'[{"video": "a.mp4", "caption": ""}]', "none of the 1 records .*no caption: record 0.$"),
+        ("a.jsonl", b"[1, 2]\n", "is not a JSONL file .*line 1 of a.jsonl is not an object"),
         ("a.jsonl", b'{"video": "a.mp4"}\n', "no column for the caption"),
         ("a.jsonl", b"\n", "lists no records"),
     ],
@@ -355,6 +367,165 @@ def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
     assert sources.read_sources(tmp_path).clips[0].caption == "half ? of a pair"
 
 
+# ---- rows that are wrong ------------------------------------------------------------------------
+
+WRONG_ROWS = [
+    b"a.mp4,A",
+    b"b.mp4,a red ball, bouncing on the floor, slowly",  # line 3
+    b'c.mp4,"Hello" he said',
+    b'd.mp4,"never closed',
+    b'e.mp4,"two\nlines, and a comma"',  # lines 6 and 7
+    b"f.mp4,\xe9t\xe9",
+    b"g.mp4",
+    b'h.mp4,"' + b"word " * 60_000 + b'"',  # 300,000 characters
+    b"i.mp4,I,,",  # nothing is lost
+]
+
+
+def test_a_wrong_row_of_a_csv_is_listed_and_the_others_are_used(tmp_path):
+    videos = {f"{name}.mp4": name.encode() for name in "abcdefghi"}
+    write_files(tmp_path, videos | {"clips.csv": b"\n".join([b"video,caption", *WRONG_ROWS])})
+    source = sources.read_sources(tmp_path)
+    assert [clip.caption for clip in source.clips] == [
+        "A",
+        "two\nlines, and a comma",
+        source.clips[2].caption,
+        "I",
+    ]
+    assert ids(source) == ["a", "e", "h", "i"] and len(source.clips[2].caption) == 299_999
+    assert source.report.records == 9
+    problems = {name: reason for name, reason in source.report.skipped}
+    assert list(problems) == [*(f"line {number} of clips.csv" for number in (3, 4, 5, 8)), "g"]
+    for number, problem in {3: "more cells than columns, 4 of 2", 4: "wrong quote", 5: "wrong quote"}.items():
+        assert problem in problems[f"line {number} of clips.csv"]
+    assert "0xe9) that is not utf-8" in problems["line 8 of clips.csv"]
+    assert problems["g"] == "no caption: line 9 of clips.csv"
+    assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+def test_a_wrong_record_of_json_is_listed_and_the_others_are_used(tmp_path):
+    lines = [b'{"video": "b.mp4"}', b'{"video": "a.mp4", "caption": "A"}', b"{oops", b"[1]", b"\xff"]
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "clips.jsonl": b"\n".join(lines)})
+    source = sources.read_sources(tmp_path)
+    assert ids(source) == ["a"]
+    assert [name for name, _ in source.report.skipped] == [
+        *("b", "line 3 of clips.jsonl", "line 4 of clips.jsonl", "line 5 of clips.jsonl"),
+    ]
+    (tmp_path / "clips.json").write_text('[7, {"file_path": "b.mp4"}, {"file_path": "a.mp4", "text": "A"}]')
+    source = sources.read_sources(tmp_path / "clips.json")
+    assert ids(source) == ["a"]
+    assert source.report.skipped == [("record 0", "is not an object {...}"), ("b", "no caption: record 1")]
+
+
+# ---- captions as people have them ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "video,prompt\n1/a.mp4,A\n2/a.mp4,B\n"),  # DiffSynth-Studio
+        ("metadata.csv", "file_name,text\n1/a.mp4,A\n2/a.mp4,B\n"),  # its older form
+        ("metadata.json", '[{"video": "1/a.mp4", "prompt": "A"}, {"video": "2/a.mp4", "prompt": "B"}]'),
+        ("data.csv", "path,text\n1/a.mp4,A\n2/a.mp4,B\n"),  # Open-Sora
+        ("data.csv", "file_path,text,type\n1/a.mp4,A,video\n2/a.mp4,B,video\n"),  # VideoX-Fun
+        ("data.json", '[{"file_path": "1/a.mp4", "text": "A"}, {"file_path": "2/a.mp4", "text": "B"}]'),
+        # musubi-tuner: absolute paths, of the machine that the file was written on.
+        ("data.jsonl", '{"video_path": "/home/x/1/a.mp4", "caption": "A"}\n'
+                       '{"video_path": "/home/x/2/a.mp4", "caption": "B"}\n'),
+    ],
+)  # fmt: skip
+def test_tables_of_other_trainers(tmp_path, name, content):
+    write_files(tmp_path, {name: content.encode(), "1/a.mp4": b"1", "2/a.mp4": b"2", "a.mp4": b"3"})
+    source = sources.read_sources(tmp_path)
+    found = [(clip.id, clip.video, clip.caption) for clip in source.clips]
+    assert found == [("a", "1/a.mp4", "A"), ("2/a.mp4", "2/a.mp4", "B")] and not source.report.skipped
+
+
+def test_two_files_of_lines(tmp_path):
+    """finetrainers' form."""
+    videos = {"videos/a.mp4": b"1", "videos/b.mp4": b"2", "videos/c.mp4": b"3"}
+    texts = {
+        "videos.txt": b"videos/a.mp4\r\nvideos/b.mp4\nvideos/c.mp4\n",
+        "prompts.txt": b"A, yes.\n\nC\n\n",
+    }
+    write_files(tmp_path, videos | texts)
+    for named in (tmp_path, tmp_path / "videos.txt"):
+        source = sources.read_sources(named)
+        assert [(clip.id, clip.caption) for clip in source.clips] == [("a", "A, yes."), ("c", "C")]
+        assert source.report.skipped == [("b", "no caption: line 2 of videos.txt")]
+    (tmp_path / "prompts.txt").write_bytes(b"A\nB\n")
+    with pytest.raises(
+        UserError, match="videos.txt has 3 lines, but prompts.txt has 2; each video needs one"
+    ):
+        sources.read_sources(tmp_path)
+    (tmp_path / "prompts.txt").unlink()
+    with pytest.raises(UserError, match="videos.txt has no prompts.txt beside it"):
+        sources.read_sources(tmp_path)
+
+
+def test_captions_beside_the_videos(tmp_path):
+    files = {
+        **{"cats/1.mp4": b"1", "cats/1.txt": b"\xef\xbb\xbfA cat,\nasleep.\n", "cats/1.png": b"its cover"},
+        **{"dogs/1.MOV": b"2", "dogs/1.TXT": "A dög.".encode("utf-16"), "._1.mp4": b"x", "._1.txt": b"x"},
+        **{
+            "bare.mp4": b"3",
+            "latin.mp4": b"4",
+            "latin.txt": b"\xe9",
+            "still.jpg": b"5",
+            "still.txt": b"A still.",
+        },
+        **{"README.txt": b"no clip"},
+    }
+    write_files(tmp_path, files)
+    zipped(tmp_path / "more.zip", {"in/z.mp4": b"6", "in/z.txt": b"Zipped."})
+    source = sources.read_sources(tmp_path)
+    assert {clip.id: clip.caption for clip in source.clips} == {
+        **{"still": "A still.", "1": "A cat,\nasleep.", "dogs/1.MOV": "A dög.", "z": "Zipped."},
+    }
+    assert [name for name, _ in source.report.skipped] == ["bare", "latin.txt"]
+    assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+def test_a_split_column_is_obeyed(tmp_path):
+    splits = ["train", "Validation", "test", "", "holdout", "val"]
+    rows = [["video", "caption", "split"], *([f"{k}.mp4", "x", split] for k, split in enumerate(splits))]
+    source = sources.read_sources(plain(tmp_path, rows, {f"{k}.mp4": b"%d" % k for k in range(6)}))
+    assert [clip.split for clip in source.clips] == ["train", "val", "test", "", "val"]
+    assert source.report.skipped == [
+        ("4", "unknown split: line 6 of clips.csv has 'holdout', expected train, val or test")
+    ]
+    found = sources.split_clips(source.clips, 0.9, 0)
+    assert {split: [clip.id for clip in own] for split, own in found.items()} == {
+        **{"train": ["0", "3"], "val": ["1", "5"], "test": ["2"]},
+    }
+
+
+def test_names_in_other_forms(tmp_path):
+    """Accents decomposed as macOS does, another case of the ending, none, an old code page in a zip."""
+    decomposed, composed = "e\u0301te\u0301", "\u00e9t\u00e9"
+    write_files(tmp_path, {f"{decomposed}.mp4": b"1", "b.MP4": b"2", "c.mp4": b"3", "d/e.webm": b"4"})
+    zipped(tmp_path / "0.zip", {"123.mp4": b"5", "45.mp4": b"6"})
+    content = (tmp_path / "0.zip").read_bytes()
+    names = {b"123.mp4": b"\x83\x7b1.mp4", b"45.mp4": "é.mp4".encode()}  # cp932; UTF-8 without its flag
+    for plain_name, raw in names.items():
+        content = content.replace(plain_name, raw)
+    (tmp_path / "0.zip").write_bytes(content)
+    rows = [["video", "caption"], *([name, "x"] for name in (f"{composed}.mp4", "b.mp4", "c", "d/e"))]
+    rows += [["\u30dc1.mp4", "x"], ["é.mp4", "x"]]
+    source = sources.read_sources(plain(tmp_path, rows, {}))
+    assert not source.report.skipped
+    assert [clip.video for clip in source.clips][:4] == [f"{decomposed}.mp4", "b.MP4", "c.mp4", "d/e.webm"]
+    assert all(clip.video.startswith("0.zip:") for clip in source.clips[4:])
+
+
+def test_links_in_a_circle(tmp_path):
+    write_files(tmp_path, {"a/1.mp4": b"1", "a/1.txt": b"One."})
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    source = sources.read_sources(tmp_path)
+    assert [clip.video for clip in source.clips] == ["a/1.mp4"] and source.report.records == 1
+
+
 # ---- names and content ---------------------------------------------------------------------------
 
 
@@ -364,12 +535,10 @@ def test_the_path_of_a_record_tells_videos_of_one_name_apart(tmp_path):
     names = ["1/a.mp4", "split/2/a.mp4", "128_split/2/a.mp4", "b.mp4", "elsewhere/b.mp4"]
     source = sources.read_sources(wisa(tmp_path, [record(name) for name in names], videos))
     # "split/2" is no folder of any: only the base name counts, and it is that of three videos.
-    assert [clip.video for clip in source.clips] == ["videos/1/a.mp4", "videos/b.mp4"]
-    assert [reason.partition(":")[0] for _, reason in source.report.skipped] == [
-        "ambiguous",
-        "second clip of this id",
-        "ambiguous",
-    ]
+    member = f"videos/2.zip:{PREFIX}/2/a.mp4"
+    assert [clip.video for clip in source.clips] == ["videos/1/a.mp4", member, "videos/b.mp4"]
+    assert ids(source) == ["a", member, "b"]
+    assert [reason.partition(":")[0] for _, reason in source.report.skipped] == ["ambiguous"] * 2
 
 
 def test_a_record_cannot_point_outside_its_folder(tmp_path):
@@ -394,17 +563,23 @@ def test_duplicates_in_folders_zips_and_sources(tmp_path):
     other = {"e.mp4": b"same", "f.mp4": b"differs", "b.mp4": b"not b", "g.mp4": b"g", "h.mp4": b"g"}
     two = plain(tmp_path / "two", rows, other)
     source = sources.read_sources([one, two])
-    assert [(clip.id, clip.source) for clip in source.clips] == [("a", 0), ("b", 0), ("d", 0), ("h", 1)]
+    assert [(clip.id, clip.source) for clip in source.clips] == [
+        *(("a", 0), ("b", 0), ("d", 0), ("b.mp4", 1), ("g.mp4", 1)),
+    ]
     assert source.report.records == 9
     assert source.report.skipped == [
         ("c", "duplicate: same content as a"),
         ("e", "duplicate: same content as a"),
         ("f", "duplicate: same content as d"),
-        ("b", "second clip of this id: videos/b.mp4 has it"),
-        ("d", "second clip of this id: videos/0.zip:d.mp4 has it"),
+        ("h", "duplicate: same content as g.mp4"),
     ]
     # The other order: the first one is used.
-    assert ids(sources.read_sources([two, one])) == ["e", "f", "b", "d"]
+    assert ids(sources.read_sources([two, one])) == ["e", "f", "b", "d", "videos/b.mp4"]
+    # Of a clip in both, the validation source has it.
+    source = sources.read_sources(one, validation=[two])
+    assert [clip.id for clip in source.clips if clip.split == "val"] == ["e", "f", "b", "d"]
+    assert [(clip.id, clip.source) for clip in source.clips if not clip.split] == [("videos/b.mp4", 0)]
+    assert ("a", "duplicate: same content as e") in source.report.skipped
 
 
 def test_few_videos_are_read_to_find_duplicates(tmp_path, monkeypatch):
@@ -490,7 +665,7 @@ def test_subset_is_random_in_order_and_the_same_everywhere():
 
 @pytest.mark.parametrize(
     ("count", "share", "val"),
-    [(1, 0.5, 0), (2, 0.01, 1), (2, 0.9, 1), (100, 0.1, 10), (100, 0.001, 1), (100, 0, 1), (11, 0.99, 10)],
+    [(1, 0.5, 0), (2, 0.01, 1), (2, 0.9, 1), (100, 0.1, 10), (100, 0.001, 1), (100, 0, 0), (11, 0.99, 10)],
 )
 def test_split_sizes(count, share, val):
     clips = listing(count)
@@ -508,6 +683,8 @@ def test_fixed_splits_stay(tmp_path):
     clips = [*listing(1, "test"), *listing(1, "val"), *listing(1, "train")]
     splits = sources.split_clips(clips, 0.5, 0)
     assert splits == {"train": [clips[2]], "val": [clips[1]], "test": [clips[0]]}
+    splits = sources.split_clips([*clips, *listing(50)], 0.5, 0)
+    assert splits["val"] == [clips[1]]  # one's own validation clips: none is drawn
     with pytest.raises(UserError, match="share"):
         sources.split_clips(clips, 1, 0)
 

@@ -1,121 +1,280 @@
-"""Reads the file that lists a folder's clips: WISA-80K's JSON list, or captions in CSV or JSONL.
+"""Reads what lists a folder's clips: WISA-80K's list, a table, two files of lines, or texts beside videos.
 
     FOLDER/wisa-80k.json   [{"video_name": "a.mp4", "captions": "...", "label": "Melting",
                              "physical_annotation": {"q0": "...", "q1": "...", "q2": "..."}}, ...]
-    FOLDER/clips.csv       video,caption,category,id      the last two are optional
+    FOLDER/clips.csv       video,caption,category,id,split      the last three are optional
     FOLDER/clips.jsonl     {"video": "a.mp4", "caption": "...", "category": ["melting"]}
+    FOLDER/clips.json      [{"video": "a.mp4", "caption": "..."}, ...]
+    FOLDER/videos.txt      one name a line, and FOLDER/prompts.txt with the captions in the same order
+    FOLDER/a.mp4           with its caption in FOLDER/a.txt
 
 The ending of the name says how the file is written; what its records mean is found by looking at them. A list
-of another kind needs a row of `FORMATS`.
+of another kind needs a row of `FORMATS`. A record that cannot be read is given with the reason, and the
+others are used. docs/data.md shows an example of each form.
 """
 
+import codecs
 import csv
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
+from prophy_jax.data.sources.video_files import VideoFolder
 from prophy_jax.run.errors import UserError
 
-# Names that tables use for a column; the first one present counts.
-VIDEO = ("video", "videopath", "video_name", "file_name")
-CAPTION = ("caption", "captions", "text")
+# Names that tables use for a column, in any case; the first one present counts.
+VIDEO = (
+    *("video", "videopath", "video_path", "video_name", "video_file", "file_name", "file_path", "filename"),
+    *("filepath", "path", "file", "media_path", "image_path", "image"),
+)
+CAPTION = ("caption", "captions", "prompt", "text")
 CATEGORY = ("category", "label")
+SPLIT = ("split",)
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "": "",
+}
+# Files of lines: names of videos, and their captions in the same order.
+NAME_LINES = ("videos.txt", "video.txt")
+CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+_SHOWN = 20  # columns that a message names
+_LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
 Record = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One record as it was written, or why it cannot be read.
+
+    Attributes:
+        where: "line 3 of clips.csv", "record 3".
+        record: by column; empty if it cannot be read.
+        problem: a predicate, such as "is not JSON"; "" if there is none.
+    """
+
+    where: str
+    record: Record
+    problem: str = ""
 
 
 class Entry(NamedTuple):
     """What one record says of its clip; "" where it does not say.
 
     `labels` holds phenomena as written, by field: "q0", "q1", "q2" and "label" of WISA, "category" of
-    a table.
+    a table. `split` is as written too.
     """
 
     id: str
     video: str
     caption: str
     labels: dict[str, str]
+    split: str = ""
 
 
 def find_annotations(source: str | Path) -> Path:
     """The annotation file that `source` names, or the only one in the folder that it names.
+
+    A folder without one is itself the answer if its videos have captions beside them.
 
     Raises:
         UserError: there is no such file or folder, or the folder has none or several.
     """
     source = Path(source)
     if source.is_file():
-        if source.suffix.lower() not in READERS:
-            raise UserError(f"{source} is not a .json, .csv or .jsonl file that lists clips")
+        if source.suffix.lower() not in READERS and source.name.lower() not in NAME_LINES:
+            raise UserError(
+                f"{source} is not a .json, .csv or .jsonl file that lists clips, nor {NAME_LINES[0]}"
+            )
         return source
     if not source.is_dir():
         raise UserError(f"no file or folder {source}; --source must name a folder of videos and captions")
-    found = sorted(path for path in source.iterdir() if path.suffix.lower() in READERS and path.is_file())
-    if not found:
-        what = "has no .json, .csv or .jsonl file" if any(source.iterdir()) else "is empty"
-        raise UserError(f"{source} {what}; expected captions (wisa-80k.json, clips.csv) and videos")
+    files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
+    found = [path for path in files if path.suffix.lower() in READERS]
+    found = found or [path for path in files if path.name.lower() in NAME_LINES]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"{source} has several files of captions ({names}); name one: {found[0]}")
-    return found[0]
+    if found:
+        return found[0]
+    if any(text for _, text in VideoFolder(source, source).captioned()):
+        return source
+    what = "has no .json, .csv or .jsonl file" if any(source.iterdir()) else "is empty"
+    raise UserError(
+        f"{source} {what}; expected captions (wisa-80k.json, clips.csv, or a.txt beside each a.mp4) and "
+        "videos"
+    )
 
 
-def read_annotations(path: Path) -> tuple["Format", list[Record]]:
+def folder(path: Path) -> Path:
+    """The folder of an annotation file, which names of videos are relative to."""
+    return path if path.is_dir() else path.parent
+
+
+def read_annotations(path: Path) -> tuple["Format", list[Row]]:
     """What the records of an annotation file mean, and all of them, unchanged; for CSV, rows by column.
 
+    Args:
+        path: the file; a folder, of captions beside videos.
+
     Raises:
-        UserError: the file is not of its format, holds no records, or lacks a needed column.
+        UserError: the file is not of its format, holds no records that can be read, or lacks a needed column.
     """
-    kind, read = READERS[path.suffix.lower()]
+    if path.is_dir():
+        kind, read = "text", _read_beside
+    elif path.name.lower() in NAME_LINES:
+        kind, read = "text", _read_lines
+    else:
+        kind, read = READERS[path.suffix.lower()]
     try:
-        records = list(read(path))
+        rows = list(read(path))
     except (ValueError, RecursionError, csv.Error) as error:  # ValueError: not UTF-8, or not JSON
         raise UserError(f"{path} is not a {kind} file ({error}); correct it or download it again") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    if not records:
+    if not rows:
         raise UserError(f"{path} lists no records; nothing to prepare")
+    records = [row.record for row in rows if not row.problem]
+    if not records:
+        raise UserError(
+            f"{path} is not a {kind} file that can be used ({rows[0].where} {rows[0].problem}); correct it "
+            "or download it again"
+        )
     found = next(found for found in FORMATS if found.recognises(records))
     if not found.own_names:
-        _check_columns(path, records[0])
-    return found, records
+        _check_columns(path, dict.fromkeys(name for record in records for name in record))
+    return found, rows
 
 
 # --- Files -----------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> list[Record]:
-    records = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+def _decode(data: bytes, errors: str = "strict") -> str:
+    """Text in UTF-8, or in UTF-16 as some Windows programs write it."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16") if wide else data.decode("utf-8-sig", errors)
+
+
+def _read_json(path: Path) -> Iterable[Row]:
+    records = json.loads(_decode(path.read_bytes()))
+    if not isinstance(records, list):
         raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
-    return records
+    if records and not any(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
+    for number, record in enumerate(records):
+        fits = isinstance(record, dict)
+        yield Row(f"record {number}", record if fits else {}, "" if fits else "is not an object {...}")
 
 
-def _read_csv(path: Path) -> Iterable[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+def _read_csv(path: Path) -> Iterable[Row]:
+    # Bytes that are not UTF-8 become lone surrogates, which no text has.
+    lines = list(io.StringIO(_decode(path.read_bytes(), "surrogateescape"), newline=""))
+    limit = csv.field_size_limit(_LONGEST)
+    try:
+        yield from _csv_rows(path, lines)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    header: list[str] = []
+    first, done = 0, False
+    while not done:
         # Strict: an unclosed quote is an error, and does not swallow the rest of the file.
-        for row in csv.DictReader(file, strict=True):
-            row.pop(None, None)  # cells beyond the header
-            yield row
-
-
-def _read_jsonl(path: Path) -> Iterable[Record]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        reader = csv.reader((lines[i] for i in range(first, len(lines))), strict=True)
+        begin = first
+        while True:
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"line {number} is not an object {{...}}")
-            yield record
+                cells = next(reader, None)
+                problem = _cells_problem(cells or [], header)
+            except csv.Error as error:
+                cells, problem = [], f"has a wrong quote ({error})"
+            if cells is None:
+                done = True
+                break
+            where = f"line {begin + 1} of {path.name}"
+            if problem:
+                if not header:
+                    raise ValueError(f"{where} {problem}")
+                yield Row(where, {}, problem)
+                first = begin + 1  # the lines that a wrong quote swallowed are rows of their own
+                break
+            begin = first + reader.line_num
+            if cells and not header:
+                header = cells
+                names = Counter(name.strip().lower() for name in header)
+                if twice := [name for name in names if name and names[name] > 1]:
+                    raise ValueError(f"it has two columns {twice[0]!r}")
+            elif cells:
+                yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])))
 
 
-READERS: dict[str, tuple[str, Callable[[Path], Iterable[Record]]]] = {
+def _cells_problem(cells: Sequence[str], header: Sequence[str]) -> str:
+    """What is wrong with a row, "" if nothing is; of the header, `header` is empty."""
+    odd = next((c for cell in cells for c in cell if "\ud800" <= c <= "\udfff"), "")
+    if odd:
+        return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8"
+    if header and any(cell.strip() for cell in cells[len(header) :]):
+        return (
+            f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with commas"
+        )
+    return ""
+
+
+def _read_jsonl(path: Path) -> Iterable[Row]:
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = _decode(data).encode()
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path.name}"
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            yield Row(where, {}, f"is not JSON ({error})")
+            continue
+        fits = isinstance(record, dict)
+        yield Row(where, record if fits else {}, "" if fits else "is not an object {...}")
+
+
+def _read_lines(path: Path) -> Iterable[Row]:
+    """The form of finetrainers: a file of names and one of captions, line by line."""
+    beside = {file.name.lower(): file for file in path.parent.iterdir()}
+    captions = next((beside[name] for name in CAPTION_LINES if name in beside), None)
+    if captions is None:
+        raise UserError(f"{path} has no {CAPTION_LINES[0]} beside it, with the captions line by line")
+    names, texts = (_decode(file.read_bytes()).rstrip().split("\n") for file in (path, captions))
+    if len(names) != len(texts):
+        raise UserError(
+            f"{path} has {len(names)} lines, but {captions.name} has {len(texts)}; each video needs one line "
+            "of both"
+        )
+    for number, (name, text) in enumerate(zip(names, texts, strict=True), 1):
+        if name.strip() or text.strip():
+            yield Row(f"line {number} of {path.name}", {"video": name, "caption": text})
+
+
+def _read_beside(folder: Path) -> Iterable[Row]:
+    """Each video of a folder with the text of its name; the form of most trainers of small adapters."""
+    for video, text in VideoFolder(folder, folder).captioned():
+        record = {"video": video.name, "caption": ""}
+        if text is None:
+            yield Row(video.name, record)
+            continue
+        try:
+            yield Row(video.name, record | {"caption": _decode(text.read())})
+        except (ValueError, UserError) as error:
+            yield Row(text.name, {}, f"cannot be read ({error})")
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Iterable[Row]]]] = {
     ".json": ("JSON", _read_json),
     ".csv": ("CSV", _read_csv),
     ".jsonl": ("JSONL", _read_jsonl),
@@ -130,11 +289,12 @@ def _parse_wisa(record: Record) -> Entry:
     annotation = annotation if isinstance(annotation, dict) else {}
     labels = {question: _labels(annotation.get(question)) for question in taxonomy.QUESTIONS}
     labels["label"] = _labels(record.get("label"))
-    return Entry("", _text(record.get("video_name")), _text(record.get("captions")), labels)
+    video, caption = _text(record.get("video_name")), _text(record.get("captions"))
+    return Entry("", video, caption, labels, _text(record.get("split")))
 
 
 def _parse_row(record: Record) -> Entry:
-    columns = {name.strip().lower(): value for name, value in record.items()}
+    columns = {name.strip().lower(): value for name, value in record.items() if name is not None}
 
     def column(names: tuple[str, ...]) -> Any:
         return next((columns[name] for name in names if name in columns), None)
@@ -142,7 +302,8 @@ def _parse_row(record: Record) -> Entry:
     clip_id = columns.get("id")
     clip_id = str(clip_id) if isinstance(clip_id, int) else clip_id
     labels = {"category": _labels(column(CATEGORY))}
-    return Entry(_text(clip_id), _text(column(VIDEO)), _text(column(CAPTION)), labels)
+    video, caption, split = (_text(column(names)) for names in (VIDEO, CAPTION, SPLIT))
+    return Entry(_text(clip_id), video, caption, labels, split)
 
 
 class Format(NamedTuple):
@@ -167,14 +328,19 @@ FORMATS = (
 )
 
 
-def _check_columns(path: Path, record: Record) -> None:
-    found = [name.strip().lower() for name in record]
-    for what, names in (("video", VIDEO), ("caption", CAPTION)):
-        if not set(names) & set(found):
-            raise UserError(
-                f"{path} has no column for the {what}: expected one of {', '.join(names)}; "
-                f"found {', '.join(record) or 'none'}"
-            )
+def _check_columns(path: Path, columns: Iterable[str]) -> None:
+    columns = list(columns)
+    found = {name.strip().lower() for name in columns}
+    missing = [
+        f"no column for the {what}: expected one of {', '.join(names)}"
+        for what, names in (("video", VIDEO), ("caption", CAPTION))
+        if not found.intersection(names)
+    ]
+    if missing:
+        more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+        raise UserError(
+            f"{path} has {', and '.join(missing)}; found {', '.join(columns[:_SHOWN]) or 'none'}{more}"
+        )
 
 
 def _text(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Sources of clips: folders of captioned videos, in WISA-80K's layout or a plain one, and the sandbox.
 
-    FOLDER/wisa-80k.json or clips.csv or clips.jsonl      see `prophy_jax.data.sources.annotations`
+    FOLDER/wisa-80k.json, clips.csv, clips.jsonl, ...     see `prophy_jax.data.sources.annotations`
     FOLDER/videos/...                                     at any depth, also inside .zip files
 
 Listing a source reads captions and the directories of zip files, and decodes nothing. Whatever is
@@ -13,6 +13,7 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,14 +36,15 @@ class Clip:
     """One usable clip.
 
     Attributes:
-        id: unique among all clips; by default the stem of the video's file name.
+        id: unique among all clips; by default the stem of the video's file name, or where an earlier clip
+            has that, `video`. Never a file name: it may hold any characters.
         caption: stripped, not empty; of a sandbox clip "", its sample has it.
         category: (17,) float32 multi-hot in the order of `taxonomy.PHENOMENA`.
         source: index of its source in the list given.
         video: where, relative to the source: "videos/a.mp4", "videos/0.zip:any/prefix/a.mp4"; of a
             sandbox clip "train/12".
         split: "train", "val" or "test" if the source fixes it, else "".
-        record: position of its record in the annotation file.
+        record: position of its row in the annotation file.
     """
 
     id: str
@@ -107,6 +109,17 @@ class Source(Protocol):
             UserError: the clip cannot be read or fits no bucket, whatever is wrong with its video.
         """
 
+    def content(self, clip: Clip, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What tells the content of a clip's video: "sha256", and "stamp", which is known without reading it.
+
+        Args:
+            clip: one of `clips`, or of an earlier listing.
+            known: an earlier result for this clip. If its stamp holds, the video is not read.
+
+        Returns:
+            {} for a clip that is not there, or whose content follows from its name.
+        """
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         """Each clip with its raw record, read again from the annotation file; {} without one."""
 
@@ -114,16 +127,18 @@ class Source(Protocol):
 class CaptionedVideos(Source):
     """Made by `read_sources`."""
 
-    def __init__(self, paths: list[Path], clips: list[Clip], videos: dict[str, VideoFile], report: Report):
+    def __init__(
+        self, paths: list[Path], clips: list[Clip], videos: dict[tuple[int, str], VideoFile], report: Report
+    ):
         self.clips = clips
         self.report = report
         self._paths = paths  # of the annotation files
-        self._videos = videos  # by clip id
+        self._videos = videos  # by source and name
 
     def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
-        found = self._videos.get(clip.id)
+        found = self._videos.get((clip.source, clip.video))
         if found is None:
-            folders = ", ".join(str(path.parent) for path in self._paths)
+            folders = ", ".join(str(annotations.folder(path)) for path in self._paths)
             raise UserError(f"there is no clip {clip.id} ({clip.video}) in {folders}")
         try:
             return Sample(*video.read_bucket(found.open(), buckets, fps, max_upscale))
@@ -133,13 +148,24 @@ class CaptionedVideos(Source):
             kind = type(error).__name__
             raise UserError(f"{found.path}: {clip.video} cannot be decoded ({kind}: {error})") from error
 
+    def content(self, clip: Clip, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        found = self._videos.get((clip.source, clip.video))
+        if found is None:
+            return {}
+        if known and known.get("stamp") == found.stamp:
+            return {"stamp": known["stamp"], "sha256": known["sha256"]}
+        try:
+            return {"stamp": found.stamp, "sha256": found.sha256().hex()}
+        except (UserError, OSError):  # it cannot be decoded either, which says why
+            return {"stamp": found.stamp, "sha256": ""}
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         clips = iter(self.clips)  # in the order of sources, and of records within each
         clip = next(clips)
         for source, path in enumerate(self._paths):
-            for number, record in enumerate(annotations.read_annotations(path)[1]):
+            for number, row in enumerate(annotations.read_annotations(path)[1]):
                 if (source, number) == (clip.source, clip.record):
-                    yield clip, record
+                    yield clip, row.record
                     clip = next(clips, None)
                     if clip is None:
                         return
@@ -166,22 +192,30 @@ class Sandbox(Source):
         drawn = make_clip(self._seed, split, int(index), self._bucket.height, self._bucket.frames, self._fps)
         return Sample(drawn.frames, self._bucket, drawn.masks, drawn.caption, drawn.category)
 
+    def content(self, clip: Clip, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return {}
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         return ((clip, {}) for clip in self.clips)
 
 
-def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "answers") -> CaptionedVideos:
+def read_sources(
+    paths: str | Path | Sequence[str | Path],
+    categories: str = "answers",
+    validation: Sequence[str | Path] = (),
+) -> CaptionedVideos:
     """Lists the clips of one or several sources; videos are found but not decoded.
 
-    Of videos with the same content the first in order is used. They are compared by size, then
-    CRC-32, then SHA-256, so that few are read.
+    Of videos with the same content the first in order is used; one of `validation` comes before all others.
+    They are compared by size, then CRC-32, then SHA-256, so that few are read.
 
     Args:
         paths: for each source its folder, or its annotation file.
         categories: where WISA's category vectors come from: "answers" (q0, q1 and q2) or "label".
+        validation: further sources, whose clips are of split "val"; they follow `paths` in order.
 
     Returns:
-        The clips in the order of `paths` and of their records, and the report.
+        The clips in the order of sources and of their records, and the report.
 
     Raises:
         UserError: a source or its annotation file is missing or not usable, a zip file is broken, or
@@ -189,33 +223,40 @@ def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "an
     """
     if categories not in ("answers", "label"):
         raise UserError(f'categories must be "answers" or "label", not {categories!r}')
-    files = [
-        annotations.find_annotations(path) for path in ([paths] if isinstance(paths, str | Path) else paths)
-    ]
+    training = [paths] if isinstance(paths, str | Path) else list(paths)
+    files = [annotations.find_annotations(path) for path in (*training, *validation)]
     listed = [_locate(path) for path in files]
-    keys = content_keys(found for source in listed for _, found in source if isinstance(found, VideoFile))
+    keys = content_keys(found for source in listed for _, _, found in source if isinstance(found, VideoFile))
 
     report = Report(records=sum(map(len, listed)))
     clips: list[Clip] = []
-    videos: dict[str, VideoFile] = {}
-    used: dict[tuple, str] = {}  # content -> id
-    for source, entries in enumerate(listed):
-        for number, (entry, found) in enumerate(entries):
-            clip_id = entry.id or Path(entry.video.replace("\\", "/")).stem or f"record {number}"
+    videos: dict[tuple[int, str], VideoFile] = {}
+    used: dict[tuple, tuple[str, VideoFile]] = {}  # content -> id, video
+    ids: set[str] = set()
+    first = len(training)
+    for source in (*range(first, len(files)), *range(first)):
+        for number, (where, entry, found) in enumerate(listed[source]):
+            clip_id = entry.id or Path(entry.video.replace("\\", "/")).stem or where
+            if isinstance(found, VideoFile):
+                videos[source, found.name] = found
             if isinstance(found, str):
                 reason = found
-            elif used.get(keys[found]) == clip_id and videos[clip_id] == found:
+            elif used.get(keys[found], ("",))[0] == clip_id and used[keys[found]][1] == found:
                 reason = "second record of this video; the first is used"
             elif keys[found] in used:
-                reason = f"duplicate: same content as {used[keys[found]]}"
-            elif clip_id in videos:
-                reason = f"second clip of this id: {videos[clip_id].name} has it"
+                reason = f"duplicate: same content as {used[keys[found]][0]}"
             else:
-                used[keys[found]], videos[clip_id] = clip_id, found
+                names = (f"{found.name} ({n})" for n in itertools.count(2))
+                names = itertools.chain((clip_id, found.name, f"{source}:{found.name}"), names)
+                clip_id = next(name for name in names if name not in ids)
+                ids.add(clip_id)
+                used[keys[found]] = clip_id, found
                 category = _category(entry.labels, categories, clip_id, report)
-                clips.append(Clip(clip_id, entry.caption, category, source, found.name, record=number))
+                split = "val" if source >= first else annotations.SPLITS[entry.split.lower()]
+                clips.append(Clip(clip_id, entry.caption, category, source, found.name, split, number))
                 continue
             report.skipped.append((clip_id, reason))
+    clips.sort(key=lambda clip: clip.source)
     return CaptionedVideos(files, clips, videos, report)
 
 
@@ -262,7 +303,8 @@ def split_clips(clips: Sequence[Clip], share: float, seed: int) -> dict[str, lis
     """Splits clips into "train" and "val", in order; clips of a fixed split keep it.
 
     Of n others, "val" gets max(1, round(share n)) at random by ids and `seed`, but one stays in
-    "train". "test" is there if a clip is fixed to it.
+    "train"; it gets none where `share` is 0, or where clips are fixed to it. "test" is there if a clip is
+    fixed to it.
 
     Raises:
         UserError: `share` is not in [0, 1).
@@ -271,6 +313,8 @@ def split_clips(clips: Sequence[Clip], share: float, seed: int) -> dict[str, lis
         raise UserError(f"the share of validation clips must be at least 0 and below 1, not {share}")
     others = [clip for clip in clips if not clip.split]
     count = min(max(1, round(share * len(others))), len(others) - 1)
+    if not share or any(clip.split == "val" for clip in clips):
+        count = 0
     val = {clip.id for clip in _ranked(others, f"split {seed}")[: max(count, 0)]}
     splits: dict[str, list[Clip]] = {"train": [], "val": []}
     for clip in clips:
@@ -284,28 +328,35 @@ def _ranked(clips: Sequence[Clip], salt: str) -> list[Clip]:
     return sorted(clips, key=lambda clip: hashlib.sha256(f"{salt} {clip.id}".encode()).digest())
 
 
-def _locate(path: Path) -> list[tuple[Entry, VideoFile | str]]:
-    """The entries of an annotation file, each with its video or with the reason why it has none."""
-    found_format, records = annotations.read_annotations(path)
-    folder = VideoFolder(path.parent, path.parent / found_format.videos)
-    located: list[tuple[Entry, VideoFile | str]] = []
-    for record in records:
-        entry = found_format.parse(record)
-        if not entry.video:
-            found: VideoFile | str = "no video name"
+def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
+    """Each row of an annotation file: where it is, its entry, and its video or why it has none."""
+    found_format, rows = annotations.read_annotations(path)
+    root = annotations.folder(path)
+    folder = VideoFolder(root, root / found_format.videos)
+    located: list[tuple[str, Entry, VideoFile | str]] = []
+    for row in rows:
+        entry = found_format.parse(row.record)
+        if row.problem:
+            found: VideoFile | str = row.problem
+        elif not entry.video:
+            found = "no video name"
         elif not entry.caption:
-            found = "no caption"
+            found = f"no caption: {row.where}"
+        elif entry.split.lower() not in annotations.SPLITS:
+            found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
         else:
             try:
                 found = folder.find(entry.video)
             except UserError as error:
                 found = str(error)
-        located.append((entry, found))
-    if all(isinstance(found, str) for _, found in located):
-        entry, reason = located[0]
+        located.append((row.where, entry, found))
+    if all(isinstance(found, str) for _, _, found in located):
+        where, entry, reason = located[0]
+        missing = str(reason).startswith("missing")
         raise UserError(
-            f"none of the {len(located)} records of {path} can be used (first, {entry.video or 'record 0'}: "
-            f"{reason}); put the videos, in folders or zip files, under {folder.folder}"
+            f"none of the {len(located)} records of {path} can be used (first, {entry.video or where}: "
+            f"{reason})"
+            + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )
     return located
 

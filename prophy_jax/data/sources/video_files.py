@@ -2,27 +2,43 @@
 
 The public WISA-80K comes as 128 zip files whose members have long absolute paths. Members are found
 by their base names; their paths are never used as paths, and nothing is unpacked to disk.
+
+Names match whatever their Unicode form (macOS decomposes letters with accents), the case of their ending, and
+the code page of a zip file's directory.
 """
 
 import functools
 import hashlib
 import io
 import os
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from prophy_jax.run.errors import UserError
 
+# Endings of what is taken for a clip where no table names it: of videos, then of images.
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_CODE_PAGES = ("cp850", "cp1252", "gbk", "cp932", "euc_kr", "cp1251", "cp866")  # of zip files' directories
+
 
 class Member(NamedTuple):
-    """A member of a zip file, as the directory of the zip file says."""
+    """A member of a zip file, as the directory of the zip file says.
+
+    Attributes:
+        name: as `zipfile` reads it.
+        crc: CRC-32 of the content.
+        names: what it may be called: several, where the directory does not say its code page.
+    """
 
     name: str
     crc: int
+    names: tuple[str, ...]
 
 
 class VideoFile(NamedTuple):
@@ -32,13 +48,32 @@ class VideoFile(NamedTuple):
         name: relative to the source: "videos/a.mp4", or "videos/0.zip:any/prefix/a.mp4".
         path: of the file, or of the zip file.
         size: bytes, not compressed.
+        times: when a file's content and its entry last changed, in nanoseconds; () for a member.
         member: None for a file.
     """
 
     name: str
     path: str
     size: int
+    times: tuple[int, ...] = ()
     member: Member | None = None
+
+    @property
+    def stamp(self) -> list[int]:
+        """What differs when the content does, known without reading it; equal ones mean equal content.
+
+        Of two different ones, the contents may still be equal: a file may have been copied.
+        """
+        return [self.size, self.member.crc] if self.member else [self.size, *self.times]
+
+    def read(self) -> bytes:
+        """The content. Raises UserError as `open` does, and for a file that cannot be read."""
+        if self.member is not None:
+            return self._read_member()
+        try:
+            return Path(self.path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
 
     def open(self) -> str | io.BytesIO:
         """What `prophy_jax.data.sources.video` reads. Safe in several threads and processes at once.
@@ -113,47 +148,110 @@ class VideoFolder:
     def __init__(self, root: Path, folder: Path):
         self.folder = folder
         self._prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        self._files: list[VideoFile] = []
         self._by_base_name: dict[str, list[VideoFile]] = defaultdict(list)
-        for parent, folders, files in os.walk(folder, followlinks=True):
-            folders.sort()
-            for file in sorted(files):
-                path = os.path.join(parent, file)
-                name = os.path.relpath(path, root).replace(os.sep, "/")
-                found = _zip_members(name, path) if file.lower().endswith(".zip") else _file(name, path)
-                for video in found:
-                    self._by_base_name[_base_name(video.member.name if video.member else file)].append(video)
+        for path in walk(str(folder)) if folder.is_dir() else ():
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            found = _zip_members(name, path) if path.lower().endswith(".zip") else _file(name, path)
+            self._files += found
+            for video in found:
+                names = video.member.names if video.member else (name,)
+                for key in {_key(_base_name(own)) for own in names}:
+                    self._by_base_name[key].append(video)
 
     def find(self, text: str) -> VideoFile:
         """The video that a record means: at that path, else the one of that base name.
 
-        Where several videos have the base name, the folders in `text` may tell which. A record cannot
-        point outside the folder: of another path, only the base name counts.
+        Where several videos have the base name, the folders in `text` may tell which; a name without an
+        ending finds the video of that stem. A record cannot point outside the folder: of another path, only
+        what it shares with one inside counts.
 
         Raises:
             UserError: there is none, or there are several of different content.
         """
-        text = text.replace("\\", "/")
-        candidates = self._by_base_name.get(_base_name(text), [])
+        text = text.replace("\\", "/").removeprefix("./")
+        candidates = self._by_base_name.get(_key(_base_name(text)), [])
+        if not candidates and os.path.splitext(text)[1].lower() not in VIDEOS + IMAGES:
+            base = _key(_base_name(text))
+            by_ending = (self._by_base_name.get(base + ending, []) for ending in VIDEOS + IMAGES)
+            candidates = next(filter(None, by_ending), [])
+            text += os.path.splitext(candidates[0].name)[1] if candidates else ""
+        own, whole = _key(text), _key(self._prefix + text)
+        keys = {video: _key(video.name) for video in candidates}
+        ends = (f"/{own}", f":{own}")
         exact = [video for video in candidates if video.name == self._prefix + text]
-        ends = (f"/{text}", f":{text}")
-        below = [video for video in candidates if "/" in text and video.name.endswith(ends)]
-        candidates = exact or below or candidates
+        exact = exact or [video for video in candidates if keys[video] == whole]
+        below = [video for video in candidates if "/" in own and keys[video].endswith(ends)]
+        # An absolute path, or one of another machine, that ends in a path below the folder.
+        short = {video: keys[video].removeprefix(_key(self._prefix)) for video in candidates}
+        above = [video for video in candidates if "/" in short[video] and own.endswith(f"/{short[video]}")]
+        longest = max((len(short[video]) for video in above), default=0)
+        candidates = (
+            exact or below or [video for video in above if len(short[video]) == longest] or candidates
+        )
         if not candidates:
             raise UserError(f"missing: no video {_base_name(text)}")
         if len(candidates) > 1 and len(set(content_keys(candidates).values())) > 1:
             raise UserError(f"ambiguous: {len(candidates)} different videos are called {_base_name(text)}")
         return candidates[0]
 
+    def captioned(self) -> Iterator[tuple[VideoFile, VideoFile | None]]:
+        """Every video with the text file of its name beside it, None where there is none.
+
+        An image counts as a clip where no video has its name.
+        """
+        videos: dict[str, list[VideoFile]] = defaultdict(list)
+        texts = {}
+        for file in self._files:
+            if _base_name(file.name).startswith("."):  # what macOS leaves
+                continue
+            stem, ending = os.path.splitext(file.name)
+            if ending.lower() == ".txt":
+                texts[_key(stem)] = file
+            elif ending.lower() in VIDEOS + IMAGES:
+                videos[_key(stem)].append(file)
+        for stem, files in videos.items():
+            moving = [file for file in files if os.path.splitext(file.name)[1].lower() in VIDEOS]
+            for file in moving or files[:1]:
+                yield file, texts.get(stem)
+
+
+def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """The paths of all files below a folder, in order; of links that lead in a circle, no turn twice.
+
+    The order is that of `os.walk` with sorted names: a folder's files come before those below it.
+    """
+    try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from error
+    folders = {entry.path: None for entry in entries if os.path.isdir(entry.path)}
+    yield from (entry.path for entry in entries if entry.path not in folders)
+    for path in folders:
+        yield from walk(path, above | {here})
+
 
 def _base_name(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2]
 
 
+def _key(name: str) -> str:
+    """Equal for names that differ in their Unicode form or in the case of their ending."""
+    stem, ending = os.path.splitext(name)
+    return unicodedata.normalize("NFC", stem + ending.lower())
+
+
 def _file(name: str, path: str) -> list[VideoFile]:
     try:
-        return [VideoFile(name, path, os.path.getsize(path))]
+        status = os.stat(path)
     except OSError:  # a link to nowhere
         return []
+    return [VideoFile(name, path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))]
 
 
 def _zip_members(name: str, path: str) -> list[VideoFile]:
@@ -167,8 +265,23 @@ def _zip_members(name: str, path: str) -> list[VideoFile]:
             f"{name}:{info.filename}",
             path,
             info.file_size,
-            Member(info.filename, info.CRC),
+            member=Member(info.filename, info.CRC, tuple(_member_names(info))),
         )
         for info in infos
         if not info.is_dir()
     ]
+
+
+def _member_names(info: zipfile.ZipInfo) -> Iterator[str]:
+    """What a member may be called. Without a flag its name is in any code page; `zipfile` takes cp437."""
+    yield info.filename
+    if info.filename.isascii() or info.flag_bits & 0x800:
+        return
+    raw = info.filename.encode("cp437")
+    for page in ("utf-8", *_CODE_PAGES):
+        try:
+            yield raw.decode(page)
+        except UnicodeDecodeError:
+            continue
+        if page == "utf-8":  # which other text hardly ever is
+            return
