@@ -5,6 +5,7 @@ Every function takes what it uses; none needs a whole run.
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import sys
@@ -78,7 +79,8 @@ def microbatch(config: ConfigDict) -> int:
     if config.batch_size % config.accumulation:
         raise UserError(
             f"config.batch_size={config.batch_size} does not divide into "
-            f"config.accumulation={config.accumulation} microbatches"
+            f"config.accumulation={config.accumulation} microbatches: "
+            f"--config.accumulation={math.gcd(config.batch_size, config.accumulation)} does"
         )
     return config.batch_size // config.accumulation
 
