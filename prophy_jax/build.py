@@ -6,6 +6,7 @@ Every function takes what it uses; none needs a whole run.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 import sys
@@ -79,7 +80,8 @@ def microbatch(config: ConfigDict) -> int:
     if config.batch_size % config.accumulation:
         raise UserError(
             f"config.batch_size={config.batch_size} does not divide into "
-            f"config.accumulation={config.accumulation} microbatches"
+            f"config.accumulation={config.accumulation} microbatches: "
+            f"--config.accumulation={math.gcd(config.batch_size, config.accumulation)} does"
         )
     return config.batch_size // config.accumulation
 

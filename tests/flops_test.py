@@ -80,6 +80,7 @@ def test_the_papers_train_steps_by_hand(get):
     they are 2e-5 of a step of Wan-1.3B and 3e-5 of one of CogVideoX-5B.
     """
     config = get()
+    config.accumulation = 1
     module = config.backbone.module
     traced = trace(config, "train", "tpu", 1)
     backbone, n = models.build(config.backbone).config, traced.tokens

@@ -361,7 +361,7 @@ def test_first_bad_step_is_kept():
 def test_the_paper_run_fits_together_at_its_real_size():
     """configs/wan.py itself, by shapes: no weights, no data, no memory."""
     config = get_config("")
-    config.batch_size = 2
+    config.batch_size, config.accumulation = 2, 1
     run = build_run(config, jax.devices()[:1])
     latent, text = (21, 60, 104, 16), (512, 4096)
     tokens = 21 * 30 * 52
@@ -414,7 +414,8 @@ def test_parts_that_do_not_fit_the_data_are_refused_for_the_losses_that_compare_
 def test_configurations_that_do_not_fit_together_are_refused():
     cases = [
         (dict(losses=dict(relative=0.1, typo=1.0)), "typo"),
-        (dict(accumulation=3), "accumulation"),
+        (dict(accumulation=3), "accumulation=3 microbatches: --config.accumulation=1 does"),
+        (dict(accumulation=6), "--config.accumulation=2 does"),
         (dict(mesh=dict(data=3, fsdp=1, context=1)), "does not fit 8 devices"),
         (dict(mesh=dict(data=8, fsdp=1, context=1), accumulation=2), "does not divide"),
     ]
