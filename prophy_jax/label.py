@@ -21,6 +21,7 @@ spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES.
 T h w token grid, N = T h w tokens, P phenomena of a clip, T' H' W' grid of the vision-language model.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -434,6 +435,7 @@ class EarlierLabels:
         self._own = [row for part in (rows or {}).values() for row in part]
         self._by_id = {row["id"]: row for row in self._own}
         self._made: dict[tuple, Mapping[str, Any]] = {}
+        self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "alignment"))
         if rows and (Path(out) / "manifest.json").exists():
             unreadable = {name for name, _ in records.read_manifest(out).get("unreadable", [])}
             made = [row for row in read_clips(out) if row["index"] is not None]
@@ -449,7 +451,7 @@ class EarlierLabels:
         was = self._made.get(self._key(row)) if row else None
         if was is None:
             return None
-        return records.open_dataset(self._out, "alignment", was["bucket"], was["split"])[was["index"]]
+        return self._open(was["bucket"], was["split"])[was["index"]]
 
     def print_changes(self) -> None:
         """Says which clips of a finished folder are labelled anew."""

@@ -18,6 +18,7 @@ F frames, H W pixels, T h w latent grid, N tokens.
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -85,6 +86,7 @@ def prepare(
     if dry_run:
         if sources:
             print(statistics.table(statistics.summarise(source)))
+            records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped])
         print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
         return None
 
@@ -214,6 +216,7 @@ class Earlier:
         seen = [*self._rows, *read_clips(out, working=True)]
         self._by_place = {(row["source"], row["video"]): row for row in seen}
         self._by_content = {row["sha256"]: row for row in self._rows if self._finished and row["sha256"]}
+        self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "records"))
         self.made: dict[str, dict[str, Any]] = {}
 
     def row(self, source: Source, clip: Clip, read: bool = False) -> dict[str, Any]:
@@ -236,7 +239,7 @@ class Earlier:
         was = self._by_content.get(row["sha256"])
         if was is None or was["bucket"] is None:
             return None
-        stored = records.open_dataset(self._out, "records", was["bucket"], was["split"])[was["index"]]
+        stored = self._open(was["bucket"], was["split"])[was["index"]]
         text = stored["text"], stored.get("text_mask")
         same = stored["caption"].decode() == clip.caption
         return Sample(

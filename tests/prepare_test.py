@@ -311,10 +311,13 @@ def test_captions_that_do_not_fit_are_listed(tmp_path):
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     source = _wisa(tmp_path / "wisa", 3)
+    listed = json.loads((source / "wisa-80k.json").read_text())
+    (source / "wisa-80k.json").write_text(json.dumps([*listed, {"video_name": "x.mp4"}]))
     assert prepare(_config(tmp_path / "out"), [source], dry_run=True) is None
     assert os.listdir(tmp_path) == ["wisa"]
     printed = capsys.readouterr().out
     assert "collision" in printed and "train 2, val 1 clips would be taken" in printed
+    assert "skipped: 1\n  x: no caption: record 3\n" in printed
 
 
 # --- What changed since ----------------------------------------------------------------------------
