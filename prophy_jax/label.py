@@ -21,6 +21,7 @@ spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES.
 T h w token grid, N = T h w tokens, P phenomena of a clip, T' H' W' grid of the vision-language model.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -40,7 +41,7 @@ from ml_collections import ConfigDict
 import prophy_jax
 from prophy_jax.data import records
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, parse_process
+from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
 from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
 from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
@@ -93,7 +94,13 @@ def label(
         "program": prophy_jax.__version__,
     }
     files = prepared.files
-    job = Job(out, plan, {split: len(own) for split, own in files.items()}, process)
+    prepared.check_contents()
+    rows = prepared.list_rows()
+    shards = {split: len(own) for split, own in files.items()}
+    earlier = EarlierLabels(out, rows)
+    job = Job(out, plan, shards, process, rows, inputs=("data_fingerprint",))
+    if rows and not job.complete():
+        earlier.print_changes()
     mine = [files[split][index] for split, index in job.missing(mine=True)]
     views = prepared.views(config)
     for bucket in dict.fromkeys(file.bucket for file in mine):
@@ -106,12 +113,14 @@ def label(
         ThreadPoolExecutor(1) as reader,
     ):
         for file in mine:
-            batches = read_ahead(reader, prepared, file, config.label.batch)
+            batches = read_ahead(reader, prepared, file, config.label.batch, earlier)
             with job.shard(file.split, file.index) as shard:
                 sizes = prepared.sizes[file.bucket]
                 label_shard(
                     shard, model, batches, file.bucket, sizes, views[file.bucket], reading, config, bar
                 )
+                if rows:
+                    shard.note(rows=rows[file.split, file.index])
 
     # 3. The last process to finish puts the folder together.
     manifest = job.finish(lambda reports: describe(reports, prepared, views, reading, plan))
@@ -258,12 +267,13 @@ class RecordFile(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """A record as the model needs it: frames (F, H, W, 3) uint8, or None and why."""
+    """A record as the model needs it: frames (F, H, W, 3) uint8, or None and why, or labels made earlier."""
 
     id: str
     category: np.ndarray  # (17,)
     frames: np.ndarray | None
     problem: str = ""
+    labels: tuple[np.ndarray, np.ndarray] | None = None  # present (17,), maps (P, N)
 
 
 class PreparedClips:
@@ -283,6 +293,8 @@ class PreparedClips:
         self.fps = self.manifest["video"]["fps"]
         self.sizes = {bucket: Sizes.of(self.manifest, bucket) for bucket in self.manifest["buckets"]}
         self._source = self._open_source(moved)
+        self._moved = bool(moved)
+        self._rows = {(row["split"], row["bucket"], row["index"]): row for row in read_clips(data)}
         self._open: dict[tuple[str, str], Sequence] = {}
         self.files = self._list_files()
         probed = list(self.sample_evenly(PROBED))
@@ -321,6 +333,39 @@ class PreparedClips:
                     own.append(RecordFile(bucket, split, len(own), first, count))
         return files
 
+    def list_rows(self) -> dict[tuple[str, int], list[dict[str, Any]]] | None:
+        """(split, shard) -> what the labels of each record follow from; None of data that does not tell."""
+        frames = json.dumps(self.manifest.get("plan", {}).get("data"), sort_keys=True)
+        frames = hashlib.sha256(frames.encode()).hexdigest()[:16]
+        rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for file in itertools.chain(*self.files.values()):
+            for index in range(file.first, file.first + file.count):
+                row = self._rows.get((file.split, file.bucket, index))
+                if row is None:
+                    return None
+                kept = {key: row[key] for key in ("id", "bucket", "sha256", "category")}
+                rows.setdefault((file.split, file.index), []).append(kept | {"frames": frames})
+        return rows
+
+    def check_contents(self) -> None:
+        """Raises UserError if videos are not those that the records were made of, and names their clips."""
+        changed = [row["id"] for row in self._rows.values() if self._changed(row, read=not self._moved)]
+        if changed:
+            names = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
+            raise UserError(
+                f"{len(changed)} videos changed since {self.data} was prepared ({names}): run "
+                "prophy_jax.prepare again, which encodes these anew, then this command"
+            )
+
+    def _changed(self, row: Mapping[str, Any], read: bool) -> bool:
+        """Whether a clip has another video now; without `read`, only whether its size tells."""
+        clip = source.Clip(row["id"], "", np.zeros(0), row["source"], row["video"])
+        if row["bucket"] is None or not row["sha256"]:
+            return False
+        if not read:
+            return self._source.size(clip) not in (None, row["stamp"][0])
+        return self._source.content(clip, row).get("sha256", row["sha256"]) != row["sha256"]
+
     def views(self, config: ConfigDict) -> dict[str, "View"]:
         """How the clips of each bucket are shown to the model."""
         from prophy_jax.labels import labelling
@@ -340,7 +385,7 @@ class PreparedClips:
             for bucket, sizes in self.sizes.items()
         }
 
-    def read(self, bucket: str, split: str, index: int) -> Clip:
+    def read(self, bucket: str, split: str, index: int, earlier: "EarlierLabels | None" = None) -> Clip:
         """The clip of one record, cropped as for the record; without frames if it shows no phenomenon."""
         if (bucket, split) not in self._open:
             self._open[bucket, split] = records.open_dataset(self.data, "records", bucket, split)
@@ -349,7 +394,12 @@ class PreparedClips:
         category = stored["category"]
         if not category.any():
             return Clip(name, category, None)
+        if earlier and (made := earlier.find(name)):
+            return Clip(name, category, None, labels=(made["present"], made["maps"]))
         clip = source.Clip(name, caption, category, int(stored["source"]), place, split)
+        row = self._rows.get((split, bucket, index))
+        if row and self._moved and self._changed(row, read=True):
+            return Clip(name, category, None, f"{place} is another video than the one that was prepared")
         try:
             sample = self._source.read(
                 clip, [video.Bucket.parse(bucket)], self.fps, self.manifest["max_upscale"]
@@ -372,14 +422,57 @@ class PreparedClips:
                     break
 
 
+class EarlierLabels:
+    """Labels that a folder holds already, found by what they follow from.
+
+    Args:
+        out: the folder; it may be empty, or unfinished.
+        rows: those of the labels to be made, of `PreparedClips.list_rows`.
+    """
+
+    def __init__(self, out: str | Path, rows: Mapping[tuple[str, int], list[dict[str, Any]]] | None) -> None:
+        self._out = out
+        self._own = [row for part in (rows or {}).values() for row in part]
+        self._by_id = {row["id"]: row for row in self._own}
+        self._made: dict[tuple, Mapping[str, Any]] = {}
+        self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "alignment"))
+        if rows and (Path(out) / "manifest.json").exists():
+            unreadable = {name for name, _ in records.read_manifest(out).get("unreadable", [])}
+            made = [row for row in read_clips(out) if row["index"] is not None]
+            self._made = {self._key(row): row for row in made if row["id"] not in unreadable}
+
+    @staticmethod
+    def _key(row: Mapping[str, Any]) -> tuple:
+        return row["sha256"], row["bucket"], tuple(row["category"]), row["frames"]
+
+    def find(self, clip_id: str) -> Mapping[str, Any] | None:
+        """The example {"present", "maps"} of a clip; None if it is to be made."""
+        row = self._by_id.get(clip_id)
+        was = self._made.get(self._key(row)) if row else None
+        if was is None:
+            return None
+        return self._open(was["bucket"], was["split"])[was["index"]]
+
+    def print_changes(self) -> None:
+        """Says which clips of a finished folder are labelled anew."""
+        if self._made:
+            print(f"{self._out} is brought up to date; the labels of other clips are kept")
+            anew = [row["id"] for row in self._own if self._key(row) not in self._made]
+            records.print_list("clips labelled anew", anew)
+
+
 def read_ahead(
-    reader: ThreadPoolExecutor, prepared: PreparedClips, file: RecordFile, batch: int
+    reader: ThreadPoolExecutor,
+    prepared: PreparedClips,
+    file: RecordFile,
+    batch: int,
+    earlier: EarlierLabels | None = None,
 ) -> Iterator[list[Clip]]:
     """Yields the clips of a file in order, `batch` at a time, with the next ones being read meanwhile."""
 
     def read(first: int) -> list[Clip]:
         stop = min(first + batch, file.first + file.count)
-        return [prepared.read(file.bucket, file.split, index) for index in range(first, stop)]
+        return [prepared.read(file.bucket, file.split, index, earlier) for index in range(first, stop)]
 
     firsts = range(file.first, file.first + file.count, batch)
     reading = (reader.submit(read, first) for first in firsts)
@@ -415,6 +508,7 @@ def label_shard(
             clip.id: (clip.category, labelling.make_targets(own, view, config.label))
             for clip, own in zip(shown, answers, strict=True)
         }
+        labels |= {clip.id: clip.labels for clip in clips if clip.labels is not None}
         for clip in clips:
             present, maps = labels.get(clip.id, nothing)
             example = {"id": clip.id, "present": present, "maps": maps}

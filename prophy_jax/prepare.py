@@ -18,6 +18,7 @@ F frames, H W pixels, T h w latent grid, N tokens.
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -34,7 +35,7 @@ from ml_collections import ConfigDict
 import prophy_jax
 from prophy_jax.data import records
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, parse_process
+from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import statistics
 from prophy_jax.data.sources.source import (
     Clip,
@@ -85,6 +86,7 @@ def prepare(
     if dry_run:
         if sources:
             print(statistics.table(statistics.summarise(source)))
+            records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped])
         print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
         return None
 
@@ -105,18 +107,29 @@ def prepare(
     }
     plan = make_plan(config, splits, codec, text_encoder)
     out = Path(out or config.data.dir)
-    job = Job(out, plan, {split: len(parts) for split, parts in chunks.items()}, process)
+    earlier = Earlier(out)
+    rows = {
+        (split, index): [earlier.row(source, clip) for clip in part]
+        for split, parts in chunks.items()
+        for index, part in enumerate(parts)
+    }
+    shards = {split: len(parts) for split, parts in chunks.items()}
+    job = Job(out, plan, shards, process, rows if sources else None, inputs=("clips_sha256",))
+    if sources and not job.complete():
+        earlier.print_changes(row for part in rows.values() for row in part)
 
     # 3. The shards of this process. Threads decode the next clips while the devices encode.
     mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
     work = [clip for _, _, chunk in mine for clip in chunk]
-    decoded = decode_ahead(source, work, buckets, config.data, mesh.size)
+    decoded = decode_ahead(source, work, buckets, config.data, mesh.size, earlier)
     sizes, padding = measure_text(grids, text_encoder) if work else ({}, False)
     with contextlib.closing(Progress(len(work))) as progress, contextlib.closing(decoded):
         for split, index, chunk in mine:
             with job.shard(split, index) as shard:
                 clips = itertools.islice(progress.waiting(decoded), len(chunk))
                 record_shard(shard, clips, codec, text_encoder, sizes, padding, mesh.size, progress)
+                if sources:
+                    shard.note(rows=[earlier.made[clip.id] for clip in chunk])
     progress.report()
 
     # 4. The last process to be done puts the folder together.
@@ -185,21 +198,90 @@ def make_plan(config: ConfigDict, splits, codec: Any, text_encoder: Any) -> dict
     return plan | {key: part.sha256 for key, part in weights.items() if hasattr(part, "sha256")}
 
 
+class Earlier:
+    """What a folder holds already, by the content of its clips; see `prophy_jax.data.job.read_clips`.
+
+    Attributes:
+        made: id -> row of each clip that `read` was asked for.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._rows = read_clips(out)
+        self._finished = (out / "manifest.json").exists()
+        seen = [*self._rows, *read_clips(out, working=True)]
+        self._by_place = {(row["source"], row["video"]): row for row in seen}
+        self._by_content = {row["sha256"]: row for row in self._rows if self._finished and row["sha256"]}
+        self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "records"))
+        self.made: dict[str, dict[str, Any]] = {}
+
+    def row(self, source: Source, clip: Clip, read: bool = False) -> dict[str, Any]:
+        """What a clip's record is made of. Without `read` the content of a new clip is left open."""
+        known = self._by_place.get((clip.source, clip.video))
+        content = source.content(clip, known) if known or read else {}
+        return {
+            "id": clip.id,
+            "source": clip.source,
+            "video": clip.video,
+            "caption": hashlib.sha256(clip.caption.encode()).hexdigest()[:16],
+            "category": [int(e) for e in np.flatnonzero(clip.category)],
+            "sha256": content.get("sha256"),
+            "stamp": content.get("stamp"),
+        }
+
+    def read(self, source: Source, clip: Clip) -> Sample | str | None:
+        """The clip as it was encoded earlier, or why it was skipped; None if it must be read."""
+        row = self.made[clip.id] = self.row(source, clip, read=True)
+        was = self._by_content.get(row["sha256"])
+        if was is None or was["bucket"] is None:
+            return None
+        stored = self._open(was["bucket"], was["split"])[was["index"]]
+        text = stored["text"], stored.get("text_mask")
+        same = stored["caption"].decode() == clip.caption
+        return Sample(
+            None, Bucket.parse(was["bucket"]), latents=stored["latents"], text=text if same else None
+        )
+
+    def print_changes(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Says which clips differ from those of a finished folder."""
+        if not self._finished or not self._rows:
+            return
+        was, now = {row["id"]: row for row in self._rows}, {row["id"]: row for row in rows}
+        both = now.keys() & was.keys()
+
+        def differ(*keys: str) -> list[str]:
+            return [name for name in now if name in both and any(now[name][k] != was[name][k] for k in keys)]
+
+        print(f"{self._out} is brought up to date; what is not listed here is kept")
+        records.print_list("clips added", [name for name in now if name not in both])
+        records.print_list("clips removed", [name for name in was if name not in both])
+        records.print_list("videos replaced", differ("sha256"))
+        records.print_list("captions changed", differ("caption"))
+        records.print_list("categories changed", differ("category"))
+
+
 # --- Clips to records ------------------------------------------------------------------------------
 
 
 def decode_ahead(
-    source: Source, clips: Sequence[Clip], buckets: Sequence[Bucket], data, devices: int
+    source: Source,
+    clips: Sequence[Clip],
+    buckets: Sequence[Bucket],
+    data,
+    devices: int,
+    earlier: Earlier | None = None,
 ) -> Iterator[tuple[Clip, Sample | str]]:
     """Gives (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
 
-    At most THREADS + 2 `devices` decoded clips wait at a time. `close` ends the threads.
+    At most THREADS + 2 `devices` decoded clips wait at a time. `close` ends the threads. What `earlier` has
+    of the same content is taken from there.
     """
     import grain
 
     def read(clip: Clip) -> tuple[Clip, Sample | str]:
         try:
-            return clip, source.read(clip, buckets, data.fps, data.max_upscale)
+            taken = earlier.read(source, clip) if earlier else None
+            return clip, taken or source.read(clip, buckets, data.fps, data.max_upscale)
         except UserError as error:
             return clip, str(error)
 
@@ -238,14 +320,23 @@ def record_shard(
         nonlocal moments
         batch = waiting.pop(bucket)
         with progress.spending("encoding"):
-            latents = codec.encode(np.stack([sample.frames for _, sample in batch]))  # (b, T, h, w, 16)
+            latents = [sample.latents for _, sample in batch]
+            if fresh := [row for row, own in enumerate(latents) if own is None]:
+                frames = np.stack([batch[row][1].frames for row in fresh])
+                encoded = codec.encode(frames)  # (b, T, h, w, 16)
+                for row, own in zip(fresh, encoded, strict=True):
+                    latents[row] = own
             captions = [sample.caption or clip.caption for clip, sample in batch]
-            text, mask = text_encoder(captions)
+            if any(sample.text is None for _, sample in batch):
+                text, mask = text_encoder(captions)
         for row, (clip, sample) in enumerate(batch):
             lost = text_encoder.words_lost(captions[row])
             if lost:
                 captions_cut[clip.id] = lost
-            rows = (text[row], mask[row]) if padding else (text[row][mask[row]], None)
+            if sample.text is not None:
+                rows = sample.text
+            else:
+                rows = (text[row], mask[row]) if padding else (text[row][mask[row]], None)
             moments = moments + write_record(
                 shard, clip, sample, captions[row], latents[row], *rows, sizes[bucket]
             )

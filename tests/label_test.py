@@ -89,8 +89,25 @@ def prepared(tmp_path_factory):
     return source, data
 
 
-def make_records(listing, source, data):
-    job = Job(data, {"made": "by a test"}, {split: len(own) for split, own in SPLITS.items()})
+def make_records(listing, source, data, known=False):
+    """`known`: the data tell what they were made of."""
+
+    def row(clip):
+        own = {
+            "id": clip.id,
+            "source": 0,
+            "video": clip.video,
+            "category": np.flatnonzero(clip.category).tolist(),
+        }
+        return own | listing.content(clip)
+
+    rows = {
+        (split, index): [row(listing.clips[member]) for member in members]
+        for split, shards in SPLITS.items()
+        for index, members in enumerate(shards)
+    }
+    counts = {split: len(own) for split, own in SPLITS.items()}
+    job = Job(data, {"made": "by a test"}, counts, rows=rows if known else None)
     features = {}
     for split, shards in SPLITS.items():
         for index, members in enumerate(shards):
@@ -105,6 +122,8 @@ def make_records(listing, source, data):
                         "category": clip.category,
                     }  # fmt: skip
                     shard.write(f"records/{bucket}", features[f"records/{bucket}"], example)
+                if known:
+                    shard.note(rows=rows[split, index])
     manifest = {
         "sources": [str(source)],
         "sandbox": None,
@@ -240,6 +259,37 @@ def test_a_clip_that_cannot_be_read_any_more_has_no_labels(prepared, labels, mod
     for name in ("clip0", "clip2", "clip4"):
         np.testing.assert_array_equal(found[name][0], whole[name][0])
         np.testing.assert_allclose(found[name][1], whole[name][1], atol=2e-3)  # in other batches
+
+
+def test_only_clips_that_changed_are_labelled_anew(prepared, model_folder, tmp_path, monkeypatch, capsys):
+    source, data, out = (tmp_path / name for name in ("source", "data", "labels"))
+    shutil.copytree(prepared[0], source)
+    make_records(sources.read_sources([source]), source, data, known=True)
+    run = lambda *args: label.label(get_config(), model_folder, data, out, *args)  # noqa: E731
+    first = run()
+    before = read_labels(out, data)
+    moved = tmp_path / "moved"
+    shutil.copytree(source, moved)
+    assert run((0, 1), [str(moved)]) == first  # a copy is the same
+
+    noise = np.random.default_rng(99).integers(0, 256, (9, 4, 6, 3), dtype=np.uint8)
+    video.write_mp4(source / "clip1.mp4", noise.repeat(8, 1).repeat(8, 2), FPS)
+    with pytest.raises(UserError, match="1 videos changed since .*data was prepared .clip1.: run .*prepare"):
+        run()
+    shutil.rmtree(data)
+    make_records(sources.read_sources([source]), source, data, known=True)
+    asked, ask = [], labelling.ask
+    monkeypatch.setattr(labelling, "ask", lambda *args: asked.extend(args[1]) or ask(*args))
+    capsys.readouterr()
+    second = run()
+    assert len(asked) == 1 and "clips labelled anew: 1\n  clip1\n" in capsys.readouterr().out
+    assert (
+        first["data_fingerprint"] != second["data_fingerprint"] == records.read_manifest(data)["fingerprint"]
+    )
+    after = read_labels(out, data)
+    for name in before:
+        assert np.array_equal(before[name][1], after[name][1]) == (name != "clip1")
+    assert run() == second and len(asked) == 1
 
 
 def test_the_command_runs_without_jax(prepared, model_folder, tmp_path):

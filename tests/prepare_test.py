@@ -195,7 +195,7 @@ def test_wisa_folder(tmp_path, capsys):
     manifest = prepare(_config(tmp_path / "unused"), [source], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out", "wisa"]
     assert sorted(os.listdir(tmp_path / "out")) == [
-        *("empty_text.npz", "manifest.json", "records", "statistics.md", "statistics.png"),
+        *("clips.jsonl", "empty_text.npz", "manifest.json", "records", "statistics.md", "statistics.png"),
     ]
     (held_out,) = _ids(tmp_path / "out", "val")  # a tenth
     rest = [f"clip{index}" for index in range(11) if f"clip{index}" != held_out]
@@ -311,10 +311,79 @@ def test_captions_that_do_not_fit_are_listed(tmp_path):
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     source = _wisa(tmp_path / "wisa", 3)
+    listed = json.loads((source / "wisa-80k.json").read_text())
+    (source / "wisa-80k.json").write_text(json.dumps([*listed, {"video_name": "x.mp4"}]))
     assert prepare(_config(tmp_path / "out"), [source], dry_run=True) is None
     assert os.listdir(tmp_path) == ["wisa"]
     printed = capsys.readouterr().out
     assert "collision" in printed and "train 2, val 1 clips would be taken" in printed
+    assert "skipped: 1\n  x: no caption: record 3\n" in printed
+
+
+# --- What changed since ----------------------------------------------------------------------------
+
+
+def test_only_what_changed_is_encoded_anew(tmp_path, capsys, monkeypatch):
+    """A video replaced under its name, a caption changed, a clip added and one removed."""
+    source = _wisa(tmp_path / "wisa", 8)
+    config = _config(tmp_path / "out", shard=3)
+    before = prepare(config, [source])
+    stored = {record["id"]: record for split in ("train", "val") for record in _read(tmp_path / "out", split)}
+    encoded = []
+    encode = _Codec.encode
+    monkeypatch.setattr(_Codec, "encode", lambda self, frames: encoded.extend(frames) or encode(self, frames))
+    for path in (source / "videos").iterdir():
+        path.touch()  # as after a copy: nothing changed
+    assert prepare(config, [source]) == before and not encoded
+
+    listed = json.loads((source / "wisa-80k.json").read_text())
+    listed[2]["captions"] = "Another caption."
+    del listed[5]
+    added = {**listed[0], "video_name": "more.mp4"}
+    for name, grey in (("clip1.mp4", 200), ("more.mp4", 210)):
+        video.write_mp4(source / "videos" / name, np.full((8, 48, 64, 3), grey, np.uint8), fps=8)
+    (source / "wisa-80k.json").write_text(json.dumps([added, *listed]))
+    capsys.readouterr()
+    after = prepare(config, [source])
+    assert len(encoded) == 2
+    printed = capsys.readouterr().out
+    changes = {"clips added": "more", "clips removed": "clip5", "videos replaced": "clip1"}
+    for title, name in (changes | {"captions changed": "clip2"}).items():
+        assert f"{title}: 1\n  {name}\n" in printed
+    assert after["fingerprint"] != before["fingerprint"] and not (tmp_path / "out" / "work").exists()
+    found = {record["id"]: record for split in ("train", "val") for record in _read(tmp_path / "out", split)}
+    assert found.keys() == stored.keys() - {b"clip5"} | {b"more"}
+    for name, grey in ((b"clip1", 200), (b"more", 210)):
+        levels = (found[name]["latents"].astype(np.float32) + 1) * 127.5
+        np.testing.assert_allclose(levels, grey, atol=2)
+    assert found[b"clip2"]["caption"] == b"Another caption."
+    assert not np.array_equal(found[b"clip2"]["text"], stored[b"clip2"]["text"])
+    for name in stored.keys() & found.keys() - {b"clip1"}:
+        np.testing.assert_array_equal(found[name]["latents"], stored[name]["latents"])
+    # It is what a new folder would hold, and nothing is left to do.
+    assert prepare(config, [source]) == after and len(encoded) == 2
+    prepare(_config(tmp_path / "anew", shard=3), [source])
+    assert _bytes(tmp_path / "anew") == _bytes(tmp_path / "out")
+
+
+def test_interrupted_update_keeps_the_folder_and_goes_on(tmp_path, monkeypatch):
+    source = _wisa(tmp_path / "wisa", 8)
+    config = _config(tmp_path / "out", shard=3)
+    prepare(config, [source])
+    before = _bytes(tmp_path / "out")
+    for name in ("clip1.mp4", "clip6.mp4"):
+        grey = 200 + int(name[4])
+        video.write_mp4(source / "videos" / name, np.full((8, 48, 64, 3), grey, np.uint8), fps=8)
+    monkeypatch.setattr(_Codec, "fails_at", _Codec.calls + 2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, [source])
+    whole = {
+        name: digest for name, digest in _bytes(tmp_path / "out").items() if not name.startswith("work/")
+    }
+    assert whole == before
+    prepare(config, [source])
+    prepare(_config(tmp_path / "anew", shard=3), [source])
+    assert _bytes(tmp_path / "anew") == _bytes(tmp_path / "out")
 
 
 # --- Processes and interruptions -------------------------------------------------------------------

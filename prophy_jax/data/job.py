@@ -2,6 +2,7 @@
 
 DIR/work/plan.json               all that decides what is written
 DIR/work/train-00000.json        one report for each shard that is made, next to its files
+DIR/clips.jsonl                  a row for each clip that was tried: what it was made of, and where it is
 DIR/manifest.json and the rest   when all is there, see `prophy_jax.data.records`; "work" is gone then
 """
 
@@ -24,6 +25,7 @@ from prophy_jax.data import records
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
+CLIPS = "clips.jsonl"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _OPTIONS = "group_size:1,uncompressed"  # float16 noise hardly shrinks, and would take thrice as long to read
 
@@ -41,6 +43,10 @@ class Job:
         plan: JSON types; all that decides what is written. A folder begun by another plan is refused.
         shards: number of shards of each split.
         process: (i, P).
+        rows: (split, shard) -> a row for each of its clips in order: "id" and what it is made of; None stands
+            for what is known only once the clip is made. The maker of a shard notes its rows as "rows". A
+            finished folder of other rows is brought up to date: it stays as it is until all shards are made.
+        inputs: keys of the plan that may then differ.
 
     Raises:
         UserError: `out` is of another plan, is something else, or cannot be written.
@@ -52,24 +58,46 @@ class Job:
         plan: Mapping[str, Any],
         shards: Mapping[str, int],
         process: tuple[int, int] = (0, 1),
+        rows: Mapping[tuple[str, int], list[dict[str, Any]]] | None = None,
+        inputs: tuple[str, ...] = (),
     ) -> None:
         self.out = Path(out)
+        self._plan, self._rows = plan, rows
         self._work = self.out / "work"
         self._shards = [(split, index) for split in shards for index in range(shards[split])]
         self._process = process
+
+        def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
+            free = inputs if rows is not None else ()
+            return workdir.differences(
+                *({key: value for key, value in one.items() if key not in free} for one in (stored, own))
+            )
+
+        def compare_finished(_, own: dict[str, Any]) -> str:
+            stored = records.read_manifest(self.out).get("plan", {})
+            known = (self.out / CLIPS).exists()  # not in folders of earlier versions
+            return compare(stored, own) if known else workdir.differences(stored, own)
+
         with _writing(self.out):
-            if self.complete():
-
-                def compare(_, own: dict[str, Any]) -> str:
-                    return workdir.differences(records.read_manifest(self.out).get("plan", {}), own)
-
-                workdir.claim(self.out, "manifest.json", plan, "--out", compare)
+            if (self.out / "manifest.json").exists():
+                workdir.claim(self.out, "manifest.json", plan, "--out", compare_finished)
+                if not self.complete():
+                    self._work.mkdir(exist_ok=True)
+                    workdir.write_atomically(self._work / "plan.json", json.dumps(plan))
             else:
-                workdir.claim(self.out, "work/plan.json", plan, "--out")
+                workdir.claim(self.out, "work/plan.json", plan, "--out", compare, lambda _, own: own)
 
     def complete(self) -> bool:
-        """Whether the folder is finished."""
-        return (self.out / "manifest.json").exists()
+        """Whether the folder is finished, and of these clips."""
+        if not (self.out / "manifest.json").exists():
+            return False
+        plan = json.loads(json.dumps(self._plan))
+        if self._rows is not None and records.read_manifest(self.out).get("plan") != plan:
+            return False
+        if self._rows is None or not (self.out / CLIPS).exists():
+            return True
+        own = [{"split": split, **row} for (split, _), rows in self._rows.items() for row in rows]
+        return _agree(own, read_clips(self.out))
 
     def _name(self, split: str, index: int) -> Path:
         return self._work / f"{split}-{index:05d}"
@@ -79,7 +107,14 @@ class Job:
         if self.complete():
             return []
         first, step = self._process if mine else (0, 1)
-        return [shard for shard in self._shards[first::step] if not self._report(*shard).exists()]
+        return [shard for shard in self._shards[first::step] if not self._made(*shard)]
+
+    def _made(self, split: str, index: int) -> bool:
+        path = self._report(split, index)
+        if not path.exists() or self._rows is None:
+            return path.exists()
+        stored = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+        return _agree(self._rows[split, index], stored)
 
     def _report(self, split: str, index: int) -> Path:
         return self._name(split, index).with_suffix(".json")
@@ -136,9 +171,15 @@ class Job:
         ]
         _fill_empty_split(reports)
         features, manifest = describe(reports)
+        if self._rows is not None:  # the folder may have been finished for other clips
+            (self.out / "manifest.json").unlink(missing_ok=True)
+            for name in {dataset.split("/")[0] for dataset in features}:
+                shutil.rmtree(self.out / name, ignore_errors=True)
+            lines = [json.dumps(row) for row in _place(reports)]
+            workdir.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
         for dataset in features:
             self._assemble(dataset, features[dataset], reports)
-        plan = json.loads((self._work / "plan.json").read_text(encoding="utf-8"))
+        plan = json.loads(json.dumps(self._plan))
         records.write_manifest(
             self.out, {**manifest, "fingerprint": _fingerprint(plan, reports), "plan": plan}
         )
@@ -233,6 +274,48 @@ class Shard:
             _partial(_part(self._name, dataset)).unlink(missing_ok=True)
 
 
+def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
+    """The rows of a finished folder's clips, in order; if `working`, of the shards that are made in "work".
+
+    Each has the keys that its maker noted; of a finished folder also "split", and "bucket" and "index", where
+    its example is in that split (None: it was skipped). [] where nothing is known.
+    """
+    path = Path(out) / CLIPS
+    try:
+        if not working:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        paths = Path(out).glob("work/*-?????.json")
+        reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [row for report in reports for row in report.get("rows", [])]
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _agree(own: list[dict[str, Any]], stored: list[dict[str, Any]]) -> bool:
+    """Whether rows are the same, but for their stamps and for what is not known of ours."""
+    return len(own) == len(stored) and all(
+        was.get(key) == value
+        for row, was in zip(own, stored, strict=True)
+        for key, value in row.items()
+        if value is not None and key != "stamp"
+    )
+
+
+def _place(reports: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of all shards, each with where its example is."""
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for report in reports:
+        places = {}
+        for dataset, ids in report["ids"].items():
+            bucket = dataset.split("/")[1]
+            for clip_id in ids:
+                places[clip_id] = bucket, counts[report["split"], bucket]
+                counts[report["split"], bucket] += 1
+        for row in report.get("rows", []):
+            bucket, index = places.get(row["id"], (None, None))
+            yield {**row, "split": report["split"], "bucket": bucket, "index": index}
+
+
 def _fill_empty_split(reports: list[dict[str, Any]]) -> None:
     """Puts a shard of the training split in an empty validation split, and the other way round.
 
@@ -264,9 +347,10 @@ def _partial(path: Path) -> Path:
 
 
 def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
-    """Hash of plan["data"], which says how frames were taken, and of the ids of all examples in their order.
+    """Hash of plan["data"], which says how frames were taken, and of all examples in their order.
 
-    It is equal for data sets that belong together.
+    Of an example, its id counts, and of those with a row, the content of the video and the category. It is
+    equal for data sets that belong together.
     """
     digest = hashlib.sha256(json.dumps(plan.get("data"), sort_keys=True).encode())
     for report in reports:
@@ -274,6 +358,8 @@ def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
             digest.update(
                 json.dumps([report["split"], dataset.split("/")[1], report["ids"][dataset]]).encode()
             )
+        if rows := report.get("rows"):
+            digest.update(json.dumps([[row["id"], row["sha256"], row["category"]] for row in rows]).encode())
     return digest.hexdigest()
 
 

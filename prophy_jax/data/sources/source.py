@@ -59,14 +59,18 @@ class Clip:
 class Sample(NamedTuple):
     """A clip that was read: frames (F,H,W,3) uint8 in their bucket.
 
-    The sandbox also gives masks (T,G,G,17) float16, and the caption and category that its listing lacks.
+    The sandbox also gives masks (T,G,G,17) float16, and the caption and category that its listing lacks. A
+    clip that was encoded earlier has latents (T,h,w,16) float16 instead of frames, and for the same caption
+    its text (n,D) float16 with the mask (n,) that is stored with it, or None.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray | None
     bucket: Bucket
     masks: np.ndarray | None = None
     caption: str | None = None
     category: np.ndarray | None = None
+    latents: np.ndarray | None = None
+    text: tuple[np.ndarray, np.ndarray | None] | None = None
 
 
 @dataclass
@@ -120,6 +124,9 @@ class Source(Protocol):
             {} for a clip that is not there, or whose content follows from its name.
         """
 
+    def size(self, clip: Clip) -> int | None:
+        """Bytes of a clip's video; None for a clip that is not there, or has no file."""
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         """Each clip with its raw record, read again from the annotation file; {} without one."""
 
@@ -159,6 +166,10 @@ class CaptionedVideos(Source):
         except (UserError, OSError):  # it cannot be decoded either, which says why
             return {"stamp": found.stamp, "sha256": ""}
 
+    def size(self, clip: Clip) -> int | None:
+        found = self._videos.get((clip.source, clip.video))
+        return None if found is None else found.size
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         clips = iter(self.clips)  # in the order of sources, and of records within each
         clip = next(clips)
@@ -194,6 +205,9 @@ class Sandbox(Source):
 
     def content(self, clip: Clip, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return {}
+
+    def size(self, clip: Clip) -> int | None:
+        return None
 
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         return ((clip, {}) for clip in self.clips)
