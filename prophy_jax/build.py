@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from prophy_jax import losses, models
-from prophy_jax.data import batch, records
+from prophy_jax.data import batch, records, taxonomy
 from prophy_jax.diffusion import generate
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model, Part
@@ -48,7 +48,8 @@ def build_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Mo
         backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
         on_device = functools.partial(attention.attention, backend=backend)
         backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
-    parts = {name: models.build(spec) for name, spec in (config.parts or {}).items() if spec}
+    known = {"categories": taxonomy.of(config).names}
+    parts = {name: models.build(spec, known=known) for name, spec in (config.parts or {}).items() if spec}
     for name, part in parts.items():
         if not isinstance(part, Part):
             raise UserError(f"config.parts.{name}.module={config.parts[name].module!r} is no part")
@@ -176,7 +177,8 @@ def check_params(
             )
         stored = manifest.get("model", {}).get(name)
         if name != "backbone" and stored:
-            own_spec = workdir.config_as_json(config)["parts"][name]
+            taxonomy.of(config).check(manifest, folders[name] or "")
+            own_spec = workdir.name_module(workdir.config_as_json(config)["parts"][name])
             if different := workdir.differences(workdir.name_module(stored), own_spec):
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
@@ -200,6 +202,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
     takes.
     """
     manifest = records.read_manifest(config.data.dir)
+    taxonomy.of(config).check(manifest, config.data.dir)
     own = workdir.run_identity(config, "data")
     own["data"] = {key: own["data"][key] for key in manifest["video"]}
     was = {"data": manifest["video"], **{key: manifest[key] for key in own if key != "data"}}
@@ -220,7 +223,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
         if dataset != "records" and records.side_folder(config.data.dir, dataset, named) is None:
             print(
                 f"warning: {config.data.dir} has no data set {dataset!r}, so losses that read it stay 0; "
-                f"make it with {batch.MADE_BY.get(dataset, 'its command')}, and name it with "
+                f"make it with {batch.how_to_make(dataset, config.data.dir, 'DIR')}, and name it with "
                 f"--config.data.side.{dataset}=DIR",
                 file=sys.stderr,
             )
@@ -237,7 +240,8 @@ def sizes(config: ConfigDict, model: Model) -> batch.Sizes:
     data = config.data
     latents = models.build(config.codec).latent_shape(data.frames, data.height, data.width)
     grid = token_grid(model, latents)
-    return batch.Sizes(latents, grid, config.text_encoder.length, model.backbone.config.text_dim)
+    text, categories = config.text_encoder.length, len(taxonomy.of(config).names)
+    return batch.Sizes(latents, grid, text, model.backbone.config.text_dim, categories)
 
 
 def token_grid(model: Model, latent_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -120,4 +120,6 @@ def _find_part(name: str, loss: Loss, model: Model) -> str:
         raise UserError(f"config.losses lists {name!r} but config.parts has {found} of module {module!r}")
     if loss.needs and getattr(model.parts[places[0]], loss.needs) is None:
         raise UserError(f"config.losses lists {name!r} but config.parts.{places[0]}.{loss.needs} is absent")
+    if loss.check and (problem := loss.check(model.parts[places[0]])):
+        raise UserError(f"config.losses lists {name!r} but config.parts.{places[0]} has {problem}")
     return places[0]

@@ -34,6 +34,7 @@ class Loss:
     Attributes:
         part: The class of the part that it is about; None: no part.
         needs: An attribute of that part that must not be None; "": none.
+        check: (part) -> what is wrong with that part for this loss, "" if nothing.
         fields: Fields of the batch that it reads, besides those of the prompt.
         share: (seen, microbatch, count) -> scalar: what a microbatch adds to the loss of the whole batch.
         whole: (part, its parameters, batch, reduction) -> scalar, once over the whole batch: for losses that
@@ -51,3 +52,4 @@ class Loss:
     count: Callable[[Batch, str], Any] = clips
     reduction: str = "sum"
     reference: bool = False
+    check: Callable[[Any], str] | None = None

@@ -3,7 +3,7 @@
 Each is a function of router outputs and labels that returns an fp32 scalar. The paper's coefficients are
 {"relative": 0.1, "alignment": 0.02, "balance": 0.01}.
 
-B batch, N tokens, E_s semantic experts, E_r refinement experts, E_a aligned categories.
+B batch, N tokens, E categories, E_s semantic experts, E_r refinement experts, E_a = E aligned categories.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def relative(semantic_logits: jax.Array, category: jax.Array, reduction: str = "
 
     Args:
         semantic_logits: (B, E_s); their softmax is rho_s.
-        category: (B, 17) multi-hot q_s. A clip without any category has no cosine and joins no pair.
+        category: (B, E) multi-hot q_s. A clip without any category has no cosine and joins no pair.
         reduction: "sum" as in the paper, or "mean" over the pairs.
     """
     difference = _cosine_matrix(jax.nn.softmax(semantic_logits)) - _cosine_matrix(category)
@@ -44,8 +44,8 @@ def bce(semantic_logits: jax.Array, category: jax.Array) -> jax.Array:
     Needs as many semantic experts as categories.
 
     Args:
-        semantic_logits: (B, 17).
-        category: (B, 17). Clips without any category are left out.
+        semantic_logits: (B, E).
+        category: (B, E). Clips without any category are left out.
     """
     labelled = (category.sum(-1, keepdims=True) > 0).astype(jnp.float32)
     entropy = jax.nn.softplus(semantic_logits) - semantic_logits * category
@@ -102,6 +102,13 @@ def _bce(part: Any, params: Params, batch: Batch, reduction: str) -> jax.Array:
     return bce(part.read(params, batch), batch["category"])
 
 
+def _check_bce(part: ProPhy) -> str:
+    experts, categories = part.semantic.experts if part.semantic else 0, len(part.categories)
+    if not categories or experts == categories:
+        return ""
+    return f"{experts} semantic experts for {categories} categories: set semantic.experts={categories}"
+
+
 def _mask(batch: Batch, positive: bool) -> jax.Array:
     return alignment_mask(batch["alignment"], batch["alignment_present"], positive)
 
@@ -131,5 +138,5 @@ LOSSES = {
     "absolute_alignment": _aligned(positive=False),
     "balance": Loss(ProPhy, "refinement", share=_balance),
     "relative": Loss(ProPhy, "semantic", ("category",), whole=_relative),
-    "bce": Loss(ProPhy, "semantic", ("category",), whole=_bce),
+    "bce": Loss(ProPhy, "semantic", ("category",), whole=_bce, check=_check_bce),
 }

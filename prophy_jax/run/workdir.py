@@ -70,15 +70,25 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
 
 
 def name_module(part: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of a part, as it was stored. The first part had no name of its file."""
-    return {"module": "prophy", **part}
+    """What a configuration says of a part, as it was stored. The first part had no name of its file.
+
+    How many categories it had was said here too; that follows from `data.taxonomy`.
+    """
+    part = {"module": "prophy", **part}
+    if part["module"] == "prophy" and part.get("refinement"):
+        part["refinement"] = {key: value for key, value in part["refinement"].items() if key != "categories"}
+    return part
 
 
 def _modernised(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration saved by an earlier version, with the keys of this one."""
     if "branch" in config:
         branch = config.pop("branch")
-        config["parts"] = {"branch": name_module(branch)} if branch else {}
+        config["parts"] = {"branch": branch} if branch else {}
+    if parts := config.get("parts"):
+        config["parts"] = {name: part and name_module(part) for name, part in parts.items()}
+    if not config.get("data", {}).get("taxonomy", True):
+        del config["data"]["taxonomy"]  # the default, and earlier versions had no other
     if "labels" in config.get("data", {}):
         config["data"]["side"] = {"alignment": config["data"].pop("labels")}
     if "absolute_alignment" in config.get("losses", {}):  # it was reduced as its sibling

@@ -7,9 +7,9 @@ Listing a source reads captions and the directories of zip files, and decodes no
 skipped or not understood is in the `Report`.
 
 WISA's answers q0, q1 and q2 (dynamics, thermodynamics, optics) give the category vector. Its single
-`label` is the collection the clip came from; it is not always one of the 17.
+`label` is the collection the clip came from; it is not always one of the categories.
 
-Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a side.
+Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a side, E categories.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from prophy_jax.data.sources import annotations, video
 from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
+from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run.errors import UserError
 
 
@@ -37,7 +38,7 @@ class Clip:
     Attributes:
         id: unique among all clips; by default the stem of the video's file name.
         caption: stripped, not empty; of a sandbox clip "", its sample has it.
-        category: (17,) float32 multi-hot in the order of `taxonomy.PHENOMENA`.
+        category: (E,) float32 multi-hot in the order of the taxonomy.
         source: index of its source in the list given.
         video: where, relative to the source: "videos/a.mp4", "videos/0.zip:any/prefix/a.mp4"; of a
             sandbox clip "train/12".
@@ -57,7 +58,7 @@ class Clip:
 class Sample(NamedTuple):
     """A clip that was read: frames (F,H,W,3) uint8 in their bucket.
 
-    The sandbox also gives masks (T,G,G,17) float16, and the caption and category that its listing lacks.
+    The sandbox also gives masks (T,G,G,E) float16, and the caption and category that its listing lacks.
     """
 
     frames: np.ndarray
@@ -75,10 +76,10 @@ class Report:
         records: records of all annotation files.
         skipped: (clip id, reason) of each record that gives no clip. The part of the reason before a
             colon is one of few.
-        unknown_labels: 'field: "text"' -> number of clips, for labels outside the 17 phenomena.
+        unknown_labels: 'field: "text"' -> number of clips, for labels outside the categories.
         examples: the same keys -> id of the first such clip.
         unannotated: ids of clips used that nothing was said about; their category vector is zero.
-        label_differs: ids of WISA clips whose `label` is one of the 17 but not among their answers.
+        label_differs: ids of WISA clips whose `label` is a category but not among their answers.
     """
 
     records: int = 0
@@ -149,7 +150,7 @@ class Sandbox(Source):
     """Made by `draw_sandbox`."""
 
     def __init__(self, seed: int, bucket: Bucket, fps: float, counts: Mapping[str, int]):
-        zero = np.zeros(taxonomy.NUM_PHENOMENA, np.float32)
+        zero = taxonomy.multi_hot([])
         self.clips = [
             Clip(f"{split}-{index:06d}", "", zero, 0, f"{split}/{index}", split)
             for split, count in counts.items()
@@ -170,7 +171,9 @@ class Sandbox(Source):
         return ((clip, {}) for clip in self.clips)
 
 
-def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "answers") -> CaptionedVideos:
+def read_sources(
+    paths: str | Path | Sequence[str | Path], categories: str = "answers", known: Taxonomy = taxonomy.WISA
+) -> CaptionedVideos:
     """Lists the clips of one or several sources; videos are found but not decoded.
 
     Of videos with the same content the first in order is used. They are compared by size, then
@@ -179,6 +182,7 @@ def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "an
     Args:
         paths: for each source its folder, or its annotation file.
         categories: where WISA's category vectors come from: "answers" (q0, q1 and q2) or "label".
+        known: the categories that there are.
 
     Returns:
         The clips in the order of `paths` and of their records, and the report.
@@ -212,7 +216,7 @@ def read_sources(paths: str | Path | Sequence[str | Path], categories: str = "an
                 reason = f"second clip of this id: {videos[clip_id].name} has it"
             else:
                 used[keys[found]], videos[clip_id] = clip_id, found
-                category = _category(entry.labels, categories, clip_id, report)
+                category = _category(entry.labels, categories, known, clip_id, report)
                 clips.append(Clip(clip_id, entry.caption, category, source, found.name, record=number))
                 continue
             report.skipped.append((clip_id, reason))
@@ -310,23 +314,25 @@ def _locate(path: Path) -> list[tuple[Entry, VideoFile | str]]:
     return located
 
 
-def _category(labels: Mapping[str, str], categories: str, clip_id: str, report: Report) -> np.ndarray:
-    """(17,) float32 multi-hot; notes in `report` what was not understood."""
-    known: dict[str, list[str]] = {}
+def _category(
+    labels: Mapping[str, str], categories: str, known: Taxonomy, clip_id: str, report: Report
+) -> np.ndarray:
+    """(E,) float32 multi-hot; notes in `report` what was not understood."""
+    named: dict[str, list[str]] = {}
     for where, text in labels.items():
-        known[where], unknown = taxonomy.parse_labels(text)
+        named[where], unknown = known.parse_labels(text)
         for label in unknown:
             key = f'{where}: "{label}"'
             report.unknown_labels[key] += 1
             report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]
-    answered = {name for where in answers for name in known[where]}
-    if not answered.issuperset(known.get("label", ())):
+    answered = {name for where in answers for name in named[where]}
+    if not answered.issuperset(named.get("label", ())):
         report.label_differs.append(clip_id)
     if categories == "label" and "label" in labels:
         if not labels["label"]:
             report.unannotated.append(clip_id)
-        return taxonomy.multi_hot(known["label"])
+        return known.multi_hot(named["label"])
     if not any(labels[where] for where in answers):
         report.unannotated.append(clip_id)
-    return taxonomy.multi_hot(sorted(answered))
+    return known.multi_hot(sorted(answered))
