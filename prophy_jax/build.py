@@ -178,8 +178,8 @@ def check_params(
         stored = manifest.get("model", {}).get(name)
         if name != "backbone" and stored:
             taxonomy.of(config).check(manifest, folders[name] or "")
-            own_spec = workdir.name_module(workdir.config_as_json(config)["parts"][name])
-            if different := workdir.differences(workdir.name_module(stored), own_spec):
+            own_spec = workdir.identify_part(workdir.config_as_json(config)["parts"][name])
+            if different := workdir.differences(workdir.identify_part(stored), own_spec):
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )
