@@ -608,7 +608,7 @@ def main(config: ConfigDict) -> None:
     if "label" not in config:
         raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
     data, out = options.data or config.data.dir, options.out or config.data.side.alignment
-    if not out:
+    if not out and not (own and options.check):
         raise UserError("name the folder to write: --out=DIR")
     if own:
         import_labels(config, own, data, out, options.check)

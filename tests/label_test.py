@@ -561,6 +561,8 @@ def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
     [
         ([], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
         (["--vlm=none", "--process=2/2"], "--process=2/2"),
+        (["--import=nowhere", "--check", "--out="], "no labels in nowhere: --import names a folder"),
+        (["--import=nowhere", "--config.data.taxonomy=none.toml"], "cannot read the categories of none.toml"),
     ],
 )
 def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message):
