@@ -332,7 +332,7 @@ def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from prophy_jax.data.taxonomy import NUM_PHENOMENA
+    from prophy_jax.data.taxonomy import PHENOMENA
     from prophy_jax.run import parallel
 
     mesh = all_devices()
@@ -342,9 +342,9 @@ def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
         "latents": jax.random.normal(keys[0], (size, *shape.latents, 16)),
         "text": jax.random.normal(keys[1], (size, shape.text, shape.text_dim)) * mask[:, None],
         "text_mask": jnp.broadcast_to(mask, (size, shape.text)),
-        "category": jnp.broadcast_to(jnp.arange(NUM_PHENOMENA) % 5 == 0, (size, NUM_PHENOMENA)) * 1.0,
-        "alignment": jax.random.uniform(keys[2], (size, shape.tokens, NUM_PHENOMENA)),
-        "alignment_present": jnp.ones((size, NUM_PHENOMENA)),
+        "category": jnp.broadcast_to(jnp.arange(len(PHENOMENA)) % 5 == 0, (size, len(PHENOMENA))) * 1.0,
+        "alignment": jax.random.uniform(keys[2], (size, shape.tokens, len(PHENOMENA))),
+        "alignment_present": jnp.ones((size, len(PHENOMENA))),
     }
     empty = {"text": jnp.zeros((shape.text, shape.text_dim)), "text_mask": jnp.arange(shape.text) < 1}
     return parallel.put_batch(batch, mesh), jax.device_put(empty, parallel.replicated(mesh))

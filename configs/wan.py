@@ -93,7 +93,7 @@ def paper() -> ConfigDict:
             module="prophy",
             layers=tuple(range(0, 30, 3)),
             semantic=dict(basis_grid=(21, 60, 104), basis_space="latent", experts=17, hidden=512),
-            refinement=dict(experts=8, top_k=2, categories=17, align_hidden=64),
+            refinement=dict(experts=8, top_k=2, align_hidden=64),
         )
     )
 
@@ -122,6 +122,7 @@ def paper() -> ConfigDict:
         buckets=(),
         max_upscale=1.25,
         categories="answers",
+        taxonomy="",
         subset=20_000,
         seed=0,
         val_share=0.01,

@@ -207,7 +207,7 @@ def _open_part(folder: Path, naming: str) -> Part:
         own = name_module(spec[name])
         if own["module"] not in BESIDE:
             raise UserError(f"{folder} holds {own['module']!r}: only {', '.join(BESIDE)} has a PyTorch form")
-        config = models.build(own)
+        config = models.build(own, known={"categories": manifest.get("categories", ())})
         table = BESIDE[own["module"]](models.build(spec["backbone"]), config, form, naming)
     else:
         config = models.build(spec).config

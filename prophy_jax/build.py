@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from prophy_jax import losses, models
-from prophy_jax.data import batch, records
+from prophy_jax.data import batch, records, taxonomy
 from prophy_jax.diffusion import generate
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model, Part
@@ -52,7 +52,8 @@ def build_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Mo
         backend = attention.choose(config.attention, mesh.devices.flat[0].platform, backbone.dtype)
         on_device = functools.partial(attention.attention, backend=backend)
         backbone = dataclasses.replace(backbone, attention=parallel.over_mesh(on_device, mesh))
-    parts = {name: models.build(spec) for name, spec in (config.parts or {}).items() if spec}
+    known = {"categories": taxonomy.of(config).names}
+    parts = {name: models.build(spec, known=known) for name, spec in (config.parts or {}).items() if spec}
     for name, part in parts.items():
         if not isinstance(part, Part):
             raise UserError(f"config.parts.{name}.module={config.parts[name].module!r} is no part")
@@ -183,8 +184,9 @@ def check_params(
             )
         stored = manifest.get("model", {}).get(name)
         if name != "backbone" and stored:
-            own_spec = workdir.config_as_json(config)["parts"][name]
-            if different := workdir.differences(workdir.name_module(stored), own_spec):
+            taxonomy.of(config).check(manifest, folders[name] or "")
+            own_spec = workdir.identify_part(workdir.config_as_json(config)["parts"][name])
+            if different := workdir.differences(workdir.identify_part(stored), own_spec):
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )
@@ -215,6 +217,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
     takes.
     """
     manifest = records.read_manifest(config.data.dir)
+    taxonomy.of(config).check(manifest, config.data.dir)
     for key in ("video", "buckets", "counts", "codec", "text_encoder"):
         if not isinstance(manifest.get(key), dict):
             raise UserError(f"{config.data.dir}/manifest.json is damaged (no {key}): prepare the data again")
@@ -271,7 +274,8 @@ def sizes(config: ConfigDict, model: Model) -> batch.Sizes:
     """Of the clips that `config.data` describes. Raises UserError on sizes that the model cannot take."""
     data = config.data
     latents, grid = fit(models.build(config.codec), model.backbone, (data.frames, data.height, data.width))
-    return batch.Sizes(latents, grid, config.text_encoder.length, model.backbone.config.text_dim)
+    text, categories = config.text_encoder.length, len(taxonomy.of(config).names)
+    return batch.Sizes(latents, grid, text, model.backbone.config.text_dim, categories)
 
 
 def fit(

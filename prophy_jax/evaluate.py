@@ -129,7 +129,8 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     ]
     grid = model.backbone.grid(latent_shape)
     shown = {
-        name: measures.show(clips, clips[name], captions, decode, grid) for name, measures in own.items()
+        name: measures.show(model.parts[name], clips, clips[name], captions, decode, grid)
+        for name, measures in own.items()
     }
     curves = {(added or "the backbone").capitalize(): metrics.read_metrics(workdir)}
     if config.backbone_params:

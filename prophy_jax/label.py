@@ -2,7 +2,7 @@
 
     python -m prophy_jax.label --vlm=Qwen2.5-VL-7B-Instruct --data=DATA_DIR --out=LABELS_DIR
 
-The model is asked where and how each phenomenon of a clip shows (`prophy_jax.labels.questions`). The
+The model is asked where and how each phenomenon of a clip shows (`config.data.taxonomy`). The
 attention of the answer onto the video, less that of the answer to a general prompt, becomes the target on
 the token grid of the diffusion model (`prophy_jax.labels.targets`). The frames are those that the records
 were made of, from the same videos; --source says where these are now. LABELS_DIR holds a data set in the
@@ -11,6 +11,8 @@ order of the records.
     --check      labels clips of the physics sandbox, whose masks are exact, and reports for every band of
                  layers and every way of denoising how well the labels find them: ROC AUC, 0.5 is chance.
                  Takes no --data; writes LABELS_DIR-check/check.json.
+    --import=DIR takes labels of your own instead, a file for each clip (`prophy_jax.labels.own`), and needs
+                 neither model nor videos; with --check it only checks them.
     --preview=N  only draws the labels of N clips, with questions and answers, into LABELS_DIR-preview.
 
 `config.label` has the settings, `config.label_check` the clips of --check; --config may name another file.
@@ -18,7 +20,7 @@ Any number of processes may share the work (--process=0/4 to --process=3/4), and
 and started again. Process I takes GPU I modulo the number of GPUs it sees; a model larger than one GPU is
 spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES. Needs the extra "label".
 
-T h w token grid, N = T h w tokens, P phenomena of a clip, T' H' W' grid of the vision-language model.
+T h w token grid, N = T h w tokens, E categories, P of a clip, T' H' W' grid of the vision-language model.
 """
 
 import functools
@@ -39,12 +41,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import prophy_jax
-from prophy_jax.data import records
+from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
-from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA
-from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import run_identity
@@ -90,7 +90,7 @@ def label(
         "data_fingerprint": prepared.manifest["fingerprint"],
         **run_identity(config, "labels"),
         "vlm": described,
-        "questions_sha256": hashlib.sha256(json.dumps([BACKGROUND, QUESTIONS]).encode()).hexdigest(),
+        "questions_sha256": hash_questions(prepared.known),
         "program": prophy_jax.__version__,
     }
     files = prepared.files
@@ -116,9 +116,8 @@ def label(
             batches = read_ahead(reader, prepared, file, config.label.batch, earlier)
             with job.shard(file.split, file.index) as shard:
                 sizes = prepared.sizes[file.bucket]
-                label_shard(
-                    shard, model, batches, file.bucket, sizes, views[file.bucket], reading, config, bar
-                )
+                view, known = views[file.bucket], prepared.known
+                label_shard(shard, model, batches, file.bucket, sizes, view, reading, known, config, bar)
                 if rows:
                     shard.note(rows=rows[file.split, file.index])
 
@@ -152,12 +151,12 @@ def preview(
             print(f"{clip.id} cannot be read: {clip.problem}")
             continue
         view = views[file.bucket]
-        [answers] = labelling.ask(model, [clip.frames], [clip.category], view, reading)
+        [answers] = labelling.ask(model, [clip.frames], [clip.category], view, reading, prepared.known)
         maps = labelling.make_targets(answers, view, config.label)
-        names = [PHENOMENA[e] for e in np.flatnonzero(clip.category)]
+        names = [prepared.known.names[e] for e in np.flatnonzero(clip.category)]
         path = out / f"{file.split}-{file_name(clip.id)}.mp4"
         video.write_mp4(path, draw(clip.frames, names, maps, view.grid), prepared.fps)
-        questions = [*(QUESTIONS[name] for name in names), BACKGROUND]
+        questions = [*(prepared.known.questions[name] for name in names), prepared.known.background]
         lines = [f"{q}\n    {answer.text}\n" for q, answer in zip(questions, answers, strict=True)]
         path.with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
         print(f"wrote {path}: {', '.join(names)}", flush=True)
@@ -193,6 +192,72 @@ def check(config: ConfigDict, model_folder: str | Path, out: str | Path) -> dict
     return results
 
 
+def import_labels(
+    config: ConfigDict, folder: str | Path, data: str | Path, out: str | Path, only_check: bool = False
+) -> dict[str, Any] | None:
+    """Makes a folder of labels from files of one's own (see `prophy_jax.labels.own`), once all are right.
+
+    Returns the manifest, None with `only_check`. Prints each wrong file and why. Raises UserError then, and
+    on data that do not exist or are of other categories; nothing is written.
+    """
+    from prophy_jax.labels import own
+
+    # 1. Every file, and what is wrong with it.
+    known, manifest, found = taxonomy.of(config), records.read_manifest(data), own.find(folder)
+    known.check(manifest, data)
+    sizes = {bucket: Sizes.of(manifest, bucket) for bucket in manifest["buckets"]}
+    files = list_files(data, manifest)
+    ids = {file: list_ids(data, file) for shards in files.values() for file in shards}
+    clips = {name: file.bucket for file, names in ids.items() for name in names}
+    wrong, digest = [], hashlib.sha256()
+    for name, paths in found.items():
+        try:
+            if name not in clips:
+                raise ValueError(f"{data} has no clip {name!r}; its ids are such as {next(iter(clips))!r}")
+            if len(paths) > 1:
+                raise ValueError("the clip has another file: " + ", ".join(path.name for path in paths))
+            own.read(paths[0], sizes[clips[name]].token_grid, known)
+            digest.update(json.dumps(name).encode() + paths[0].read_bytes())
+        except ValueError as error:
+            wrong.append(f"{paths[0]}: {error}")
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(found)} files of {folder} are wrong, as listed; nothing was written"
+        )
+    unlabelled = [name for name in clips if name not in found]
+    print(f"{folder}: {len(found)} files are right")
+    if unlabelled:
+        more = "" if len(unlabelled) < 9 else ", ..."
+        print(f"clips of {data} without labels: {len(unlabelled)}: {', '.join(unlabelled[:8])}{more}")
+    if only_check:
+        return None
+
+    # 2. The data set, in the order of the records.
+    plan = {
+        "data_fingerprint": manifest["fingerprint"],
+        "files_sha256": digest.hexdigest(),
+        "program": prophy_jax.__version__,
+    }
+    job = Job(out, plan, {split: len(shards) for split, shards in files.items()})
+    features = {f"alignment/{bucket}": records.features("alignment", size) for bucket, size in sizes.items()}
+    for split, index in job.missing():
+        file = files[split][index]
+        size, dataset = sizes[file.bucket], f"alignment/{file.bucket}"
+        with job.shard(split, index) as shard:
+            for name in ids[file]:
+                present, maps = known.multi_hot([]), np.zeros((0, size.tokens), np.float16)
+                if name in found:
+                    present, maps = own.read(found[name][0], size.token_grid, known)
+                shard.write(dataset, features[dataset], {"id": name, "present": present, "maps": maps})
+    about = {**plan, "categories": list(known.names), "clips": len(clips), "unlabelled": unlabelled}
+    made = job.finish(lambda reports: (features, about))
+    print(
+        f"{out}: labels of {len(found)} of {len(clips)} clips; train with --config.data.side.alignment={out}"
+    )
+    return made
+
+
 # --- The model -------------------------------------------------------------------------------------
 
 
@@ -224,7 +289,13 @@ def open_all(
     UserError on whatever can be wrong with them.
     """
     labelling = import_labelling(config)
-    prepared = PreparedClips(data, sources)
+    prepared = PreparedClips(data, sources, taxonomy.of(config))
+    if not prepared.show_something():
+        raise UserError(
+            f"no clip of {data} shows any category, so there is nothing to ask: give the list of clips a "
+            f"column 'category' with names such as {', '.join(prepared.known.names[:3])}, and prepare them "
+            "again; or take labels of your own with --import=DIR"
+        )
     model, described = open_model(model_folder, config, process)
     layers = labelling.choose_layers(config.label.layers, model.num_layers)
     return prepared, model, described, labelling.make_reading(config.label, layers)
@@ -253,6 +324,11 @@ def print_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> N
         )
 
 
+def hash_questions(known: taxonomy.Taxonomy) -> str:
+    """Of all that the model is asked."""
+    return hashlib.sha256(json.dumps([known.background, dict(known.questions)]).encode()).hexdigest()
+
+
 # --- The records and their videos ------------------------------------------------------------------
 
 
@@ -266,14 +342,33 @@ class RecordFile(NamedTuple):
     count: int
 
 
+def list_files(data: str | Path, manifest: Mapping[str, Any]) -> dict[str, list[RecordFile]]:
+    """Split -> files of the records, bucket by bucket."""
+    files: dict[str, list[RecordFile]] = {}
+    for bucket in manifest["buckets"]:
+        splits = records.open_info(data, "records", bucket).splits
+        for split in splits:
+            own = files.setdefault(split, [])
+            lengths = splits[split].shard_lengths
+            for first, count in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
+                own.append(RecordFile(bucket, split, len(own), first, count))
+    return files
+
+
+def list_ids(data: str | Path, file: RecordFile) -> list[str]:
+    """Of the clips of one file of the records, in their order."""
+    stored = records.open_dataset(data, "records", file.bucket, file.split)
+    return [str(stored.read(index)["id"], "utf-8") for index in range(file.first, file.first + file.count)]
+
+
 class Clip(NamedTuple):
     """A record as the model needs it: frames (F, H, W, 3) uint8, or None and why, or labels made earlier."""
 
     id: str
-    category: np.ndarray  # (17,)
+    category: np.ndarray  # (E,)
     frames: np.ndarray | None
     problem: str = ""
-    labels: tuple[np.ndarray, np.ndarray] | None = None  # present (17,), maps (P, N)
+    labels: tuple[np.ndarray, np.ndarray] | None = None  # present (E,), maps (P, N)
 
 
 class PreparedClips:
@@ -282,21 +377,26 @@ class PreparedClips:
     Args:
         data: the folder.
         moved: where its sources are now; none: where they were.
+        known: the categories, which must be those of the records.
 
     Raises:
-        UserError: no data, or the videos cannot be found.
+        UserError: no data, data of other categories, or the videos cannot be found.
     """
 
-    def __init__(self, data: str | Path, moved: Sequence[str]) -> None:
+    def __init__(
+        self, data: str | Path, moved: Sequence[str], known: taxonomy.Taxonomy = taxonomy.WISA
+    ) -> None:
         self.data = Path(data)
+        self.known = known
         self.manifest = records.read_manifest(data)
+        known.check(self.manifest, data)
         self.fps = self.manifest["video"]["fps"]
         self.sizes = {bucket: Sizes.of(self.manifest, bucket) for bucket in self.manifest["buckets"]}
         self._source = self._open_source(moved)
         self._moved = bool(moved)
         self._rows = {(row["split"], row["bucket"], row["index"]): row for row in read_clips(data)}
         self._open: dict[tuple[str, str], Sequence] = {}
-        self.files = self._list_files()
+        self.files = list_files(data, self.manifest)
         probed = list(self.sample_evenly(PROBED))
         if probed and all(clip.frames is None for _, clip in probed):
             clip = probed[0][1]
@@ -317,21 +417,9 @@ class PreparedClips:
                 ConfigDict({**self.manifest["video"], "sandbox": self.manifest["sandbox"]})
             )
         try:
-            return source.read_sources(moved or paths)
+            return source.read_sources(moved or paths, known=self.known)
         except UserError as error:
             raise UserError(f"{error}; if the source has moved, say where it is: --source=DIR") from error
-
-    def _list_files(self) -> dict[str, list[RecordFile]]:
-        """Split -> files of the records, bucket by bucket."""
-        files: dict[str, list[RecordFile]] = {}
-        for bucket in self.manifest["buckets"]:
-            splits = records.open_info(self.data, "records", bucket).splits
-            for split in splits:
-                own = files.setdefault(split, [])
-                lengths = splits[split].shard_lengths
-                for first, count in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
-                    own.append(RecordFile(bucket, split, len(own), first, count))
-        return files
 
     def list_rows(self) -> dict[tuple[str, int], list[dict[str, Any]]] | None:
         """(split, shard) -> what the labels of each record follow from; None of data that does not tell."""
@@ -407,6 +495,16 @@ class PreparedClips:
         except UserError as error:
             return Clip(name, category, None, str(error))
         return Clip(name, category, sample.frames)
+
+    def show_something(self) -> bool:
+        """Whether any clip shows a category. Reads records until it finds one."""
+        return any(
+            np.frombuffer(stored.read(index)["category"], np.float32).any()
+            for own in self.files.values()
+            for file in own
+            for stored in [records.open_dataset(self.data, "records", file.bucket, file.split)]
+            for index in range(file.first, file.first + file.count)
+        )
 
     def sample_evenly(self, count: int) -> Iterator[tuple[RecordFile, Clip]]:
         """The first clip with a phenomenon in each of `count` parts of the data; it may be unreadable."""
@@ -491,6 +589,7 @@ def label_shard(
     sizes: Sizes,
     view: "View",
     reading: "Reading",
+    known: taxonomy.Taxonomy,
     config: ConfigDict,
     bar: Any,
 ) -> None:
@@ -498,12 +597,12 @@ def label_shard(
     from prophy_jax.labels import labelling
 
     features = records.features("alignment", sizes)
-    nothing = np.zeros(NUM_PHENOMENA, np.float32), np.zeros((0, sizes.tokens), np.float16)
+    nothing = known.multi_hot([]), np.zeros((0, sizes.tokens), np.float16)
     unreadable, questions, begin = [], 0, time.perf_counter()
     for clips in batches:
         shown = [clip for clip in clips if clip.frames is not None]
         frames, categories = [clip.frames for clip in shown], [clip.category for clip in shown]
-        answers = labelling.ask(model, frames, categories, view, reading)
+        answers = labelling.ask(model, frames, categories, view, reading, known)
         labels = {
             clip.id: (clip.category, labelling.make_targets(own, view, config.label))
             for clip, own in zip(shown, answers, strict=True)
@@ -570,6 +669,7 @@ def describe(
     }
     manifest = {
         **plan,
+        "categories": list(prepared.known.names),
         "layers": list(reading.layers),
         "buckets": {
             bucket: {
@@ -603,14 +703,19 @@ def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
 def main(config: ConfigDict) -> None:
     """The command, with its flags parsed."""
     options = flags.FLAGS
-    if not options.vlm:
-        raise UserError("name the folder of a Qwen2.5-VL model: --vlm=DIR")
+    own = options["import"].value
+    if not options.vlm and not own:
+        raise UserError(
+            "name the folder of a Qwen2.5-VL model: --vlm=DIR, or one of labels of your own: --import=DIR"
+        )
     if "label" not in config:
         raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
     data, out = options.data or config.data.dir, options.out or config.data.side.alignment
-    if not out:
+    if not out and not (own and options.check):
         raise UserError("name the folder to write: --out=DIR")
-    if options.check:
+    if own:
+        import_labels(config, own, data, out, options.check)
+    elif options.check:
         check(config, options.vlm, f"{out}-check")
     elif options.preview:
         preview(config, options.vlm, data, f"{out}-preview", options.preview, options.source)
@@ -629,5 +734,10 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("process", "0/1", "I/P: which of how many processes this is, such as 0/4.")
     flags.DEFINE_integer("preview", 0, "Draw the labels of so many clips instead.", lower_bound=0)
-    flags.DEFINE_bool("check", False, "Measure the labels of the physics sandbox instead.")
+    flags.DEFINE_bool(
+        "check",
+        False,
+        "Measure the labels of the physics sandbox instead; with --import, only check the files.",
+    )
+    flags.DEFINE_string("import", None, "Folder of labels of your own, ID.npz for each clip.")
     cli.run(main, __doc__, default="configs/wan.py")

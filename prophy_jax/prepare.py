@@ -13,7 +13,7 @@ Any number of processes may share the work, and any of them may be stopped and s
 with --distributed, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped, counted
 and listed.
 
-F frames, H W pixels, T h w latent grid, N tokens.
+F frames, H W pixels, T h w latent grid, N tokens, E categories.
 """
 
 import collections
@@ -33,7 +33,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import prophy_jax
-from prophy_jax.data import records
+from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import statistics
@@ -47,6 +47,7 @@ from prophy_jax.data.sources.source import (
     split_clips,
 )
 from prophy_jax.data.sources.video import Bucket
+from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import run_identity
@@ -82,10 +83,11 @@ def prepare(
     # 1. What there is, and what is taken.
     if validation and not sources:
         raise UserError("--val names validation clips, but no --source those to train on")
-    source, splits = list_clips(config.data, sources, validation)
+    known = taxonomy.of(config)
+    source, splits = list_clips(config.data, sources, validation, known)
     if dry_run:
         if sources:
-            print(statistics.table(statistics.summarise(source)))
+            print(statistics.table(statistics.summarise(source, known)))
             records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped])
         print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
         return None
@@ -105,7 +107,7 @@ def prepare(
         split: [clips[first : first + size] for first in range(0, max(len(clips), 1), size)]
         for split, clips in splits.items()
     }
-    plan = make_plan(config, splits, codec, text_encoder)
+    plan = make_plan(config, splits, codec, text_encoder, known)
     out = Path(out or config.data.dir)
     earlier = Earlier(out)
     rows = {
@@ -122,7 +124,7 @@ def prepare(
     mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
     work = [clip for _, _, chunk in mine for clip in chunk]
     decoded = decode_ahead(source, work, buckets, config.data, mesh.size, earlier)
-    sizes, padding = measure_text(grids, text_encoder) if work else ({}, False)
+    sizes, padding = measure_text(grids, text_encoder, known) if work else ({}, False)
     with contextlib.closing(Progress(len(work))) as progress, contextlib.closing(decoded):
         for split, index, chunk in mine:
             with job.shard(split, index) as shard:
@@ -134,23 +136,33 @@ def prepare(
 
     # 4. The last process to be done puts the folder together.
     paths = [str(Path(path).resolve()) for path in (*sources, *validation)]
-    manifest = job.finish(lambda reports: describe(out, config, paths, source, reports, grids, text_encoder))
+    manifest = job.finish(
+        lambda reports: describe(out, config, paths, source, reports, grids, text_encoder, known)
+    )
     if manifest is not None:
         print_summary(out, manifest)
     return manifest
 
 
 def list_clips(
-    data: ConfigDict, paths: Sequence[str | Path], validation: Sequence[str | Path] = ()
+    data: ConfigDict,
+    paths: Sequence[str | Path],
+    validation: Sequence[str | Path] = (),
+    known: Taxonomy = taxonomy.WISA,
 ) -> tuple[Source, dict[str, list[Clip]]]:
     """The source, and split -> clips: `data.subset` of them (0: all), drawn by `data.seed`.
 
     All clips of the sources `validation` are taken, and are not counted in the subset.
     """
     if not paths:
+        if known.names != taxonomy.PHENOMENA:
+            raise UserError(
+                f"the physics sandbox shows phenomena of WISA-80K, not the categories of {known.where}: name "
+                "clips with --source=DIR, or leave --config.data.taxonomy empty"
+            )
         source = draw_sandbox(data)
         return source, split_clips(source.clips, 0.0, data.seed)
-    source = read_sources(paths, data.categories, validation)
+    source = read_sources(paths, data.categories, validation, known)
     own = [clip for clip in source.clips if clip.source < len(paths)]
     clips = choose(own, data.subset or None, data.seed)
     clips += [clip for clip in source.clips if clip.source >= len(paths)]
@@ -176,7 +188,9 @@ def list_grids(
     return {bucket: build.fit(codec, backbone, bucket) for bucket in buckets}
 
 
-def make_plan(config: ConfigDict, splits, codec: Any, text_encoder: Any) -> dict[str, Any]:
+def make_plan(
+    config: ConfigDict, splits, codec: Any, text_encoder: Any, known: Taxonomy = taxonomy.WISA
+) -> dict[str, Any]:
     """All that decides what the records hold, and in which shards."""
     digest = hashlib.sha256()
     for split, clips in splits.items():
@@ -194,6 +208,8 @@ def make_plan(config: ConfigDict, splits, codec: Any, text_encoder: Any) -> dict
         "clips_sha256": digest.hexdigest(),
         "program": prophy_jax.__version__,
     }
+    if known.names != taxonomy.PHENOMENA:  # part of the fingerprint: labels hold for no others
+        plan["data"] = {**plan["data"], "categories": list(known.names)}
     weights = {"codec_sha256": codec, "text_encoder_sha256": text_encoder}
     return plan | {key: part.sha256 for key, part in weights.items() if hasattr(part, "sha256")}
 
@@ -289,10 +305,12 @@ def decode_ahead(
     return iter(grain.MapDataset.source(clips).map(read).to_iter_dataset(options))
 
 
-def measure_text(grids: Mapping[Bucket, tuple], text_encoder: Any) -> tuple[dict[Bucket, Sizes], bool]:
+def measure_text(
+    grids: Mapping[Bucket, tuple], text_encoder: Any, known: Taxonomy
+) -> tuple[dict[Bucket, Sizes], bool]:
     """Bucket -> sizes, and whether the rows behind the words are not zero: part of the text then."""
     text, mask = text_encoder([""])  # (1, L, D), (1, L)
-    sizes = {bucket: Sizes(*shapes, *text.shape[1:]) for bucket, shapes in grids.items()}
+    sizes = {bucket: Sizes(*shapes, *text.shape[1:], len(known.names)) for bucket, shapes in grids.items()}
     return sizes, bool(text[~mask].any())
 
 
@@ -399,15 +417,15 @@ def write_record(
 
 
 def mean_over_tokens(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """Masks (T, G, G, 17) -> (N, 17), the mean over what each token of the grid covers."""
+    """Masks (T, G, G, E) -> (N, E), the mean over what each token of the grid covers."""
     if any(own % tokens for own, tokens in zip(masks.shape, grid, strict=False)):
         raise UserError(
             f"the sandbox has masks of {masks.shape[:3]} cells, no multiple of the backbone's tokens {grid}; "
             "choose a codec of stride 4 in time and space, and patches of at least (1, 2, 2)"
         )
     t, h, w = (own // tokens for own, tokens in zip(masks.shape, grid, strict=False))
-    cells = masks.reshape(grid[0], t, grid[1], h, grid[2], w, -1)  # (T', t, H', h, W', w, 17)
-    return cells.mean((1, 3, 5), np.float32).reshape(-1, masks.shape[-1])  # (T', H', W', 17) -> (N, 17)
+    cells = masks.reshape(grid[0], t, grid[1], h, grid[2], w, -1)  # (T', t, H', h, W', w, E)
+    return cells.mean((1, 3, 5), np.float32).reshape(-1, masks.shape[-1])  # (T', H', W', E) -> (N, E)
 
 
 class Progress:
@@ -454,6 +472,7 @@ def describe(
     reports: list[dict[str, Any]],
     grids: Mapping[Bucket, tuple],
     text_encoder: Any,
+    known: Taxonomy,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`.
 
@@ -475,10 +494,10 @@ def describe(
         raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}")
 
     text, mask = text_encoder([""])
-    sizes, padding = measure_text(grids, text_encoder)
+    sizes, padding = measure_text(grids, text_encoder, known)
     np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
     if paths:
-        stats = statistics.summarise(source)
+        stats = statistics.summarise(source, known)
         (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
         statistics.picture(stats, out / "statistics.png")
 
@@ -500,6 +519,7 @@ def describe(
     manifest = {
         "sources": paths,
         "counts": counts,
+        "categories": list(known.names),
         "stand_in": [report["split"] for report in reports if "stands_in" in report],
         "buckets": {bucket: buckets[bucket] for bucket in sorted(buckets)},
         "video": {key: value for key, value in identity["data"].items() if key != "max_upscale"},

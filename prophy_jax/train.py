@@ -169,7 +169,7 @@ def place_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.
 def train(config: Any, workdir: str) -> None:
     """Trains from the configuration, or resumes WORKDIR. Raises UserError on bad input."""
     from prophy_jax import build  # Here and below: the step above needs none of these.
-    from prophy_jax.data import loader
+    from prophy_jax.data import loader, taxonomy
     from prophy_jax.evaluation import validation
     from prophy_jax.plan import flops
     from prophy_jax.run import checkpoints, distributed, loop, metrics
@@ -304,6 +304,8 @@ def train(config: Any, workdir: str) -> None:
             if name != "backbone":
                 spec = {"backbone": spec, name: own["parts"][name]}
             about = {"part": name, "model": spec, "step": step, **references}
+            if name != "backbone":
+                about["categories"] = list(taxonomy.of(config).names)
             digest = checkpoints.save_params(os.path.join(workdir, name), trained[name], about)
             if name == "backbone":
                 references["backbone_sha256"] = digest

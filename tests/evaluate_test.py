@@ -84,7 +84,7 @@ def test_localisation_means_leave_unmeasured_categories_out():
         case([1, 0], [0, 0], category=4),
         case([0.2, 0], [1, 0], category=9),  # nothing covered
     ]
-    result = routing.localisation(cases)
+    result = routing.localisation(cases, PHENOMENA)
     assert [row["category"] for row in result["categories"]] == [PHENOMENA[e] for e in (2, 4, 9)]
     assert result["mean"]["auc_after"] == [0.75] * 3
     assert result["mean"]["auc_before"] == [0.25] * 3
@@ -112,7 +112,7 @@ def test_expert_table():
     label[0, :, 1] = [1, 0.25, 0.2, 0]
     label[:, :, 3] = 1  # not present
     present[0, 1] = 1
-    table = routing.expert_table(rho, label, present)
+    table = routing.expert_table(rho, label, present, PHENOMENA)
     assert table.keys() == {PHENOMENA[1], "background"}
     np.testing.assert_allclose(table[PHENOMENA[1]], [0.75, 0.25])
     np.testing.assert_allclose(table["background"], [0.5, 0.5])  # not of the clip without labels
@@ -122,10 +122,11 @@ def test_semantic_correlation():
     logits = np.array([[1.0, 2, 3], [3, 2, 1], [3, 4, 5], [0, 9, 0]])
     category = np.zeros((4, 17))
     category[[0, 2], 4] = category[1, 7] = 1
-    result = routing.semantic_correlation(logits, category)
+    result = routing.semantic_correlation(logits, category, PHENOMENA)
     assert result["categories"] == [PHENOMENA[4], PHENOMENA[7]]
     np.testing.assert_allclose(result["correlation"], [[1, -1], [-1, 1]])
-    assert routing.semantic_correlation(logits, category * (np.arange(17) == 4))["correlation"] == [[1.0]]
+    only_4 = category * (np.arange(17) == 4)
+    assert routing.semantic_correlation(logits, only_4, PHENOMENA)["correlation"] == [[1.0]]
 
 
 def test_loss_comparison():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from prophy_jax.data.job import Job
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video
-from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT
 from tests.late import late
@@ -89,7 +89,7 @@ def prepared(tmp_path_factory):
     return source, data
 
 
-def make_records(listing, source, data, known=False):
+def make_records(listing, source, data, known=False, shown=True):
     """`known`: the data tell what they were made of."""
 
     def row(clip):
@@ -119,7 +119,7 @@ def make_records(listing, source, data, known=False):
                     example = {
                         "id": clip.id, "caption": clip.caption, "source": clip.source, "video": clip.video,
                         "latents": np.zeros(shape, np.float16), "text": np.zeros((1, 4), np.float16),
-                        "category": clip.category,
+                        "category": clip.category * shown,
                     }  # fmt: skip
                     shard.write(f"records/{bucket}", features[f"records/{bucket}"], example)
                 if known:
@@ -317,7 +317,7 @@ def test_preview(prepared, model_folder, tmp_path):
     frames, fps = read_video(tmp_path / "p" / "train-clip0.mp4")
     assert frames.shape == (9, 32, 96, 3) and fps == FPS
     text = (tmp_path / "p" / "train-clip0.txt").read_text()
-    assert QUESTIONS["melting"] in text and BACKGROUND in text
+    assert taxonomy.WISA.questions["melting"] in text and taxonomy.WISA.background in text
 
 
 def test_an_id_is_never_a_file_name():
@@ -380,9 +380,10 @@ class Oracle:
         [frames], [own] = clips, questions
         clip = next(self._clips)
         assert frames.shape == (2 * clip.masks.shape[0], *(28 * side for side in clip.masks.shape[1:3]), 3)
-        assert own[-1] == BACKGROUND and len(own) == 1 + clip.category.sum()
-        names = [next(name for name in QUESTIONS if QUESTIONS[name] == text) for text in own[:-1]]
-        maps = [clip.masks[..., taxonomy.INDEX[name]].astype(np.float32) for name in names]
+        asked = taxonomy.WISA.questions
+        assert own[-1] == taxonomy.WISA.background and len(own) == 1 + clip.category.sum()
+        names = [next(name for name in asked if asked[name] == text) for text in own[:-1]]
+        maps = [clip.masks[..., taxonomy.WISA.index[name]].astype(np.float32) for name in names]
         maps.append(np.full(clip.masks.shape[:3], 0.3, np.float32))
         return [[vlm.Answer("", np.stack([part] * self.num_layers)) for part in maps]]
 
@@ -614,6 +615,16 @@ def test_bad_data(prepared, labels, model_folder, tmp_path):
     assert not (tmp_path / "labels").exists()
 
 
+def test_clips_that_show_no_category(prepared, tmp_path):
+    """It is said before the model is opened, with what to do."""
+    data = tmp_path / "data"
+    make_records(sources.read_sources([prepared[0]]), prepared[0], data, shown=False)
+    message = "no clip of .*data shows any category, .* a column 'category' with names such as collision"
+    with pytest.raises(UserError, match=message):
+        label.label(get_config(), tmp_path / "no model", data, tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
 def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
     def answer(self, *args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB.")
@@ -628,6 +639,8 @@ def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
     [
         ([], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
         (["--vlm=none", "--process=2/2"], "--process=2/2"),
+        (["--import=nowhere", "--check", "--out="], "no labels in nowhere: --import names a folder"),
+        (["--import=nowhere", "--config.data.taxonomy=none.toml"], "cannot read the categories of none.toml"),
     ],
 )
 def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message):
@@ -637,3 +650,76 @@ def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+# --- Labels of one's own ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder with right labels of three clips, in three forms."""
+    folder, rng = tmp_path / "own", np.random.default_rng(0)
+    folder.mkdir()
+    np.savez(folder / "clip0.npz", shares=rng.random((3, 4, 6, 17)), present=np.arange(17) < 17)
+    shares = np.zeros((48, 17), np.float32)
+    shares[5, taxonomy.WISA.index["collision"]] = 0.5
+    np.save(folder / "clip2.npy", shares)
+    two = np.zeros((2, 6, 4, 2))
+    two[0, 1, 2] = 1, 0.25
+    np.savez(folder / "clip4.npz", shares=two, names=["reflection", "combustion"])
+    return folder
+
+
+def test_own_labels_become_a_data_set(prepared, own, tmp_path, capsys):
+    data, out = prepared[1], tmp_path / "labels"
+    assert label.import_labels(get_config(), own, data, out, only_check=True) is None and not out.exists()
+    manifest = label.import_labels(get_config(), own, data, out)
+    assert manifest["data_fingerprint"] == records.read_manifest(data)["fingerprint"]
+    assert sorted(manifest["unlabelled"]) == ["clip1", "clip3", "clip5", "clip6"]
+    assert "without labels: 4: clip" in capsys.readouterr().out
+    found = read_labels(out, data)
+    assert found["clip0"][0].all() and found["clip0"][1].shape == (17, 72)
+    present, maps = found["clip2"]
+    assert np.flatnonzero(present).tolist() == [0] and maps[0, 5] == 0.5 and maps.sum() == 0.5
+    present, maps = found["clip4"]  # in the order of the taxonomy: combustion, then reflection
+    np.testing.assert_array_equal(present, taxonomy.multi_hot(["combustion", "reflection"]))
+    assert maps[:, 6].tolist() == [0.25, 1] and maps.sum() == 1.25
+    assert not found["clip1"][0].any() and found["clip1"][1].shape == (0, 72)
+
+
+@pytest.mark.parametrize(
+    "name, arrays, why",
+    [
+        ("clip9.npz", dict(shares=np.zeros((72, 17))), "has no clip 'clip9'; its ids are such as 'clip"),
+        ("clip1.npz", dict(shares=np.zeros((4, 4, 6, 17))), r"expected \(3, 4, 6, 17\) or \(72, 17\)"),
+        ("clip1.npz", dict(shares=np.full((72, 17), np.nan)), "reach from nan to nan: expected 0 to 1"),
+        ("clip1.npz", dict(shares=np.full((72, 17), 255)), "reach from 255 to 255"),
+        ("clip1.npz", dict(shares=np.full((72, 17), "a")), "expected numbers"),
+        ("clip1.npz", dict(maps=np.zeros((72, 17))), "has arrays .'maps'."),
+        ("clip1.npz", dict(present=np.zeros(17)), "has no array shares"),
+        (
+            "clip1.npz",
+            dict(shares=np.ones((72, 17)), present=np.zeros(17)),
+            "which present says are not there",
+        ),
+        ("clip1.npz", dict(shares=np.ones((72, 17)), present=np.ones(3)), "expected 17 of 0 or 1"),
+        ("clip1.npz", dict(shares=np.ones((72, 1)), names=["rain"]), "names .'rain'., which are none of"),
+        ("clip0.npy", None, "the clip has another file: clip0.npy, clip0.npz"),
+        ("clip1.npz", b"PK no zip", "clip1.npz: no readable .npz file"),
+    ],
+)
+def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys, name, arrays, why):
+    if isinstance(arrays, dict):
+        np.savez(own / name, **arrays)
+    else:
+        (own / name).write_bytes(arrays or b"")
+    with pytest.raises(UserError, match="1 of . files of .*own are wrong, as listed; nothing was written"):
+        label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.search(f"own/{name}: .*{why}|{why}", line)
+    assert not (tmp_path / "labels").exists()
+
+
+def test_a_folder_without_own_labels(prepared, tmp_path):
+    with pytest.raises(UserError, match="no labels in .*none: --import names a folder with a file ID.npz"):
+        label.import_labels(get_config(), tmp_path / "none", prepared[1], tmp_path / "labels")

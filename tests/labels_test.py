@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 
-from prophy_jax.data.taxonomy import PHENOMENA
+from prophy_jax.data.taxonomy import WISA
 from prophy_jax.labels import targets
-from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 
 
 def test_every_phenomenon_has_its_own_question():
-    assert tuple(QUESTIONS) == PHENOMENA
-    assert len({*QUESTIONS.values(), BACKGROUND}) == 18
-    assert all("Describe" in text and "where" in text for text in QUESTIONS.values())
-    assert not any(name in BACKGROUND for name in PHENOMENA)
+    assert len({*WISA.questions.values(), WISA.background}) == 18
+    assert all("Describe" in text and "where" in text for text in WISA.questions.values())
+    assert not any(name in WISA.background for name in WISA.names)
 
 
 # --- Normalising, denoising, scaling ---------------------------------------------------------------

@@ -322,7 +322,7 @@ def test_labels_of_another_data_set_are_refused(unlabelled, tmp_path):
     with pytest.raises(UserError, match="belongs to another data set"):  # data instead of labels
         loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": unlabelled})
     with pytest.raises(
-        UserError, match="no 'alignment' at .*nowhere; make it with: python -m prophy_jax.label"
+        UserError, match="no 'alignment' at .*nowhere; make it with: python -m prophy_jax.label --vlm="
     ):
         loader.make_loader(unlabelled, "train", 4, seed=0, side={"alignment": tmp_path / "nowhere"})
 

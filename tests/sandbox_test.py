@@ -148,7 +148,7 @@ def test_phenomena_stay_in_the_place_that_the_caption_names():
         for state, words in zip(clip.state["scenes"], clauses, strict=True):
             assert captions.WHERE[state["place"]] in words
             # Mean column of the mask, in thirds of the frame.
-            mask = clip.masks[..., taxonomy.INDEX[state["category"]]].astype(np.float64)
+            mask = clip.masks[..., taxonomy.WISA.index[state["category"]]].astype(np.float64)
             columns = (np.arange(8) + 0.5) / 8
             third = 3 * (mask.sum((0, 1)) * columns).sum() / mask.sum()
             assert int(third) == captions.PLACES.index(state["place"])
@@ -159,9 +159,9 @@ def test_phenomena_stay_in_the_place_that_the_caption_names():
 
 
 def test_all_groups_are_covered():
-    present = {taxonomy.INDEX[scene.category] for scene in SCENES}
+    present = {taxonomy.WISA.index[scene.category] for scene in SCENES}
     assert len(present) == 12
-    assert all(present & set(group) for group in taxonomy.GROUPS.values())
+    assert all(present & set(group) for group in taxonomy.WISA.groups.values())
     shown = sum(make_clip(0, "train", index, 32, 5).category for index in range(120))
     assert set(np.flatnonzero(shown)) == present
 

@@ -82,6 +82,18 @@ def test_configurations_saved_before_parts_and_side_data_sets():
     assert "branch" in old  # it is not changed itself
 
 
+def test_the_number_of_categories_was_once_said_of_the_branch():
+    """It follows from data.taxonomy, which is empty by default."""
+    old = get_config("tiny")
+    old.parts.branch.refinement.categories = 17
+    del old.data.taxonomy
+    assert workdir.run_identity(old, "train") == workdir.run_identity(get_config("tiny"), "train")
+    own = get_config("tiny")
+    own.data.taxonomy = "own.toml"
+    before, after = (workdir.run_identity(config, "train") for config in (old, own))
+    assert workdir.differences(before, after) == "data.taxonomy was None, is own.toml"
+
+
 def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):
     config = workdir.config_as_json(get_config("tiny"))
     parts = config.pop("parts", None) or {"branch": config.pop("branch", None)}

@@ -4,23 +4,34 @@
 and `shapes` says what to compile for. A new field needs a row, and a command that writes it. One that is not
 stored as it is in the batch also says what is stored, and how it is read.
 
-T h w latent grid, N tokens, L text length, D text width, n stored rows of one text, P phenomena with a map.
+T h w latent grid, N tokens, L text length, D text width, n stored rows of one text, E categories, P of them
+with a map.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from prophy_jax.data.taxonomy import NUM_PHENOMENA
+from prophy_jax.data import taxonomy
 
 if TYPE_CHECKING:
     import jax
 
 RECORDS = "records"  # the data set that prepare writes; all others are side data sets
-MADE_BY = {RECORDS: "prophy_jax.prepare", "alignment": "prophy_jax.label"}  # the command, by data set
+MADE_BY = {  # the command, by data set
+    RECORDS: "prophy_jax.prepare",
+    "alignment": "prophy_jax.label --vlm=QWEN2.5-VL",
+}
+
+
+def how_to_make(dataset: str, data: str | Path, out: str | Path) -> str:
+    """The command line that makes a side data set of `data`, for messages."""
+    command = MADE_BY.get(dataset)
+    return f"python -m {command} --data={data} --out={out}" if command else "its command"
 
 
 class Sizes(NamedTuple):
@@ -30,13 +41,15 @@ class Sizes(NamedTuple):
     token_grid: tuple[int, int, int]
     text_length: int
     text_dim: int
+    categories: int = len(taxonomy.WISA.names)  # E
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], bucket: str) -> "Sizes":
         """Those that the manifest of a folder of records states."""
         found = manifest["buckets"][bucket]
         latents, grid = tuple(found["latent_shape"]), tuple(found["token_grid"])
-        return cls(latents, grid, manifest["text_length"], manifest["text_dim"])
+        categories = len(taxonomy.names_of(manifest))
+        return cls(latents, grid, manifest["text_length"], manifest["text_dim"], categories)
 
     @property
     def tokens(self) -> int:
@@ -107,8 +120,8 @@ def _fill_alignment_present(row: np.ndarray, arrays: Arrays) -> None:
     row[:] = arrays["present"]
 
 
-def _phenomena(_: Sizes) -> tuple[int, ...]:
-    return (NUM_PHENOMENA,)
+def _categories(sizes: Sizes) -> tuple[int, ...]:
+    return (sizes.categories,)
 
 
 FIELDS: dict[str, Field] = {
@@ -123,7 +136,7 @@ FIELDS: dict[str, Field] = {
     ),
     # Multi-hot, in the order of the taxonomy.
     "category": Field(
-        _phenomena, np.float32, columns={"category": Column(_phenomena, np.float32, as_bytes=False)}
+        _categories, np.float32, columns={"category": Column(_categories, np.float32, as_bytes=False)}
     ),
     # True on the words and their end.
     "text_mask": Field(
@@ -132,9 +145,9 @@ FIELDS: dict[str, Field] = {
         columns={"text_mask": Column(lambda sizes: (None,), np.uint8, optional=True)},
         fill=_fill_text_mask,
     ),
-    # Of every token, how much of each phenomenon is there. Stored row i of "maps" is the i-th one present.
+    # Of every token, how much of each category is there. Stored row i of "maps" is the i-th one present.
     "alignment": Field(
-        lambda sizes: (sizes.tokens, NUM_PHENOMENA),
+        lambda sizes: (sizes.tokens, sizes.categories),
         np.float16,
         stored="alignment",
         columns={"maps": Column(lambda sizes: (None, sizes.tokens), np.float16)},
@@ -143,10 +156,10 @@ FIELDS: dict[str, Field] = {
     ),
     # 1 where "alignment" is known.
     "alignment_present": Field(
-        _phenomena,
+        _categories,
         np.float32,
         stored="alignment",
-        columns={"present": Column(_phenomena, np.float32, as_bytes=False)},
+        columns={"present": Column(_categories, np.float32, as_bytes=False)},
         fill=_fill_alignment_present,
         zero_if_absent=True,
     ),

@@ -16,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from prophy_jax.data import batch, records
+from prophy_jax.data import batch, records, taxonomy
 from prophy_jax.run.errors import UserError
 
 # Threads suffice: reading a record is checking and copying it, in code that releases Python's lock. Each
@@ -205,7 +205,7 @@ def _open_buckets(
     folders = {batch.RECORDS: data_dir}
     for stored in dict.fromkeys(batch.FIELDS[name].stored for name in wanted):
         if side.get(stored):
-            _check_side(data_dir, manifest["fingerprint"], stored, side[stored])
+            _check_side(data_dir, manifest, stored, side[stored])
         folder = records.side_folder(data_dir, stored, side.get(stored))
         if folder is not None:
             folders[stored] = folder
@@ -238,13 +238,19 @@ def _is_there(name: str, columns: Mapping[str, Any]) -> bool:
     return all(column.optional or own in columns[field.stored] for own, column in needed)
 
 
-def _check_side(data_dir: str | Path, fingerprint: str, stored: str, folder: str | Path) -> None:
-    """Raises UserError unless `folder` was made for the records of `data_dir`."""
-    command = batch.MADE_BY.get(stored)
+def _check_side(data_dir: str | Path, manifest: Mapping[str, Any], stored: str, folder: str | Path) -> None:
+    """Raises UserError unless `folder` was made for the records of `data_dir`, whose manifest is given."""
     if not Path(folder).is_dir():
-        make = f"make it with: python -m {command} --data={data_dir} --out={folder}" if command else "make it"
-        raise UserError(f"no {stored!r} at {folder}; {make}")
-    if records.read_manifest(folder).get("data_fingerprint") != fingerprint:
+        make = batch.how_to_make(stored, data_dir, folder)
+        raise UserError(f"no {stored!r} at {folder}; make it with: {make}")
+    own = records.read_manifest(folder)
+    was, now = (taxonomy.names_of(one) for one in (own, manifest))
+    if "categories" in own and was != now:
+        raise UserError(
+            f"{stored!r} of {folder} has {taxonomy.describe(was)}, {data_dir} has {taxonomy.describe(now)}; "
+            "make it for that one"
+        )
+    if own.get("data_fingerprint") != manifest["fingerprint"]:
         raise UserError(
             f"{stored!r} of {folder} belongs to another data set than {data_dir}; make it for that one"
         )

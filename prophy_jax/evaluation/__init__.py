@@ -10,7 +10,7 @@ A part (`models.beside`) brings its measures as a file of this package and a row
                              `leave` returned with the parameters of step 0 and with those of now
     summarise(part, clips, kept)                     -> results for metrics.json
     view(results)                                    -> what else the template reads, such as charts
-    show(clips, kept, captions, decode, grid)        -> pictures of a few clips for the template
+    show(part, clips, kept, captions, decode, grid)  -> pictures of a few clips for the template
 
 B batch.
 """

@@ -19,12 +19,12 @@ def choose_clips(category: np.ndarray, sizes: Sequence[int]) -> list[int]:
     Where no clip has the wanted number, any will do; ties go to the first.
 
     Args:
-        category: (M, 17), which phenomena each clip shows.
+        category: (M, E), which phenomena each clip shows.
         sizes: How many phenomena each chosen clip should show.
     """
     chosen: list[int] = []
     for size in sizes[: len(category)]:
-        new = ~category[chosen].any(0)  # (17,)
+        new = ~category[chosen].any(0)  # (E,)
         score = (category[:, new] > 0).sum(1) + 100 * (category.sum(1) == size)
         score[chosen] = -1
         chosen.append(int(score.argmax()))

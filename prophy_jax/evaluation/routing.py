@@ -4,7 +4,7 @@
     router health    entropy and load of both routers; which expert serves which category
     semantic router  correlation of its logits between categories
 
-F H W video, M clips, S noise levels, N video tokens, E_s E_r experts, C categories of a table, 17 of all.
+F H W video, M clips, S noise levels, N video tokens, E_s E_r experts, C categories of a table, E of all.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.evaluation import charts, pictures
 from prophy_jax.evaluation.auc import POSITIVE, roc_auc
 from prophy_jax.evaluation.diffusion import SIGMAS
@@ -51,10 +50,10 @@ def find_cases(label: np.ndarray, present: np.ndarray, before: np.ndarray, after
     """The cases of one clip.
 
     Args:
-        label: (N, 17).
-        present: (17,).
-        before: (S, N, 17) P'_r at step 0.
-        after: (S, N, 17) P'_r now.
+        label: (N, E).
+        present: (E,).
+        before: (S, N, E) P'_r at step 0.
+        after: (S, N, E) P'_r now.
     """
     categories = np.flatnonzero(present)
     cases = []
@@ -86,13 +85,16 @@ def specificity_auc(cases: Sequence[Case], scores: Sequence[np.ndarray]) -> floa
     return roc_auc(score[kept], positive[kept])
 
 
-def localisation(cases: Sequence[Case]) -> dict[str, Any]:
-    """AUC per category and noise level, before and after training, and their means over categories."""
+def localisation(cases: Sequence[Case], names: Sequence[str]) -> dict[str, Any]:
+    """AUC per category and noise level, before and after training, and their means over categories.
+
+    `names` are those of the E categories.
+    """
     rows = []
     for category in sorted({case.category for case in cases}):
         own = [case for case in cases if case.category == category]
         row = {
-            "category": PHENOMENA[category],
+            "category": names[category],
             "clips": len(own),
             "covered_tokens": int(sum((case.label >= POSITIVE).sum() for case in own)),
         }
@@ -108,34 +110,38 @@ def localisation(cases: Sequence[Case]) -> dict[str, Any]:
     return {"categories": rows, "mean": mean}
 
 
-def expert_table(rho: np.ndarray, label: np.ndarray, present: np.ndarray) -> dict[str, list[float]]:
+def expert_table(
+    rho: np.ndarray, label: np.ndarray, present: np.ndarray, names: Sequence[str]
+) -> dict[str, list[float]]:
     """Mean rho_r over the tokens that each category covers, and over tokens that none covers.
 
     Args:
         rho: (M, N, E_r).
-        label: (M, N, 17).
-        present: (M, 17).
+        label: (M, N, E).
+        present: (M, E).
+        names: Of the E categories.
 
     Returns:
         E_r numbers for each category, and for "background". Those without such tokens are left out.
     """
     label = label * (present[:, None, :] > 0)
-    masks = {name: label[..., e] >= POSITIVE for e, name in enumerate(PHENOMENA)}
+    masks = {name: label[..., e] >= POSITIVE for e, name in enumerate(names)}
     masks["background"] = (label == 0).all(-1) & (present.sum(-1, keepdims=True) > 0)
     return {name: rho[mask].mean(0).tolist() for name, mask in masks.items() if mask.any()}
 
 
-def semantic_correlation(logits: np.ndarray, category: np.ndarray) -> dict[str, Any]:
+def semantic_correlation(logits: np.ndarray, category: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Pearson correlation, over experts, between the mean logits of the clips of each two categories.
 
     Args:
         logits: (M, E_s).
-        category: (M, 17). Categories that no clip shows are left out.
+        category: (M, E). Categories that no clip shows are left out.
+        names: Of the E categories.
     """
     present = np.flatnonzero(category.any(0))
     means = np.stack([logits[category[:, e] > 0].mean(0) for e in present])  # (categories, E_s)
     correlation = np.atleast_2d(np.corrcoef(means))
-    return {"categories": [PHENOMENA[e] for e in present], "correlation": correlation.tolist()}
+    return {"categories": [names[e] for e in present], "correlation": correlation.tolist()}
 
 
 # --- Of a run --------------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ def keep(before: Routing, after: Routing) -> dict[str, jax.Array]:
     """What the measures need of the routing at step 0 and now.
 
     Returns:
-        Where the model has them, before and after (B, N, 17) P'_r, rho (B, N, E_r), semantic_logits (B, E_s).
+        Where the model has them, before and after (B, N, E) P'_r, rho (B, N, E_r), semantic_logits (B, E_s).
     """
     found = {
         "before": before.alignment,
@@ -161,7 +167,7 @@ def summarise(part: ProPhy, clips: Mapping[str, Any], kept: Mapping[str, np.ndar
 
     Args:
         part: The branch.
-        clips: category (M, 17), alignment (M, N, 17) and alignment_present (M, 17) of all clips.
+        clips: category (M, E), alignment (M, N, E) and alignment_present (M, E) of all clips.
         kept: What `keep` returned, for all clips and noise levels, (M, S, ...).
 
     Returns:
@@ -173,21 +179,25 @@ def summarise(part: ProPhy, clips: Mapping[str, Any], kept: Mapping[str, np.ndar
         logits = kept["semantic_logits"][:, 0]
         results["routers"] |= router_statistics("semantic", jax.nn.softmax(logits))
         if clips["category"].any():
-            results["semantic"] = semantic_correlation(logits, clips["category"])
+            results["semantic"] = semantic_correlation(logits, clips["category"], part.categories)
     if "rho" in kept:
         rho, label, present = kept["rho"][:, 0], clips["alignment"], clips["alignment_present"]
         results["routers"] |= router_statistics("refinement", rho, part.refinement.top_k)
         if present.any():
-            results["experts"] = expert_table(rho, label, present)
+            results["experts"] = expert_table(rho, label, present, part.categories)
             cases = map(find_cases, label, present, kept["before"], kept["after"])
-            results["localisation"] = localisation([case for clip in cases for case in clip])
+            cases = [case for clip in cases for case in clip]
+            results["localisation"] = localisation(cases, part.categories)
     return results
 
 
-def show(clips, kept, captions: Sequence[str], decode: Callable, grid: tuple[int, int, int]) -> list[tuple]:
+def show(
+    part: ProPhy, clips, kept, captions: Sequence[str], decode: Callable, grid: tuple[int, int, int]
+) -> list[tuple]:
     """Pictures of the routing in a few clips that show many phenomena.
 
     Args:
+        part: The branch.
         clips: As for `summarise`, and latents (M, T, h, w, 16).
         kept: As for `summarise`.
         captions: M texts.
@@ -210,7 +220,7 @@ def show(clips, kept, captions: Sequence[str], decode: Callable, grid: tuple[int
                 pictures.overlay(frames, pictures.tokens_to_frames(tokens, grid, frames.shape[:3]))
                 for tokens in heat
             ]
-            tracks.append((PHENOMENA[case.category], *under, localisation_auc([case], [case.after[0]])))
+            tracks.append((part.categories[case.category], *under, localisation_auc([case], [case.after[0]])))
         shown.append((captions[i], frames, tracks))
     return shown
 

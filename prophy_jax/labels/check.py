@@ -74,10 +74,10 @@ def score(
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (phenomenon, measure, value) of one clip where there are tokens to compare.
 
-    masks (T, G, G, 17).
+    masks (T, G, G, E).
     """
     *own, background = (answer.maps[layers] for answer in answers)
-    label = masks.reshape(-1, masks.shape[-1])  # (T, G, G, 17) -> (N, 17)
+    label = masks.reshape(-1, masks.shape[-1])  # (T, G, G, E) -> (N, E)
     for e, maps in zip(np.flatnonzero(category), own, strict=True):
         target = targets.target(maps, background, masks.shape[:3], denoise, "max")
         covered, uncovered = label[:, e] >= POSITIVE, label[:, e] == 0

@@ -1,6 +1,6 @@
 """Labels of one clip: how the vision-language model sees it, what it is asked, and what its answers give.
 
-T h w token grid, N = T h w tokens, T' H' W' grid of the model, P phenomena of a clip, F frames.
+T h w token grid, N = T h w tokens, T' H' W' grid of the model, E categories, P of a clip, F frames.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from prophy_jax.data.taxonomy import PHENOMENA
+from prophy_jax.data import taxonomy
 from prophy_jax.labels import targets, vlm
-from prophy_jax.labels.questions import BACKGROUND, QUESTIONS
 from prophy_jax.run.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -116,22 +115,25 @@ def ask(
     categories: Sequence[np.ndarray],
     view: View,
     reading: vlm.Reading,
+    known: taxonomy.Taxonomy = taxonomy.WISA,
 ) -> list[list[vlm.Answer]]:
     """For each clip, an answer for each phenomenon present, and last the one to the background prompt.
 
     Args:
         model: the vision-language model.
         clips: uint8 (F, H, W, 3), all of one size.
-        categories: (17,) of each clip.
+        categories: (E,) of each clip.
         view: how they are shown.
         reading: which attention is read.
+        known: the E categories and their questions.
 
     Raises:
         UserError: the memory does not suffice.
     """
     if not clips:
         return []
-    questions = [[*(QUESTIONS[PHENOMENA[e]] for e in np.flatnonzero(own)), BACKGROUND] for own in categories]
+    asked = list(known.questions.values())
+    questions = [[*(asked[e] for e in np.flatnonzero(own)), known.background] for own in categories]
     shown = [vlm.resize(frames[view.frames], view.cells) for frames in clips]
     try:
         return model.answer(shown, questions, view.seconds, reading)

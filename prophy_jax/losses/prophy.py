@@ -3,7 +3,7 @@
 Each is a function of router outputs and labels that returns an fp32 scalar. The paper's coefficients are
 {"relative": 0.1, "alignment": 0.02, "balance": 0.01}.
 
-B batch, N tokens, E_s semantic experts, E_r refinement experts, E_a aligned categories.
+B batch, N tokens, E categories, E_s semantic experts, E_r refinement experts, E_a = E aligned categories.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def relative(semantic_logits: jax.Array, category: jax.Array, reduction: str = "
 
     Args:
         semantic_logits: (B, E_s); their softmax is rho_s.
-        category: (B, 17) multi-hot q_s. A clip without any category has no cosine and joins no pair.
+        category: (B, E) multi-hot q_s. A clip without any category has no cosine and joins no pair.
         reduction: "sum" as in the paper, or "mean" over the pairs.
     """
     difference = _cosine_matrix(jax.nn.softmax(semantic_logits)) - _cosine_matrix(category)
@@ -46,8 +46,8 @@ def bce(semantic_logits: jax.Array, category: jax.Array) -> jax.Array:
     Needs as many semantic experts as categories.
 
     Args:
-        semantic_logits: (B, 17).
-        category: (B, 17). Clips without any category are left out.
+        semantic_logits: (B, E).
+        category: (B, E). Clips without any category are left out.
     """
     labelled = (category.sum(-1, keepdims=True) > 0).astype(jnp.float32)
     entropy = jax.nn.softplus(semantic_logits) - semantic_logits * category

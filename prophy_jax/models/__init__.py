@@ -28,14 +28,21 @@ def find(name: str, package: str = __name__) -> ModuleType:
     return importlib.import_module(place)
 
 
-def build(spec: Mapping[str, Any], package: str = __name__) -> Any:
-    """Builds what `spec` names in `package`. Raises UserError on an unknown module or argument."""
+def build(
+    spec: Mapping[str, Any], package: str = __name__, known: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """Builds what `spec` names in `package`. Raises UserError on an unknown module or argument.
+
+    Of `known`, which no configuration repeats, `build` of the file is given the arguments that it takes.
+    """
     arguments = {key: value for key, value in spec.items() if key != "module"}
     module = find(spec["module"], package)
     if not hasattr(module, "build"):
         raise UserError(f"{module.__name__} builds nothing: name another module in the configuration")
+    signature = inspect.signature(module.build)
+    arguments |= {name: value for name, value in known.items() if name in signature.parameters}
     try:
-        inspect.signature(module.build).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
         raise UserError(f"{module.__name__}.build: {error}; fix the configuration") from error
     return module.build(**arguments)

@@ -54,6 +54,10 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
         scope: a key of `IDENTITY`.
     """
     config = json.loads(json.dumps(_modernised(config_as_json(config)), sort_keys=True))
+    if parts := config.get("parts"):
+        config["parts"] = {name: part and identify_part(part) for name, part in parts.items()}
+    if not config.get("data", {}).get("taxonomy", True):
+        del config["data"]["taxonomy"]  # the default, and earlier versions had no other
     keys, without = IDENTITY[scope]
     chosen: dict[str, Any] = config if keys == ("",) else {}
     for key in keys:
@@ -75,6 +79,17 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
 def name_module(part: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says of a part, as it was stored. The first part had no name of its file."""
     return {"module": "prophy", **part}
+
+
+def identify_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """What `name_module` gives, to be compared: how many categories there are follows from `data.taxonomy`.
+
+    Earlier versions said it of the first part too.
+    """
+    part = name_module(part)
+    if part["module"] == "prophy" and part.get("refinement"):
+        part["refinement"] = {key: value for key, value in part["refinement"].items() if key != "categories"}
+    return part
 
 
 def _modernised(config: dict[str, Any]) -> dict[str, Any]:

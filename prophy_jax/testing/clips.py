@@ -39,7 +39,7 @@ def write_wisa(folder: Path) -> Path:
         name = f"sandbox_{index}.mp4"
         clip = write_clip(folder / "videos" / name, index, *shape)
         answers = {}
-        for question, (group, members) in zip(taxonomy.QUESTIONS, taxonomy.GROUPS.items(), strict=True):
+        for question, (group, members) in zip(taxonomy.QUESTIONS, taxonomy.WISA.groups.items(), strict=True):
             shown = [taxonomy.PHENOMENA[e] for e in members if clip.category[e]]
             answers[question] = ", ".join(shown) or f"no obvious phenomenon of {group}."
         label = taxonomy.PHENOMENA[int(clip.category.argmax())].capitalize() + " "

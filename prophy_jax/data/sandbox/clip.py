@@ -15,7 +15,7 @@ import numpy as np
 
 from prophy_jax.data.sandbox import captions, continua, mechanics
 from prophy_jax.data.sandbox.render import BACKDROPS, Canvas, backdrop
-from prophy_jax.data.taxonomy import NUM_PHENOMENA, PHENOMENA, multi_hot
+from prophy_jax.data.taxonomy import PHENOMENA, multi_hot
 from prophy_jax.run.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -139,7 +139,7 @@ def make_clip(seed: int, split: str, index: int, size: int = 64, frames: int = 1
 
     clip = backdrop(frames, size, int(rng.integers(len(BACKDROPS))))
     side = size // CELL
-    masks = np.zeros(((frames - 1) // TIME + 1, side, side, NUM_PHENOMENA), np.float16)
+    masks = np.zeros(((frames - 1) // TIME + 1, side, side, len(PHENOMENA)), np.float16)
     states, clauses = [], []
     for category, place in zip(categories, places, strict=True):
         options = [scene for scene in SCENES if scene.category == category]

@@ -349,6 +349,6 @@ def _text(value: Any) -> str:
 
 
 def _labels(value: Any) -> str:
-    """Labels as one text for `taxonomy.parse_labels`; whatever is not text is left for its report."""
+    """Labels as one text for `Taxonomy.parse_labels`; whatever is not text is left for its report."""
     values = value if isinstance(value, list) else [value]
     return ", ".join(_text(str(item)) for item in values if item is not None)

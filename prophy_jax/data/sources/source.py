@@ -7,9 +7,9 @@ Listing a source reads captions and the directories of zip files, and decodes no
 skipped or not understood is in the `Report`.
 
 WISA's answers q0, q1 and q2 (dynamics, thermodynamics, optics) give the category vector. Its single
-`label` is the collection the clip came from; it is not always one of the 17.
+`label` is the collection the clip came from; it is not always one of the categories.
 
-Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a side.
+Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a side, E categories.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from prophy_jax.data.sources import annotations, video
 from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
+from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run.errors import UserError
 
 
@@ -39,7 +40,7 @@ class Clip:
         id: unique among all clips; by default the stem of the video's file name, or where an earlier clip
             has that, `video`. Never a file name: it may hold any characters.
         caption: stripped, not empty; of a sandbox clip "", its sample has it.
-        category: (17,) float32 multi-hot in the order of `taxonomy.PHENOMENA`.
+        category: (E,) float32 multi-hot in the order of the taxonomy.
         source: index of its source in the list given.
         video: where, relative to the source: "videos/a.mp4", "videos/0.zip:any/prefix/a.mp4"; of a
             sandbox clip "train/12".
@@ -59,7 +60,7 @@ class Clip:
 class Sample(NamedTuple):
     """A clip that was read: frames (F,H,W,3) uint8 in their bucket.
 
-    The sandbox also gives masks (T,G,G,17) float16, and the caption and category that its listing lacks. A
+    The sandbox also gives masks (T,G,G,E) float16, and the caption and category that its listing lacks. A
     clip that was encoded earlier has latents (T,h,w,16) float16 instead of frames, and for the same caption
     its text (n,D) float16 with the mask (n,) that is stored with it, or None.
     """
@@ -81,10 +82,10 @@ class Report:
         records: records of all annotation files.
         skipped: (clip id, reason) of each record that gives no clip. The part of the reason before a
             colon is one of few.
-        unknown_labels: 'field: "text"' -> number of clips, for labels outside the 17 phenomena.
+        unknown_labels: 'field: "text"' -> number of clips, for labels outside the categories.
         examples: the same keys -> id of the first such clip.
         unannotated: ids of clips used that nothing was said about; their category vector is zero.
-        label_differs: ids of WISA clips whose `label` is one of the 17 but not among their answers.
+        label_differs: ids of WISA clips whose `label` is a category but not among their answers.
     """
 
     records: int = 0
@@ -186,7 +187,7 @@ class Sandbox(Source):
     """Made by `draw_sandbox`."""
 
     def __init__(self, seed: int, bucket: Bucket, fps: float, counts: Mapping[str, int]):
-        zero = np.zeros(taxonomy.NUM_PHENOMENA, np.float32)
+        zero = taxonomy.multi_hot([])
         self.clips = [
             Clip(f"{split}-{index:06d}", "", zero, 0, f"{split}/{index}", split)
             for split, count in counts.items()
@@ -217,6 +218,7 @@ def read_sources(
     paths: str | Path | Sequence[str | Path],
     categories: str = "answers",
     validation: Sequence[str | Path] = (),
+    known: Taxonomy = taxonomy.WISA,
 ) -> CaptionedVideos:
     """Lists the clips of one or several sources; videos are found but not decoded.
 
@@ -227,6 +229,7 @@ def read_sources(
         paths: for each source its folder, or its annotation file.
         categories: where WISA's category vectors come from: "answers" (q0, q1 and q2) or "label".
         validation: further sources, whose clips are of split "val"; they follow `paths` in order.
+        known: the categories that there are.
 
     Returns:
         The clips in the order of sources and of their records, and the report.
@@ -265,7 +268,7 @@ def read_sources(
                 clip_id = next(name for name in names if name not in ids)
                 ids.add(clip_id)
                 used[keys[found]] = clip_id, found
-                category = _category(entry.labels, categories, clip_id, report)
+                category = _category(entry.labels, categories, known, clip_id, report)
                 split = "val" if source >= first else annotations.SPLITS[entry.split.lower()]
                 clips.append(Clip(clip_id, entry.caption, category, source, found.name, split, number))
                 continue
@@ -375,23 +378,25 @@ def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
     return located
 
 
-def _category(labels: Mapping[str, str], categories: str, clip_id: str, report: Report) -> np.ndarray:
-    """(17,) float32 multi-hot; notes in `report` what was not understood."""
-    known: dict[str, list[str]] = {}
+def _category(
+    labels: Mapping[str, str], categories: str, known: Taxonomy, clip_id: str, report: Report
+) -> np.ndarray:
+    """(E,) float32 multi-hot; notes in `report` what was not understood."""
+    named: dict[str, list[str]] = {}
     for where, text in labels.items():
-        known[where], unknown = taxonomy.parse_labels(text)
+        named[where], unknown = known.parse_labels(text)
         for label in unknown:
             key = f'{where}: "{label}"'
             report.unknown_labels[key] += 1
             report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]
-    answered = {name for where in answers for name in known[where]}
-    if not answered.issuperset(known.get("label", ())):
+    answered = {name for where in answers for name in named[where]}
+    if not answered.issuperset(named.get("label", ())):
         report.label_differs.append(clip_id)
     if categories == "label" and "label" in labels:
         if not labels["label"]:
             report.unannotated.append(clip_id)
-        return taxonomy.multi_hot(known["label"])
+        return known.multi_hot(named["label"])
     if not any(labels[where] for where in answers):
         report.unannotated.append(clip_id)
-    return taxonomy.multi_hot(sorted(answered))
+    return known.multi_hot(sorted(answered))

@@ -4,6 +4,7 @@ Durations, frame rates and sizes are what the annotation file says of them (WISA
 opened.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,21 +21,22 @@ _BINS = 24
 _SHOWN = 8  # entries of a list in the picture; the table has all
 
 
-def summarise(source: Source) -> dict[str, Any]:
+def summarise(source: Source, known: taxonomy.Taxonomy = taxonomy.WISA) -> dict[str, Any]:
     """Statistics of the clips used, JSON types only.
 
     Returns:
         records, used: numbers of records and of clips.
         skipped: kind of reason -> records, most frequent first.
-        phenomena: each of the 17 -> clips.
-        groups: dynamics, thermodynamics, optics -> clips with at least one of the group's phenomena.
+        phenomena: each category -> clips.
+        groups: each group of categories -> clips with at least one of them.
+        members: each group -> its categories.
         phenomena_per_clip: "0", "1", ... -> clips.
         caption_words, duration (seconds): `_spread`; duration only if the records state it.
         fps, resolution: rate, and width x height -> clips, most frequent first; where stated.
         labels_not_understood: 'field: "text"' -> clips, most frequent first.
     """
     report = source.report
-    categories = np.stack([clip.category for clip in source.clips]).astype(bool)  # (clips, 17)
+    categories = np.stack([clip.category for clip in source.clips]).astype(bool)  # (clips, E)
     durations, rates, sizes = [], Counter(), Counter()
     for _, record in source.annotations():
         duration, fps, width, height = (
@@ -51,11 +53,11 @@ def summarise(source: Source) -> dict[str, Any]:
         "records": report.records,
         "used": len(source.clips),
         "skipped": _ordered(Counter(reason.partition(":")[0] for _, reason in report.skipped)),
-        "phenomena": dict(zip(taxonomy.PHENOMENA, categories.sum(0).tolist(), strict=True)),
+        "phenomena": dict(zip(known.names, categories.sum(0).tolist(), strict=True)),
         "groups": {
-            group: int(categories[:, list(members)].any(1).sum())
-            for group, members in taxonomy.GROUPS.items()
+            group: int(categories[:, list(members)].any(1).sum()) for group, members in known.groups.items()
         },
+        "members": {group: [known.names[e] for e in members] for group, members in known.groups.items()},
         "phenomena_per_clip": {str(number): int(count) for number, count in enumerate(per_clip)},
         "caption_words": _spread([len(clip.caption.split()) for clip in source.clips], whole=True),
         "duration": _spread(durations),
@@ -181,21 +183,21 @@ def _style(axes: Any, title: str) -> None:
 
 
 def _draw_phenomena(axes: Any, stats: Mapping[str, Any]) -> None:
-    """A row for each phenomenon, in the colour of its group."""
+    """A row for each category, in the colour of its group."""
     from matplotlib.patches import Patch
 
     _style(axes, "clips with each phenomenon")
-    colours = {
-        taxonomy.PHENOMENA[index]: GROUP_COLOURS[group]
-        for group, members in taxonomy.GROUPS.items()
-        for index in members
-    }
-    _draw_rows(axes, stats["phenomena"], list(colours.values()), stats["used"])
+    of_group = dict(zip(stats["members"], itertools.cycle(GROUP_COLOURS.values()), strict=False))
+    colours = {name: of_group[group] for group, members in stats["members"].items() for name in members}
+    bars = [colours.get(name, _BARS) for name in stats["phenomena"]]
+    _draw_rows(axes, stats["phenomena"], bars, stats["used"])
     axes.tick_params(axis="y", labelsize=10, labelcolor=_INK)
+    if not of_group:
+        return
     axes.legend(
         handles=[
             Patch(color=colour, label=f"{group}: {stats['groups'][group]:,} clips")
-            for group, colour in GROUP_COLOURS.items()
+            for group, colour in of_group.items()
         ],
         loc="upper center", bbox_to_anchor=(0.4, -0.01), ncols=3, frameon=False, fontsize=9.5,
         handlelength=1, handleheight=1, columnspacing=1.4,

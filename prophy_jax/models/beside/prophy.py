@@ -33,7 +33,7 @@ class SemanticConfig:
 
     Attributes:
         basis_grid: (T, h, w) of B_e, in latents or tokens.
-        experts: E_s, one for each phenomenon of WISA-80K by default.
+        experts: E_s; where it is not stated, one for each category.
         hidden: Width of the router's MLP.
         basis_space: "latent": B_e is (T, h, w, 16); "token": it is (N, C).
     """
@@ -55,7 +55,7 @@ class RefinementConfig:
     Attributes:
         experts: E_r, linear ones.
         top_k: How many of them a token chooses.
-        categories: E_a, those of the token labels.
+        categories: E_a, those of the token labels; where it is not stated, as many as there are.
         align_hidden: Width of the MLP that turns rho_r into P'_r.
     """
 
@@ -167,11 +167,13 @@ class ProPhy(Part):
         layers: Backbone blocks that are copied, and after which the copies' hints are added; ascending.
         semantic: Semantic Expert Block; None: the branch has none.
         refinement: Refinement Expert Block; None: the branch has none.
+        categories: Names of the categories of the labels, in their order; empty: they are not known.
     """
 
     layers: tuple[int, ...]
     semantic: SemanticConfig | None = None
     refinement: RefinementConfig | None = None
+    categories: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
@@ -316,6 +318,7 @@ def build(
     layers: Sequence[int],
     semantic: Mapping[str, Any] | None = None,
     refinement: Mapping[str, Any] | None = None,
+    categories: Sequence[str] = (),
 ) -> ProPhy:
     """Builds the branch from nested dicts of a configuration or its JSON.
 
@@ -323,11 +326,26 @@ def build(
         layers: See `ProPhy`.
         semantic: Fields of `SemanticConfig`, or None.
         refinement: Fields of `RefinementConfig`, or None.
+        categories: Names of the categories of the data; empty: not known.
+
+    Raises:
+        UserError: on another number of categories than there are.
     """
+    count = len(categories)
     if semantic:
-        semantic = {**semantic, "basis_grid": tuple(semantic["basis_grid"])}
+        stated = {"experts": count} if count else {}
+        semantic = {**stated, **semantic, "basis_grid": tuple(semantic["basis_grid"])}
+    if refinement and count:
+        refinement = {"categories": count, **refinement}
+        if refinement["categories"] != count:
+            raise UserError(
+                f"refinement.categories={refinement['categories']} of the branch, but the data have {count} "
+                f"({', '.join(categories)}): leave it out, or name another file with "
+                "--config.data.taxonomy=FILE"
+            )
     return ProPhy(
         layers=tuple(layers),
         semantic=SemanticConfig(**semantic) if semantic else None,
         refinement=RefinementConfig(**refinement) if refinement else None,
+        categories=tuple(categories),
     )

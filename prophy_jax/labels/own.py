@@ -1,0 +1,96 @@
+"""Token labels of one's own: a file for each clip.
+
+    DIR/ID.npz    shares (T, h, w, E) or (N, E), from 0 to 1: how much of each token each category covers
+                  present (E,), optional: 1 for the categories whose shares are known; without it, those
+                  with a share above 0
+                  names (E,), optional: the categories in the file's order, any of the taxonomy; without it,
+                  all of them in the order of the taxonomy
+    DIR/ID.npy    shares alone
+
+ID is the id of the clip; one with a / is a path below DIR. The token grid T h w of each bucket is in the
+manifest of the data ("token_grid"). Token time 0 shows the first frame and time k the next frames, as many
+for each k; rows and columns cut the frame evenly.
+
+N = T h w tokens, E categories, P of them present.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from prophy_jax.data.taxonomy import Taxonomy
+from prophy_jax.run.errors import UserError
+
+ENDINGS = (".npz", ".npy")
+
+
+def find(folder: str | Path) -> dict[str, list[Path]]:
+    """Id -> its files, of which there should be one. Raises UserError when there is no file at all."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix in ENDINGS and path.is_file():
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    if not found:
+        raise UserError(f"no labels in {folder}: --import names a folder with a file ID.npz for each clip")
+    return found
+
+
+def read(path: Path, grid: Iterable[int], known: Taxonomy) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of one clip.
+
+    Args:
+        path: its file.
+        grid: T h w.
+        known: the categories.
+
+    Returns:
+        present (E,) float32 and maps (P, N) float16, as the data set "alignment" holds them.
+
+    Raises:
+        ValueError: says what is wrong with the file.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {"shares": loaded}
+        else:
+            with loaded:
+                arrays = dict(loaded)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"no readable {path.suffix} file ({error})") from error
+    if strange := sorted(arrays.keys() - {"shares", "present", "names"}):
+        raise ValueError(f"has arrays {strange}: expected shares, and if you like present and names")
+    if "shares" not in arrays:
+        raise ValueError("has no array shares")
+    names = [str(name) for name in arrays.get("names", np.array(known.names)).reshape(-1)]
+    if unknown := [name for name in names if name not in known.index]:
+        raise ValueError(f"names {unknown}, which are none of the categories {list(known.names)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names a category twice: {names}")
+    shares, (times, height, width) = arrays["shares"], grid
+    tokens, count = times * height * width, len(names)
+    if shares.shape not in ((times, height, width, count), (tokens, count)):
+        raise ValueError(
+            f"shares are {shares.shape}: the clip has {times} x {height} x {width} tokens, so expected "
+            f"{(times, height, width, count)} or {(tokens, count)}"
+        )
+    if shares.dtype.kind not in "fiub":
+        raise ValueError(f"shares are {shares.dtype}: expected numbers")
+    shares = shares.reshape(tokens, count).astype(np.float32)
+    if not np.isfinite(shares).all() or shares.min() < 0 or shares.max() > 1:
+        raise ValueError(f"shares reach from {shares.min():g} to {shares.max():g}: expected 0 to 1")
+    covered = shares.any(0)
+    present = np.asarray(arrays.get("present", covered))
+    if present.shape != (count,) or present.dtype.kind not in "fiub" or not np.isin(present, (0, 1)).all():
+        raise ValueError(f"present is {present.dtype} {present.shape}: expected {count} of 0 or 1")
+    present = present.astype(bool)
+    if hidden := [name for name, no, yes in zip(names, ~present, covered, strict=True) if no and yes]:
+        raise ValueError(f"has shares of {hidden}, which present says are not there")
+    columns = dict(zip(names, shares.T, strict=True))
+    kept = sorted((name for name, yes in zip(names, present, strict=True) if yes), key=known.names.index)
+    maps = [columns[name] for name in kept]
+    stored = np.stack(maps) if maps else np.zeros((0, tokens))
+    return known.multi_hot(kept), stored.astype(np.float16)
