@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ def prepare(
         UserError: the folder is of something else, the sources are not usable, or no clip can be read.
     """
     # 1. What there is, and what is taken.
+    buckets = list_buckets(config.data)
     source, splits = list_clips(config.data, sources)
     if dry_run:
         if sources:
@@ -91,7 +93,6 @@ def prepare(
     shape = {"data": -1, "fsdp": 1, "context": 1}
     mesh = parallel.make_mesh(shape, 0, jax.local_devices())  # each process encodes its own clips
     codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
-    buckets = list_buckets(config.data)
     grids = list_grids(config, codec, buckets)
     size = config.data.shard
     chunks = {
@@ -133,7 +134,12 @@ def list_clips(data: ConfigDict, paths: Sequence[str | Path]) -> tuple[Source, d
 
 
 def list_buckets(data: ConfigDict) -> list[Bucket]:
-    """The main size of `data`, then its further `buckets`, (frames, height, width) each."""
+    """The main size of `data`, then its further `buckets`, (frames, height, width) each.
+
+    Raises UserError on a rate that is not above 0.
+    """
+    if not 0 < data.fps < math.inf:
+        raise UserError(f"config.data.fps is {data.fps}; give frames per second above 0, such as 16")
     main = Bucket(data.frames, data.height, data.width)
     return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -112,10 +113,17 @@ class VideoFolder:
 
     def __init__(self, root: Path, folder: Path):
         self.folder = folder
-        self._prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        self._prefix = unicodedata.normalize("NFC", prefix)
         self._by_base_name: dict[str, list[VideoFile]] = defaultdict(list)
         for parent, folders, files in os.walk(folder, followlinks=True):
-            folders.sort()
+            # A link to a folder that contains it would lead round in circles.
+            inside = os.path.realpath(parent) + os.sep
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not inside.startswith(os.path.join(os.path.realpath(os.path.join(parent, name)), ""))
+            )
             for file in sorted(files):
                 path = os.path.join(parent, file)
                 name = os.path.relpath(path, root).replace(os.sep, "/")
@@ -132,11 +140,12 @@ class VideoFolder:
         Raises:
             UserError: there is none, or there are several of different content.
         """
-        text = text.replace("\\", "/")
+        text = unicodedata.normalize("NFC", text.replace("\\", "/"))
         candidates = self._by_base_name.get(_base_name(text), [])
-        exact = [video for video in candidates if video.name == self._prefix + text]
+        names = {video: unicodedata.normalize("NFC", video.name) for video in candidates}
+        exact = [video for video in candidates if names[video] == self._prefix + text]
         ends = (f"/{text}", f":{text}")
-        below = [video for video in candidates if "/" in text and video.name.endswith(ends)]
+        below = [video for video in candidates if "/" in text and names[video].endswith(ends)]
         candidates = exact or below or candidates
         if not candidates:
             raise UserError(f"missing: no video {_base_name(text)}")
@@ -146,7 +155,8 @@ class VideoFolder:
 
 
 def _base_name(name: str) -> str:
-    return name.replace("\\", "/").rpartition("/")[2]
+    """Composed, since macOS writes names decomposed."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/").rpartition("/")[2])
 
 
 def _file(name: str, path: str) -> list[VideoFile]:
