@@ -22,6 +22,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def prepare(
     # 1. What there is, and what is taken.
     if validation and not sources:
         raise UserError("--val names validation clips, but no --source those to train on")
-    known = taxonomy.of(config)
+    known, buckets = taxonomy.of(config), list_buckets(config.data)
     source, splits = list_clips(config.data, sources, validation, known)
     if dry_run:
         if sources:
@@ -100,7 +101,6 @@ def prepare(
     shape = {"data": -1, "fsdp": 1, "context": 1}
     mesh = parallel.make_mesh(shape, 0, jax.local_devices())  # each process encodes its own clips
     codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
-    buckets = list_buckets(config.data)
     grids = list_grids(config, codec, buckets)
     size = config.data.shard
     chunks = {
@@ -170,7 +170,12 @@ def list_clips(
 
 
 def list_buckets(data: ConfigDict) -> list[Bucket]:
-    """The main size of `data`, then its further `buckets`, (frames, height, width) each."""
+    """The main size of `data`, then its further `buckets`, (frames, height, width) each.
+
+    Raises UserError on a rate that is not above 0.
+    """
+    if not 0 < data.fps < math.inf:
+        raise UserError(f"config.data.fps is {data.fps}; give frames per second above 0, such as 16")
     main = Bucket(data.frames, data.height, data.width)
     return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
 

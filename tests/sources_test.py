@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video, video_files
 from prophy_jax.data.sources.video import Bucket
+from prophy_jax.prepare import list_buckets
 from prophy_jax.run.errors import UserError
 
 
@@ -551,6 +553,28 @@ def test_a_record_cannot_point_outside_its_folder(tmp_path):
     # A path from another machine finds the video by its base name; so does one with backslashes.
     rows = [["video", "caption"], ["C:\\clips\\in.mp4", "C"]]
     assert ids(sources.read_sources(plain(tmp_path / "inside", rows, {}))) == ["in"]
+
+
+@pytest.mark.parametrize(("form", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_composed_and_decomposed_names_are_the_same(tmp_path, form, other):
+    name = "caf\u00e9/\u00fcber.mp4"
+    rows = [["video", "caption"], [unicodedata.normalize(other, name), "A"]]
+    root = plain(tmp_path, rows, {unicodedata.normalize(form, name): b"1", "x/\u00fcber.mp4": b"2"})
+    assert sources.read_sources(root).clips[0].video == unicodedata.normalize(form, name)
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    plain(tmp_path, [["video", "caption"], ["a.mp4", "A"]], {"sub/a.mp4": b"1"})
+    (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
+    found = video_files.VideoFolder(tmp_path, tmp_path)
+    assert sum(map(len, found._by_base_name.values())) == 2  # the table and the video
+
+
+@pytest.mark.parametrize("fps", [0, -8, math.nan, math.inf])
+def test_a_rate_that_is_none_is_refused(fps):
+    data = ConfigDict(dict(frames=9, height=32, width=32, fps=fps, buckets=()))
+    with pytest.raises(UserError, match=f"config.data.fps is {fps}; give frames per second above 0"):
+        list_buckets(data)
 
 
 def test_duplicates_in_folders_zips_and_sources(tmp_path):

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from prophy_jax.data.sources import video
 from prophy_jax.run.errors import UserError
@@ -346,6 +347,129 @@ def test_rotation_metadata_is_applied(tmp_path, rotation):
     for y, x in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
         at = (2, int(y * back.shape[1]), int(x * back.shape[2]), 0)
         assert abs(int(back[at]) - int(expected[at])) <= LEVELS
+
+
+MATRICES = {  # (a, b, c, d) of the display matrix -> what is shown of a stored frame
+    (1, 0, 0, 1): lambda x: x,
+    (-1, 0, 0, 1): lambda x: x[:, ::-1],
+    (1, 0, 0, -1): lambda x: x[::-1],
+    (-1, 0, 0, -1): lambda x: x[::-1, ::-1],
+    (0, 1, 1, 0): lambda x: x.swapaxes(0, 1),
+    (0, 1, -1, 0): lambda x: np.rot90(x, -1),
+    (0, -1, 1, 0): lambda x: np.rot90(x),
+    (0, -1, -1, 0): lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_all_eight_display_matrices_are_applied(tmp_path, matrix):
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:24, :32], frame[:24, 32:] = 240, 160  # four quarters of different grey
+    frame[24:, :32] = 80
+    a, b, c, d = (65536 * value for value in matrix)
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    expected = MATRICES[matrix](frame).astype(int)
+    shown = read_clip(tmp_path / "clip.mp4", 1, 30, *expected.shape[:2])[0].astype(int)
+    height, width = expected.shape[:2]
+    for y in (height // 4, 3 * height // 4):
+        for x in (width // 4, 3 * width // 4):
+            assert abs(shown[y, x, 0] - expected[y, x, 0]) <= LEVELS
+
+
+@pytest.mark.parametrize(("aspect", "turned"), [(2, False), (2, True), (Fraction(1, 2), False)])
+def test_pixels_that_are_not_square_are_shown_at_their_size(tmp_path, aspect, turned):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if turned:
+            stream.set_display_rotation(90)
+        columns = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None] * 5, (64, 48, 3))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(columns))))
+        container.mux(stream.encode())
+    size = (64, int(48 * aspect))[:: -1 if turned else 1]
+    assert video.displayed_size(path) == size
+    clip = video.read_clip(path, [video.Bucket(1, *size)], 30)
+    assert clip.kept == 1
+    # The whole picture is there: its first and its last column.
+    ramp = np.rot90(clip.frames[0], -1 if turned else 0)[..., 0].mean(0)
+    assert ramp[0] < 15 and ramp[-1] > 220
+
+
+def test_corrupt_frames_in_the_part_used_are_found(tmp_path):
+    whole, path = tmp_path / "whole.mp4", tmp_path / "damaged.mp4"
+    noise = np.random.RandomState(0).randint(0, 255, (20, 96, 160, 3), np.uint8)
+    encode(whole, noise)
+    data = bytearray(whole.read_bytes())
+    with av.open(str(whole)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    position, size = packets[10]
+    for at in range(position + size // 2, position + size, 97):
+        data[at] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged.mp4: (damaged: \d+ of the first 20 frames|cannot be)"):
+        read_clip(path, 20, 30, 24, 24)
+    assert len(read_clip(path, 3, 30, 24, 24)) == 3  # the damage comes after what is needed
+
+
+def test_a_cover_picture_before_the_video_is_not_the_video(tmp_path):
+    path = tmp_path / "clip.mp4"
+    frames = counting_clip(9)
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=25)
+        stream = container.add_stream("libx264", rate=30)
+        cover.height = stream.height = 48
+        cover.width = stream.width = 64
+        cover.pix_fmt, stream.pix_fmt = "yuvj420p", "yuv420p"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 250, np.uint8))))
+        for array in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array))))
+        container.mux(stream.encode())
+    assert indices(read_clip(path, 9, 30, 48, 64)) == list(range(9))
+
+
+@pytest.mark.parametrize(("transfer", "white"), [(16, 0.58069), (18, 0.75)])
+def test_hdr_becomes_sdr(tmp_path, transfer, white):
+    path = tmp_path / "hdr.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p10le"
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc = 9, 9, transfer
+        context.color_range = 1
+        pixels = np.full((48, 64, 3), round(65535 * white), np.uint16)
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le")
+        container.mux(stream.encode(frame.reformat(format="yuv420p10le", dst_colorspace=9)))
+        container.mux(stream.encode())
+    shown = read_clip(path, 1, 30, 48, 64)
+    # Reference white, 203 cd/m2: 0.68 of linear light after the curve, 217 of 255 at gamma 2.4.
+    assert abs(int(shown[0, 24, 32, 0]) - 217) <= LEVELS and np.ptp(shown[0, 24, 32]) <= LEVELS
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_a_clip_of_one_frame(tmp_path, orientation):
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:24, :32] = 255
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path = tmp_path / "PICTURE"  # formats are told by content
+    Image.fromarray(image).save(path, "WEBP" if orientation % 2 else "PNG", exif=exif, lossless=True)
+    with Image.open(path) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    clip = video.read_clip(
+        in_memory(path), [video.Bucket(9, 48, 64), video.Bucket(1, *expected.shape[:2])], 8
+    )
+    np.testing.assert_array_equal(clip.frames, expected[None])
+    with pytest.raises(
+        UserError, match=r"PICTURE: image: .*\(9x48x64\).* add one of 1 frame .*\(1, 48, 64\)"
+    ):
+        read_clip(path, 9, 8, 48, 64)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
