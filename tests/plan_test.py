@@ -191,7 +191,7 @@ def test_model_operations_are_of_one_clip_whatever_remat_and_kernels_compute_aga
 
 def test_activations_grow_with_what_remat_keeps_and_shrink_with_context():
     held = {
-        remat: trace(tiny((1, 1, 1), remat=remat, num_layers=4), "train", "cpu", 16).held(
+        remat: trace(tiny((1, 1, 1), num_layers=4), "train", "cpu", 16, remat, model_flops=1).held(
             {"fsdp": 1, "context": 1}
         )
         for remat in ("none", "products", "qkv", "attention", "self_attention", "full")
@@ -208,7 +208,7 @@ def test_counted_memory_is_near_the_compilers():
     config.data.update(frames=33, height=128, width=128)
     executable, arguments = compiled(config, jax.devices()[:1])
     temporary = executable.memory_analysis().temp_size_in_bytes
-    counted = trace(config, "train", "cpu", 1).held({"fsdp": 1, "context": 1}).total
+    counted = trace(config, "train", "cpu", 1, model_flops=1).held({"fsdp": 1, "context": 1}).total
     assert counted == pytest.approx(temporary, rel=0.1)  # measured: 6 % more
 
 
