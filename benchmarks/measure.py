@@ -328,7 +328,7 @@ TRAIN = SimpleNamespace(
 
 
 def draw_batch(shape: Shape, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(batch of `size` clips, empty text) as `train.make_train_step` takes them: 60 % of the text is valid."""
+    """(batch of `size` clips, empty text) for `train.make_train_step`; 60 % of the text is valid."""
     import jax
     import jax.numpy as jnp
 

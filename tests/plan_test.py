@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,8 @@ from prophy_jax.plan.planner import Job, make_plan
 from prophy_jax.plan.traced import trace
 from prophy_jax.run import parallel
 from prophy_jax.run.errors import UserError
-from tests.conftest import ROOT, get_config
+from tests.commands import run_here
+from tests.conftest import get_config
 
 MESH = {"data": 2, "fsdp": 2, "context": 2}
 needs_tpu_compiler = pytest.mark.skipif(
@@ -287,19 +286,7 @@ def test_meshes_that_do_not_fit_are_refused(mesh, words):
 
 
 def test_bad_input_is_answered_in_one_line():
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "prophy_jax.plan",
-            "--config=configs/wan.py:tiny",
-            "--topology=h100:8",
-            "--mode=x",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    result = run_here("prophy_jax.plan", "--config=configs/wan.py:tiny", "--topology=h100:8", "--mode=x")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "choose one of train, sample" in result.stderr
 

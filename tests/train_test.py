@@ -22,7 +22,6 @@ from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.conftest import ROOT, build_run, get_config, xla_flags
 
-
 STEPS = 40
 
 
