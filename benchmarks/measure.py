@@ -327,16 +327,14 @@ TRAIN = SimpleNamespace(
 )
 
 
-def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(batch, empty text) as `train.make_train_step` takes them: a clip a device, 60 % of its text valid."""
+def draw_batch(shape: Shape, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(batch of `size` clips, empty text) for `train.make_train_step`; 60 % of the text is valid."""
     import jax
     import jax.numpy as jnp
 
     from prophy_jax.data.taxonomy import PHENOMENA
-    from prophy_jax.run import parallel
 
-    mesh = all_devices()
-    keys, size = jax.random.split(jax.random.key(1), 3), mesh.size
+    keys = jax.random.split(jax.random.key(1), 3)
     mask = jnp.arange(shape.text) < shape.text * 6 // 10  # (L,)
     batch = {
         "latents": jax.random.normal(keys[0], (size, *shape.latents, 16)),
@@ -346,5 +344,15 @@ def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
         "alignment": jax.random.uniform(keys[2], (size, shape.tokens, len(PHENOMENA))),
         "alignment_present": jnp.ones((size, len(PHENOMENA))),
     }
-    empty = {"text": jnp.zeros((shape.text, shape.text_dim)), "text_mask": jnp.arange(shape.text) < 1}
+    return batch, {"text": jnp.zeros((shape.text, shape.text_dim)), "text_mask": jnp.arange(shape.text) < 1}
+
+
+def random_batch(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `draw_batch`, a clip a device."""
+    import jax
+
+    from prophy_jax.run import parallel
+
+    mesh = all_devices()
+    batch, empty = draw_batch(shape, mesh.size)
     return parallel.put_batch(batch, mesh), jax.device_put(empty, parallel.replicated(mesh))

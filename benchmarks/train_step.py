@@ -65,8 +65,8 @@ def trace(shape: measure.Shape, remat: str, backend: str) -> Any:
     trainable, frozen = optim.split(params, measure.TRAIN.optimizer.groups)
     step, optimizer = make_step(model, objective, trainable)
     state = jax.eval_shape(functools.partial(train.new_state, optimizer=optimizer), trainable)
-    batch, empty = measure.random_batch(shape)
-    batch = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    drawn = jax.eval_shape(functools.partial(measure.draw_batch, shape, 1))
+    batch, empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), drawn)  # of no weak type
     return jax.make_jaxpr(step)(state, frozen, empty, batch)
 
 

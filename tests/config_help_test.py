@@ -5,8 +5,6 @@ import fnmatch
 import importlib
 import pkgutil
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ from prophy_jax import diffusion, models
 from prophy_jax.models import beside, codecs, text
 from prophy_jax.run import config_help
 from prophy_jax.run.errors import UserError
+from tests.commands import run_here
 from tests.conftest import ROOT
 
 ABLATIONS = ("pb", "pb+seb", "pb+reb", "bce", "absolute")
@@ -76,18 +75,11 @@ def test_arguments_of_a_docstring():
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "prepare", "label", "evaluate", "plan"])
-def test_every_command_prints_its_configuration_after_overrides(command, tmp_path):
-    shown = subprocess.run(
-        [
-            *(sys.executable, "-m", f"prophy_jax.{command}", "--print_config"),
-            *(f"--config={ROOT}/configs/wan.py:tiny", "--config.steps=7", "--config.data.dir=mine"),
-        ],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_every_command_prints_its_configuration_after_overrides(command):
+    overrides = ("--config.steps=7", "--config.data.dir=mine")
+    config = f"--config={ROOT}/configs/wan.py:tiny"
+    shown = run_here(f"prophy_jax.{command}", "--print_config", config, *overrides)
+    assert shown.returncode == 0
     lines = dict(line.split(" = ", 1) for line in shown.stdout.splitlines())
     assert lines["steps"].split() == ["7", "#", "Training", "steps"] and not shown.stderr
     assert lines["data.dir"].startswith("'mine'") and lines["samples.skip"].startswith("()")

@@ -27,6 +27,7 @@ from prophy_jax import models
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
 from tests import state_dicts
+from tests.commands import run_here
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 SPECS = {
@@ -371,8 +372,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, params):
 
 
 def run(src, dst, *flags):
-    command = [sys.executable, "-m", "convert.wan", f"--src={src}", f"--dst={dst}", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_here("convert.wan", f"--src={src}", f"--dst={dst}", *flags)
 
 
 def test_bad_input_gives_one_line_of_error(tmp_path, params):

@@ -18,6 +18,7 @@ from prophy_jax.evaluation import auc, diffusion, pictures, report, routing
 from prophy_jax.run import checkpoints, metrics, optim
 from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
+from tests.commands import run_here
 from tests.conftest import ROOT, get_config
 
 
@@ -357,9 +358,9 @@ def test_refusals(measured, tmp_path):
 
 
 def test_command_answers_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "prophy_jax.evaluate", "--config=configs/wan.py:tiny"]
+    command = ["prophy_jax.evaluate", "--config=configs/wan.py:tiny"]
     for more, message in (([], "--workdir"), ([f"--workdir={tmp_path}"], "config.json is missing")):
-        result = subprocess.run(command + more, cwd=ROOT, capture_output=True, text=True)
+        result = run_here(*command, *more)
         assert result.returncode == 1
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert message in result.stderr

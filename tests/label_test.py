@@ -20,6 +20,7 @@ from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video
 from prophy_jax.run.errors import UserError
+from tests.commands import run_here
 from tests.conftest import ROOT
 from tests.late import late
 from tests.tiny_vlm import save_tiny_vlm
@@ -645,8 +646,7 @@ def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
 )
 def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message):
     flags = [f"--data={prepared[1]}", f"--out={tmp_path / 'labels'}"]
-    command = [sys.executable, "-m", "prophy_jax.label", *flags, *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_here("prophy_jax.label", *flags, *arguments)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr

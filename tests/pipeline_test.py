@@ -18,6 +18,7 @@ from prophy_jax import models
 from prophy_jax.data.sources import video
 from prophy_jax.run import checkpoints, encoders
 from tests import tiny_pipeline
+from tests.commands import run_here
 from tests.conftest import ROOT, xla_flags
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.videos import read_clip
@@ -44,6 +45,11 @@ def succeed(*arguments: str, cwd: pathlib.Path, devices: int = 2) -> str:
     done = run(*arguments, cwd=cwd, devices=devices)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def convert(module: str, *arguments: str) -> None:
+    done = run_here(f"convert.{module}", *arguments)
+    assert done.returncode == 0, done.stderr
 
 
 def random_tensors(shapes, seed: int) -> dict[str, np.ndarray]:
@@ -76,7 +82,7 @@ def place(tmp_path_factory) -> pathlib.Path:
         save_file(random_tensors(shapes, seed), public / f"{name}.safetensors")
     fields = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, **tiny_pipeline.BACKBONE}
     (public / "config.json").write_text(json.dumps(fields))
-    succeed("convert.wan", f"--src={public}", f"--dst={place / 'wan'}", cwd=place)
+    convert("wan", f"--src={public}", f"--dst={place / 'wan'}")
 
     clips = place / "clips"
     (clips / "videos").mkdir(parents=True)
@@ -220,8 +226,8 @@ def test_encoded_texts_are_kept(place, tmp_path):
 def test_export_gives_the_weights_back(place, trained):
     for checkpoint, dst in ((place / "wan", "back"), (trained, "exported")):
         arguments = [f"--checkpoint={checkpoint}", "--format=diffusers", f"--dst={place / dst}"]
-        succeed("convert.export", *arguments, cwd=place)
-    succeed("convert.wan", f"--src={place / 'back'}", f"--dst={place / 'wan_again'}", cwd=place)
+        convert("export", *arguments)
+    convert("wan", f"--src={place / 'back'}", f"--dst={place / 'wan_again'}")
     for part in ("transformer", "vae", "text_encoder"):
         first, again = (
             checkpoints.read_manifest(str(place / folder / part), "") for folder in ("wan", "wan_again")

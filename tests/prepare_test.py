@@ -21,6 +21,7 @@ from prophy_jax.models.text import hash_text
 from prophy_jax.prepare import prepare
 from prophy_jax.run import encoders
 from prophy_jax.run.errors import UserError
+from tests.commands import run_here
 from tests.conftest import ROOT, get_config
 
 BUCKET = "5x32x32"
@@ -514,8 +515,7 @@ def test_encoder_that_gives_nan(tmp_path, monkeypatch):
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "prophy_jax.prepare", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_here("prophy_jax.prepare", *arguments)
 
 
 def test_command_refuses_in_one_line(tmp_path):

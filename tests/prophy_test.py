@@ -74,8 +74,11 @@ def away_from_zero(params, key=3):
     return jax.tree.unflatten(treedef, moved)
 
 
-@pytest.mark.parametrize("name", BRANCHES)
-@pytest.mark.parametrize("jit", [True, False])
+# Outside jit the same operations run one by one: one branch in `make test`.
+EAGER = [pytest.param(name, False, marks=() if name == "full" else pytest.mark.slow) for name in BRANCHES]
+
+
+@pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in BRANCHES), *EAGER])
 def test_step_zero_is_the_backbone_bit_for_bit(name, jit):
     model, params = make(BRANCHES[name])
     wrap = jax.jit if jit else lambda f: f
@@ -215,8 +218,17 @@ def test_at_step_zero_exits_learn_from_the_diffusion_loss_and_routers_from_their
     assert np.abs(aligned["semantic"]["basis"]).max() > 0
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "qkv", "attention", "self_attention", "full"])
-@pytest.mark.parametrize("layers", [(2, 4), (0, 3, 6), (1, 3, 5, 6), (4,)])
+POLICIES = ("none", "products", "qkv", "attention", "self_attention", "full")
+# Every policy with two sets of layers; the policies do not know the layers.
+OFTEN = [(layers, remat) for layers in ((0, 3, 6), (1, 3, 5, 6)) for remat in POLICIES]
+OFTEN += [
+    pytest.param(layers, remat, marks=() if remat == "self_attention" else pytest.mark.slow)
+    for layers in ((2, 4), (4,))
+    for remat in POLICIES
+]
+
+
+@pytest.mark.parametrize(("layers", "remat"), OFTEN)
 def test_attention_runs_as_often_as_it_must(layers, remat):
     """L + K times forwards and L - l_1 - 1 + K times backwards, and never twice unless remat says so."""
     depth, tokens, words = 9, 72, 64  # more scores than the blockwise form leaves to one softmax

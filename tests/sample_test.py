@@ -21,6 +21,7 @@ from prophy_jax.run import checkpoints, encoders, parallel, workdir
 from prophy_jax.run.errors import NotFinite, UserError
 from prophy_jax.testing.counting import count_compiles
 from tests import tiny_pipeline
+from tests.commands import run_here
 from tests.conftest import ROOT, build_run, get_config, xla_flags
 from tests.videos import read_clip
 
@@ -135,7 +136,14 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
 )
 def test_bad_input_is_one_line_before_anything_is_written(weights, tmp_path, arguments, message):
     places = dict(zip(("backbone", "branch"), weights, strict=True))
-    done = run(tmp_path / "out", *[word.format(**places) for word in arguments], devices=2)
+    words = ["--config.samples.steps=3", *[word.format(**places) for word in arguments]]
+    done = run_here(
+        "prophy_jax.sample",
+        "--config=configs/wan.py:tiny",
+        f"--out={tmp_path / 'out'}",
+        "--prompt=smoke",
+        *words,
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error:") and message in done.stderr
     assert not (tmp_path / "out").exists()
