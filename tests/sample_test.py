@@ -150,12 +150,12 @@ def test_bad_input_is_one_line_before_anything_is_written(weights, tmp_path, arg
 
 
 def spoiled(folder, tmp_path, change) -> str:
-    """A copy of a backbone with one leaf changed."""
+    """A copy of a backbone with its last layer changed."""
     config = small_config()
     config.batch_size = 0
     layout = build_run(config).layout["backbone"]
     tree = checkpoints.load_params(folder, layout, "")
-    tree["head"]["out"]["bias"] = change(tree["head"]["out"]["bias"])
+    tree["head"]["out"] = change(**tree["head"]["out"])
     checkpoints.save_params(str(tmp_path / "spoiled"), tree, {})
     return str(tmp_path / "spoiled")
 
@@ -163,11 +163,15 @@ def spoiled(folder, tmp_path, change) -> str:
 @pytest.mark.parametrize(
     ("change", "more", "message"),
     [
-        (lambda bias: bias.at[3].set(np.nan), [], "spoiled holds NaN or infinity in head/out/bias"),
-        # Finite weights, and a guidance that float32 does not hold.
         (
-            lambda bias: bias,
-            ["--config.samples.guidance=1e39"],
+            lambda kernel, bias: dict(kernel=kernel, bias=bias.at[3].set(np.nan)),
+            [],
+            "spoiled holds NaN or infinity in head/out/bias",
+        ),
+        # Finite weights, and a guided sum that float32 does not hold.
+        (
+            lambda kernel, bias: dict(kernel=1e37 * kernel, bias=bias),
+            ["--config.samples.guidance=1e6"],
             "0000.mp4, 0001.mp4, 0002.mp4: the latents became NaN or infinite in step 1 of 3",
         ),
     ],

@@ -171,5 +171,6 @@ def test_numbers_that_are_not_those_of_the_categories():
     assert build.build_model(config).parts["branch"].refinement.categories == 17
     config = get_config("tiny,bce")
     config.parts.branch.semantic.experts = 5
-    with pytest.raises(UserError, match="lists 'bce' but .* has 5 semantic experts for 17 categories"):
-        build.build_losses(config, build.build_model(config))
+    model = build.build_model(config)
+    with pytest.raises(UserError, match="loss .bce.: semantic.experts=5, the clips have 17 categories"):
+        build.check_shapes(model, build.build_losses(config, model), build.sizes(config, model))

@@ -396,23 +396,25 @@ def test_the_paper_run_fits_together_at_its_real_size():
 
 
 @pytest.mark.parametrize(
-    ("losses", "section", "key"),
+    ("losses", "key"),
     [
-        (dict(alignment=0.1), "refinement", "categories"),
-        (dict(absolute_alignment=0.1), "refinement", "categories"),
-        (dict(bce=0.1), "semantic", "experts"),
+        (dict(alignment=0.1), "refinement.categories"),
+        (dict(absolute_alignment=0.1), "refinement.categories"),
+        (dict(bce=0.1), "semantic.experts"),
     ],
 )
-def test_parts_that_do_not_fit_the_data_are_refused_for_the_losses_that_compare_them(losses, section, key):
+def test_parts_that_do_not_fit_the_data_are_refused_for_the_losses_that_compare_them(losses, key):
     config = tiny()
     config.losses = losses
-    config.parts.branch[section][key] = 20
     run = build_run(config)
-    with pytest.raises(UserError, match=rf"{section}.{key}=20, the .* have 17"):
-        build.check_shapes(run.model, run.chosen, build.sizes(config, run.model))
+    sizes = build.sizes(config, run.model)
+    build.check_shapes(run.model, run.chosen, sizes)
+    sizes = sizes._replace(categories=20)  # data made with another list of categories
+    with pytest.raises(UserError, match=rf"{key}=17, the .* have 20"):
+        build.check_shapes(run.model, run.chosen, sizes)
     config.losses = dict(relative=0.1, balance=0.1)  # which compare nothing with the categories of the data
     run = build_run(config)
-    build.check_shapes(run.model, run.chosen, build.sizes(config, run.model))
+    build.check_shapes(run.model, run.chosen, sizes)
 
 
 def test_configurations_that_do_not_fit_together_are_refused():

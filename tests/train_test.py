@@ -301,7 +301,7 @@ def test_bad_input_gets_one_line(tmp_path, tiny_data):
     missing = run(tiny, one_each, f"--workdir={tmp_path}/a", f"--config.data.dir={tmp_path}/none")
     assert "prophy_jax.prepare" in missing
     assert not os.path.exists(tmp_path / "a")
-    paper = run("--config=configs/wan.py", f"--workdir={tmp_path}/b")
+    paper = run("--config=configs/wan.py", "--config.accumulation=1", f"--workdir={tmp_path}/b")
     assert "checkpoints/wan2.1-t2v-1.3b" in paper and "convert.wan" in paper
     data = f"--config.data.dir={tiny_data}"
     other = run(tiny, one_each, f"--workdir={tmp_path}/c", data, "--config.data.frames=13")

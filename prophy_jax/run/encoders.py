@@ -118,7 +118,7 @@ class VideoCodec:
             done.append(jax.device_get(function(self._params, jax.device_put(clips[rows], sharding))))
 
         def whole(*parts: np.ndarray) -> np.ndarray:
-            return np.concatenate(parts)[: len(clips)].reshape(*lead, *parts[0].shape[1:])
+            return np.concatenate(parts)[: len(clips)].reshape((*lead, *parts[0].shape[1:]))
 
         return jax.tree.map(whole, *done)
 
