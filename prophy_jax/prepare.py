@@ -17,6 +17,7 @@ F frames, H W pixels, T h w latent grid, N tokens, E categories.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -47,13 +48,15 @@ from prophy_jax.data.sources.source import (
     read_sources,
     split_clips,
 )
-from prophy_jax.data.sources.video import Bucket
+from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run import cli
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import run_identity
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
+KEPT = 0.6  # clips that keep less of their picture are listed
+OPENED = 200  # clips that a dry run looks into
 THREADS = 8  # that decode; FFmpeg decodes each video with several threads of its own
 
 
@@ -72,7 +75,7 @@ def prepare(
         sources: folders or files of captioned videos; none draws the sandbox.
         out: the folder to make, or to resume; None is `config.data.dir`.
         process: (i, P), which of how many processes this is.
-        dry_run: only list the clips and print statistics.
+        dry_run: only list the clips, open some of them, and print statistics.
         validation: further sources, whose clips make the validation split.
 
     Returns:
@@ -88,8 +91,7 @@ def prepare(
     source, splits = list_clips(config.data, sources, validation, known)
     if dry_run:
         if sources:
-            print(statistics.table(statistics.summarise(source, known)))
-            records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped])
+            print_dry_run(source, [clip for clips in splits.values() for clip in clips], config.data, known)
         print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
         return None
 
@@ -256,6 +258,7 @@ class Earlier:
         was = self._by_content.get(row["sha256"])
         if was is None or was["bucket"] is None:
             return None
+        row["shown"] = was.get("shown")
         stored = self._open(was["bucket"], was["split"])[was["index"]]
         text = stored["text"], stored.get("text_mask")
         same = stored["caption"].decode() == clip.caption
@@ -301,8 +304,12 @@ def decode_ahead(
 
     def read(clip: Clip) -> tuple[Clip, Sample | str]:
         try:
-            taken = earlier.read(source, clip) if earlier else None
-            return clip, taken or source.read(clip, buckets, data.fps, data.max_upscale)
+            if earlier and (taken := earlier.read(source, clip)):
+                return clip, taken
+            sample = source.read(clip, buckets, data.fps, data.max_upscale)
+            if earlier:
+                earlier.made[clip.id]["shown"] = sample.shown
+            return clip, sample
         except UserError as error:
             return clip, str(error)
 
@@ -466,6 +473,63 @@ class Progress:
             print(f"{self._clips} clips in {seconds:.0f} s, {seconds / self._clips:.2f} s each: {shares}")
 
 
+# --- How much of the pictures is kept --------------------------------------------------------------
+
+
+def list_cropped(shown: Mapping[str, tuple[int, int]], places: Mapping[str, Bucket]) -> list[list]:
+    """[id, (height, width) shown, bucket] of clips that keep less than KEPT of their picture, worst first."""
+    kept = {name: share_kept(*size, places[name]) for name, size in shown.items()}
+    worst = sorted((share, name) for name, share in kept.items() if share < KEPT)
+    return [[name, list(shown[name]), str(places[name])] for _, name in worst]
+
+
+def print_cropped(cropped: Sequence[Sequence], main: Bucket, where: str) -> None:
+    """Prints what `list_cropped` gave, and what to do about it."""
+    lines, aspects = [], []
+    for name, (height, width), bucket in cropped:
+        kept = share_kept(height, width, Bucket.parse(bucket))
+        lines.append(f"{name}: {kept:.0%}, shown as {height} x {width} (H x W), cropped to {bucket}")
+        aspects.append(height / width)
+    records.print_list(f"warning: clips that keep less than {KEPT:.0%} of their picture", lines, where)
+    if not lines:
+        return
+    # The main size, turned, if that suits them; else their median shape of about as many pixels.
+    aspect, area = sorted(aspects)[len(aspects) // 2], main.height * main.width
+    own = Bucket(main.frames, main.width, main.height)
+    if share_kept(aspect, 1, own) < 0.9:
+        sides = (max(16, 16 * round(math.sqrt(area * ratio) / 16)) for ratio in (aspect, 1 / aspect))
+        own = Bucket(main.frames, *sides)
+    buckets = f"--config.data.buckets='({tuple(own)},)'"
+    print(f"  if the model takes other sizes, give them a bucket of their own: {buckets}")
+
+
+def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known: Taxonomy) -> None:
+    """Prints statistics, what is skipped, and how some clips, spread over all, would be cropped."""
+    chosen = clips[:: -(-len(clips) // OPENED)] if clips else []
+    buckets, sizes, places, unusable = list_buckets(data), {}, {}, []
+
+    def look(clip: Clip) -> tuple[int, int] | str | None:
+        try:
+            return source.shown(clip)
+        except UserError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        for clip, shown in zip(chosen, threads.map(look, chosen), strict=True):
+            if isinstance(shown, str):
+                unusable.append(f"{clip.id}: {shown}")
+            elif shown and (size := choose_size(*shown, buckets, data.max_upscale)):
+                sizes[clip.id], places[clip.id] = shown, Bucket(data.frames, *size)
+            elif shown:
+                unusable.append(f"{clip.id}: too small: {shown[0]} x {shown[1]} pixels (H x W)")
+    kept = [share_kept(*shown, places[name]) for name, shown in sizes.items()]
+    print(statistics.table(statistics.summarise(source, known, kept)))
+    print(f"{len(chosen)} clips were opened")
+    records.print_list("of these cannot be used", unusable, "")
+    print_cropped(list_cropped(sizes, places), buckets[0], "")
+    records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped], "")
+
+
 # --- What was made ---------------------------------------------------------------------------------
 
 
@@ -486,6 +550,7 @@ def describe(
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
     counts = {split: 0 for split in dict.fromkeys(report["split"] for report in reports)}
     buckets: dict[str, dict[str, Any]] = {}
+    places = {}
     for report in reports:
         for dataset, size in report["datasets"].items():
             kind, bucket = dataset.split("/")
@@ -494,6 +559,7 @@ def describe(
                 found = buckets.setdefault(bucket, {"counts": dict.fromkeys(counts, 0), "bytes": 0})
                 found["counts"][report["split"]] += size["count"]
                 found["bytes"] += size["bytes"]
+                places |= dict.fromkeys(report["ids"][dataset], Bucket.parse(bucket))
     if not buckets:
         clips = sum(len(report["skipped"]) for report in reports)
         raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}")
@@ -501,8 +567,12 @@ def describe(
     text, mask = text_encoder([""])
     sizes, padding = measure_text(grids, text_encoder, known)
     np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
+    rows = [row for report in reports for row in report.get("rows", []) if row["id"] in places]
+    shown = {row["id"]: row["shown"] for row in rows if row.get("shown")}
     if paths:
-        stats = statistics.summarise(source, known)
+        stats = statistics.summarise(
+            source, known, [share_kept(*size, places[name]) for name, size in shown.items()]
+        )
         (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
         statistics.picture(stats, out / "statistics.png")
 
@@ -538,6 +608,7 @@ def describe(
         # The codec normalises; these, measured on all splits, say how well.
         "latent_mean": mean.round(4).tolist(),
         "latent_std": np.sqrt(np.maximum(moments[2] / moments[0] - mean**2, 0)).round(4).tolist(),
+        "cropped": list_cropped(shown, places),
         "captions_cut": {name: lost for report in reports for name, lost in report["captions_cut"].items()},
         "records_listed": listing.records,
         "skipped": [*listing.skipped, *skipped],
@@ -558,6 +629,8 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
     for split in manifest["stand_in"]:
         print(f"no clip of split {split!r} can be used: clips of the other stand in, so that they overlap")
     records.print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
+    main = Bucket(*(manifest["video"][key] for key in ("frames", "height", "width")))
+    print_cropped(manifest.get("cropped", ()), main, " in manifest.json")
     records.print_list(
         "labels not understood",
         [
@@ -593,5 +666,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("val", [], "Folder or file of one's own validation clips; none is drawn then.")
     flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
-    flags.DEFINE_bool("dry_run", False, "Only list the clips and print statistics.")
+    flags.DEFINE_bool("dry_run", False, "Only list the clips, open some, and print statistics.")
     cli.run(main, __doc__, distributed=True)

@@ -547,3 +547,43 @@ def test_wisa_clips_of_several_rates(tmp_path, wisa_sample):
     for record in _read(tmp_path / "out", "train", "5x48x80"):
         assert record["caption"].decode() == listed[record["id"].decode()]
         assert record["latents"].std() > 0.1  # not a black clip
+
+
+# --- What is cropped away ---------------------------------------------------------------------------
+
+
+def test_clips_that_lose_most_of_their_picture_are_listed(tmp_path, capsys):
+    """Landscape, portrait and square clips in a landscape bucket; then the portrait one has its own."""
+    source = _wisa(tmp_path / "wisa", 3, sizes=((48, 64), (128, 72), (64, 64)))
+    config = _config(tmp_path / "out", height=32, width=48, val_share=0.0)
+    prepare(config, [source], dry_run=True)
+    listed = (
+        "warning: clips that keep less than 60% of their picture: 1\n"
+        "  clip1: 38%, shown as 128 x 72 (H x W), cropped to 5x32x48\n"  # 72 of 128 rows at 3:2 are 48
+        "  if the model takes other sizes, give them a bucket of their own: "
+        "--config.data.buckets='((5, 48, 32),)'\n"
+    )
+    printed = capsys.readouterr().out
+    assert "3 clips were opened\n" in printed and listed in printed
+    spread = next(line for line in printed.splitlines() if "% of the picture kept" in line)
+    assert spread.split(" | ")[1:4] == ["37.5", "40.42", "66.67"]  # of 37.5, 66.7 and 88.9
+
+    manifest = prepare(config, [source])
+    assert manifest["cropped"] == [["clip1", [128, 72], "5x32x48"]]
+    assert listed in capsys.readouterr().out and spread in (tmp_path / "out" / "statistics.md").read_text()
+    assert prepare(config, [source]) == manifest and listed in capsys.readouterr().out  # nothing left to do
+    (source / "wisa-80k.json").write_text((source / "wisa-80k.json").read_text().replace("Number 0", "Zero"))
+    assert prepare(config, [source])["cropped"] == manifest["cropped"]  # clips taken over
+
+    config = _config(tmp_path / "own", height=32, width=48, val_share=0.0, buckets=((5, 48, 32),))
+    capsys.readouterr()
+    assert prepare(config, [source])["cropped"] == [] and "60%" not in capsys.readouterr().out
+
+
+def test_a_dry_run_names_clips_that_cannot_be_used(tmp_path, capsys):
+    source = _wisa(tmp_path / "wisa", 3, sizes=((48, 64), (16, 16), (48, 64)))
+    _cut(source / "videos" / "clip2.mp4")
+    prepare(_config(tmp_path / "out"), [source], dry_run=True)
+    printed = capsys.readouterr().out
+    assert "of these cannot be used: 2\n" in printed
+    assert "clip1: too small: 16 x 16 pixels (H x W)\n" in printed and "clip2.mp4" in printed

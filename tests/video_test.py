@@ -267,7 +267,7 @@ def test_longest_bucket_that_the_clip_fills(tmp_path, num_frames, expected):
     path = tmp_path / "clip.mp4"
     encode(path, counting_clip(num_frames, step=4))
     buckets = [video.Bucket(frames, 24, 24) for frames in (9, 5, 17)] + [video.Bucket(3, 24, 96)]
-    frames, bucket = video.read_bucket(path, buckets, 15)
+    frames, bucket, _ = video.read_clip(path, buckets, 15)
     assert bucket == (expected, 24, 24) and frames.shape == (expected, 24, 24, 3)
     assert indices(frames, step=4) == list(range(0, 2 * expected, 2))
 
@@ -275,7 +275,7 @@ def test_longest_bucket_that_the_clip_fills(tmp_path, num_frames, expected):
 def test_portrait_clip_by_rotation_takes_the_upright_bucket(tmp_path):
     encode(tmp_path / "phone.mp4", counting_clip(9), rotation=90)
     buckets = [video.Bucket(5, 24, 32), video.Bucket(5, 32, 24)]
-    assert video.read_bucket(tmp_path / "phone.mp4", buckets, 30)[1] == (5, 32, 24)
+    assert video.read_clip(tmp_path / "phone.mp4", buckets, 30)[1] == (5, 32, 24)
 
 
 def test_too_small_and_too_short_name_the_file(tmp_path):
@@ -283,10 +283,10 @@ def test_too_small_and_too_short_name_the_file(tmp_path):
     encode(path, counting_clip(9))
     buckets = [video.Bucket(5, 96, 128), video.Bucket(5, 64, 64)]
     with pytest.raises(UserError, match=r"clip.mp4: too small: 48x64 pixels .* 1.25 times"):
-        video.read_bucket(path, buckets, 30, max_upscale=1.25)
-    assert video.read_bucket(path, buckets, 30, max_upscale=1.5)[1] == (5, 64, 64)  # 64/48 = 1.33
+        video.read_clip(path, buckets, 30, max_upscale=1.25)
+    assert video.read_clip(path, buckets, 30, max_upscale=1.5)[1] == (5, 64, 64)  # 64/48 = 1.33
     with pytest.raises(UserError, match=r"clip.mp4: too short: 11 frames at 30 fps needed, 9 found"):
-        video.read_bucket(path, [video.Bucket(13, 48, 64), video.Bucket(11, 48, 64)], 30)
+        video.read_clip(path, [video.Bucket(13, 48, 64), video.Bucket(11, 48, 64)], 30)
 
 
 def test_bucket_as_text():
@@ -326,7 +326,7 @@ def test_other_formats_decode(tmp_path, name, codec, pix_fmt, height, width):
     frames = counting_clip(10, height, width, step=20)
     encode(tmp_path / name, frames, rate=25, codec=codec, pix_fmt=pix_fmt)
     with pytest.raises(UserError, match=f"too small: {height}x{width} pixels"):  # its size and its rate
-        video.read_bucket(tmp_path / name, [video.Bucket(10, 2 * height, width)], 25, max_upscale=1)
+        video.read_clip(tmp_path / name, [video.Bucket(10, 2 * height, width)], 25, max_upscale=1)
     back = read_clip(tmp_path / name, 10, 25, height, width)
     assert indices(back, step=20) == list(range(10))
     with pytest.raises(UserError, match=r"\(10 frames at 25 fps"):
@@ -342,7 +342,7 @@ def test_rotation_metadata_is_applied(tmp_path, rotation):
     expected = np.rot90(frames, rotation // 90, axes=(1, 2))  # counterclockwise
     height, width = expected.shape[1:3]
     buckets = [video.Bucket(4, height, width), video.Bucket(4, width, height)]
-    back, bucket = video.read_bucket(tmp_path / "phone.mp4", buckets, 30)
+    back, bucket, _ = video.read_clip(tmp_path / "phone.mp4", buckets, 30)
     assert bucket == buckets[0] and back.shape == expected.shape
     for y, x in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
         at = (2, int(y * back.shape[1]), int(x * back.shape[2]), 0)
@@ -396,7 +396,7 @@ def test_pixels_that_are_not_square_are_shown_at_their_size(tmp_path, aspect, tu
     size = (64, int(48 * aspect))[:: -1 if turned else 1]
     assert video.displayed_size(path) == size
     clip = video.read_clip(path, [video.Bucket(1, *size)], 30)
-    assert clip.kept == 1
+    assert clip.shown == size
     # The whole picture is there: its first and its last column.
     ramp = np.rot90(clip.frames[0], -1 if turned else 0)[..., 0].mean(0)
     assert ramp[0] < 15 and ramp[-1] > 220

@@ -18,5 +18,5 @@ def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
 
 
 def read_clip(path, frames: int, fps: float, height: int, width: int) -> np.ndarray:
-    """What `read_bucket` reads into one bucket: (F, H, W, 3) uint8."""
-    return video.read_bucket(path, [video.Bucket(frames, height, width)], fps)[0]
+    """What `video.read_clip` reads into one bucket: (F, H, W, 3) uint8."""
+    return video.read_clip(path, [video.Bucket(frames, height, width)], fps).frames

@@ -200,11 +200,11 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def print_list(title: str, entries: Sequence[str]) -> None:
-    """Prints the first entries of a list of the manifest, if it has any."""
+def print_list(title: str, entries: Sequence[str], where: str = " in manifest.json") -> None:
+    """Prints the first entries of a list, if it has any; `where` says where all are."""
     if entries:
         print(f"{title}: {len(entries)}")
         for entry in entries[:_SHOWN]:
             print(f"  {entry}")
         if len(entries) > _SHOWN:
-            print(f"  ... and {len(entries) - _SHOWN} more in manifest.json")
+            print(f"  ... and {len(entries) - _SHOWN} more{where}")

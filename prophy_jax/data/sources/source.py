@@ -15,10 +15,10 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -30,6 +30,8 @@ from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare
@@ -58,7 +60,7 @@ class Clip:
 
 
 class Sample(NamedTuple):
-    """A clip that was read: frames (F,H,W,3) uint8 in their bucket.
+    """A clip that was read: frames (F,H,W,3) uint8 in their bucket; `shown` is the video's height and width.
 
     The sandbox also gives masks (T,G,G,E) float16, and the caption and category that its listing lacks. A
     clip that was encoded earlier has latents (T,h,w,16) float16 instead of frames, and for the same caption
@@ -72,6 +74,7 @@ class Sample(NamedTuple):
     category: np.ndarray | None = None
     latents: np.ndarray | None = None
     text: tuple[np.ndarray, np.ndarray | None] | None = None
+    shown: tuple[int, int] | None = None
 
 
 @dataclass
@@ -108,10 +111,17 @@ class Source(Protocol):
     report: Report
 
     def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
-        """Reads one clip of `clips`, as `video.read_bucket` does. Several threads may read at once.
+        """Reads one clip of `clips`, as `video.read_clip` does. Several threads may read at once.
 
         Raises:
             UserError: the clip cannot be read or fits no bucket, whatever is wrong with its video.
+        """
+
+    def shown(self, clip: Clip) -> tuple[int, int] | None:
+        """(height, width) that a clip is shown as, from its first frame; None if it has the size wanted.
+
+        Raises:
+            UserError: as `read` does.
         """
 
     def content(self, clip: Clip, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -144,12 +154,19 @@ class CaptionedVideos(Source):
         self._videos = videos  # by source and name
 
     def read(self, clip: Clip, buckets: Sequence[Bucket], fps: float, max_upscale: float) -> Sample:
+        read = self._decode(clip, lambda found: video.read_clip(found, buckets, fps, max_upscale))
+        return Sample(read.frames, read.bucket, shown=read.shown)
+
+    def shown(self, clip: Clip) -> tuple[int, int] | None:
+        return self._decode(clip, video.displayed_size)
+
+    def _decode(self, clip: Clip, decode: Callable[[video.Video], T]) -> T:
         found = self._videos.get((clip.source, clip.video))
         if found is None:
             folders = ", ".join(str(annotations.folder(path)) for path in self._paths)
             raise UserError(f"there is no clip {clip.id} ({clip.video}) in {folders}")
         try:
-            return Sample(*video.read_bucket(found.open(), buckets, fps, max_upscale))
+            return decode(found.open())
         except UserError:
             raise
         except Exception as error:  # a damaged video must not end a run over many
@@ -203,6 +220,9 @@ class Sandbox(Source):
         split, index = clip.video.split("/")
         drawn = make_clip(self._seed, split, int(index), self._bucket.height, self._bucket.frames, self._fps)
         return Sample(drawn.frames, self._bucket, drawn.masks, drawn.caption, drawn.category)
+
+    def shown(self, clip: Clip) -> tuple[int, int] | None:
+        return None
 
     def content(self, clip: Clip, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return {}

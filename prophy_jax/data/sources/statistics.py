@@ -21,8 +21,15 @@ _BINS = 24
 _SHOWN = 8  # entries of a list in the picture; the table has all
 
 
-def summarise(source: Source, known: taxonomy.Taxonomy = taxonomy.WISA) -> dict[str, Any]:
+def summarise(
+    source: Source, known: taxonomy.Taxonomy = taxonomy.WISA, kept: Sequence[float] = ()
+) -> dict[str, Any]:
     """Statistics of the clips used, JSON types only.
+
+    Args:
+        source: the clips.
+        known: the categories that there are.
+        kept: shares of their pictures that clips keep when they are cropped.
 
     Returns:
         records, used: numbers of records and of clips.
@@ -32,6 +39,7 @@ def summarise(source: Source, known: taxonomy.Taxonomy = taxonomy.WISA) -> dict[
         members: each group -> its categories.
         phenomena_per_clip: "0", "1", ... -> clips.
         caption_words, duration (seconds): `_spread`; duration only if the records state it.
+        kept: `_spread` of the percentages of the picture kept.
         fps, resolution: rate, and width x height -> clips, most frequent first; where stated.
         labels_not_understood: 'field: "text"' -> clips, most frequent first.
     """
@@ -61,6 +69,7 @@ def summarise(source: Source, known: taxonomy.Taxonomy = taxonomy.WISA) -> dict[
         "phenomena_per_clip": {str(number): int(count) for number, count in enumerate(per_clip)},
         "caption_words": _spread([len(clip.caption.split()) for clip in source.clips], whole=True),
         "duration": _spread(durations),
+        "kept": _spread([100 * share for share in kept]),
         "fps": _ordered(rates),
         "resolution": _ordered(sizes),
         "labels_not_understood": _ordered(report.unknown_labels),
@@ -88,7 +97,11 @@ def table(stats: Mapping[str, Any]) -> str:
     add("group", stats["groups"])
     add("phenomenon", stats["phenomena"])
     add("phenomena in a clip", stats["phenomena_per_clip"])
-    spreads = {"words in the caption": stats["caption_words"], "seconds": stats["duration"]}
+    spreads = {
+        "words in the caption": stats["caption_words"],
+        "seconds": stats["duration"],
+        "% of the picture kept": stats["kept"],
+    }
     lines.extend(["| | min | 5 % | median | mean | 95 % | max |", "|---|--:|--:|--:|--:|--:|--:|"])
     for name, spread in spreads.items():
         if spread:

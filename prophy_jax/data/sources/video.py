@@ -1,6 +1,6 @@
 """Video files in and out, through PyAV (FFmpeg in a wheel).
 
-Decoding streams: `read_bucket` keeps only the frames it returns and stops at the last one it needs.
+Decoding streams: `read_clip` keeps only the frames it returns and stops at the last one it needs.
 
 A bucket is a shape that clips are cropped and resized to; training batches hold one bucket each.
 
@@ -113,18 +113,11 @@ def choose_size(
 
 
 class Clip(NamedTuple):
-    """A clip that was read: frames (F,H,W,3) uint8, their bucket, and the share of the picture kept."""
+    """A clip that was read: frames (F,H,W,3) uint8, their bucket, and (height, width) that it is shown as."""
 
     frames: np.ndarray
     bucket: Bucket
-    kept: float
-
-
-def read_bucket(
-    video: Video, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf
-) -> tuple[np.ndarray, Bucket]:
-    """Frames and bucket of `read_clip`."""
-    return read_clip(video, buckets, fps, max_upscale)[:2]
+    shown: tuple[int, int]
 
 
 def read_clip(video: Video, buckets: Sequence[Bucket], fps: float, max_upscale: float = math.inf) -> Clip:
@@ -198,17 +191,17 @@ def read_clip(video: Video, buckets: Sequence[Bucket], fps: float, max_upscale: 
             f"{name}: damaged: {corrupt} of the first {found} frames are corrupt, says the decoder"
         )
     bucket = Bucket(filled[-1], *size)
-    return Clip(np.stack(clip[: filled[-1]]), bucket, share_kept(*shown, bucket))
+    return Clip(np.stack(clip[: filled[-1]]), bucket, (round(shown[0]), round(shown[1])))
 
 
-def displayed_size(video: Video) -> tuple[int | Fraction, int | Fraction]:
+def displayed_size(video: Video) -> tuple[int, int]:
     """The (height, width) in pixels that a clip is shown as; decodes its first frame only.
 
     Raises UserError as `read_clip` does.
     """
     with _open_video(video) as (_, frames):
         for _, frame in frames:
-            return frame.height, frame.width
+            return round(frame.height), round(frame.width)
     raise UserError(f"{_name(video)}: the video holds no frames")
 
 
