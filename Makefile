@@ -2,6 +2,7 @@
 # make demo-data     video files through every stage on tiny random weights; CLIPS=DIR: real ones (docs/data.md)
 # make test          environment, install, and the whole suite
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
+# make test-lowest   the torch-free suite on the lowest versions that requirements.txt allows
 # make test-full     the long checks that `make test` leaves out
 # make lint          ruff, and mypy on the seams
 # make wheel         a wheel in an empty environment: prepares and trains the smallest run from an empty folder
@@ -16,6 +17,7 @@ PYTHON ?= $(call find,(3, 11))
 PYTHON_LATEST ?= $(call find,(3, 12))
 VENV := .venv
 LATEST := .venv-latest
+LOWEST := .venv-lowest
 WHEEL := $(CURDIR)/.venv-wheel
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -rs -n 2 --dist loadfile
@@ -23,7 +25,7 @@ PYTEST := -m pytest -q -rs -n 2 --dist loadfile
 # apart: next to jax, it would make every command look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
-.PHONY: install test test-latest test-full lint demo demo-data wheel ratios bench-gpu clean
+.PHONY: install test test-latest test-lowest test-full lint demo demo-data wheel ratios bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -64,6 +66,19 @@ $(LATEST)/.installed: requirements.txt pyproject.toml
 	$(LATEST)/bin/python -m pip install -q --upgrade pip
 	$(LATEST)/bin/python -m pip install -q -e ".[test]"
 	$(LATEST)/bin/python -m pip install -q --no-deps --upgrade --target $(LATEST)/tpu "$$($(LATEST)/bin/python -c '$(LIBTPU)')"
+	touch $@
+
+# On Python 3.11, the lowest that is supported. uv resolves to the lowest versions; nothing else is newer than asked.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python $(PYTEST)
+
+$(LOWEST)/.installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q uv
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct \
+		-r requirements.txt "pytest>=8" "pytest-xdist>=3.6"
+	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
 # What a user without a checkout has. The folder build/ would bring files into the wheel that are gone by now.
