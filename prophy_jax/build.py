@@ -102,7 +102,7 @@ def place(
         model: The backbone and its parts.
         mesh: Any.
         frozen_dtype: `config.frozen_dtype`.
-        groups: `config.optimizer.groups`; None: the parts are trainable and the backbone is not.
+        groups: `optim.groups_of(config.optimizer)`; None: the parts are trainable and the backbone is not.
 
     Raises:
         UserError: on groups that do not claim every parameter.
@@ -255,14 +255,14 @@ def check_validation(config: ConfigDict, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def warn_of_idle_losses(config: ConfigDict, chosen: losses.Chosen) -> None:
-    """Says on stderr which losses can only be 0 on these data, why, and what that means."""
+def warn_of_idle_losses(config: ConfigDict, model: Model, chosen: losses.Chosen) -> None:
+    """Says on stderr which losses are constant on these data, why, and what that means."""
     from prophy_jax.data import loader  # the planner needs no Grain
 
     zero, looked = loader.find_zero_fields(config.data, "train", chosen.fields)
     where = f" ({looked} clips of {config.data.dir} were looked at)" if zero else ""
-    for name, reason in chosen.idle(config.batch_size, zero).items():
-        print(f"warning: the loss {name!r} can only be 0: {reason}{where}", file=sys.stderr)
+    for name, reason in chosen.idle(model, config.batch_size, zero).items():
+        print(f"warning: the loss {name!r} {reason}{where}", file=sys.stderr)
 
 
 def list_fields(model: Model, chosen: losses.Chosen) -> tuple[str, ...]:
