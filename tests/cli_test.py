@@ -62,6 +62,7 @@ def test_help_imports_nothing_heavy(command):
         ("losses.balance", float("inf"), "choose"),
         ("backbone.num_layers", -2, "choose 0 to"),
         ("optimizer.groups", (("branch/", -1.0),), "choose 0 to"),
+        ("optimizer.learning_rates.branch", -1.0, "choose 0 to"),
         ("validation.times", (0.2, float("nan")), "not a number"),
         ("data.buckets", (81, 32, 32), "each in brackets of its own"),
         ("data.buckets", ((81, 32),), "each in brackets of its own"),
@@ -158,6 +159,11 @@ def test_every_shipped_configuration_and_every_switch_passes():
     ("flag", "override", "words"),
     [
         (EQUALS, "--config.optimiser.clip=2", "; did you mean --config.optimizer.clip?"),
+        (
+            EQUALS,
+            "--config.optimizer.learning_rates.brnch=1",
+            "did you mean --config.optimizer.learning_rates.branch?",
+        ),
         (SPACE, "--config.samples.fps=2", "; did you mean --config.data.fps?"),
         (SPACE, "--config.zzz=2", "no such key: --config.zzz=2\n"),
         (EQUALS, "--config.data.side=" + 3000 * '{"a":' + "1" + 3000 * "}", "..."),
