@@ -196,6 +196,8 @@ def train(config: Any, workdir: str) -> None:
                 build.remedy(config, "backbone", config.backbone_params),
             )
             references["backbone_sha256"] = manifest["sha256"]
+        if distributed.is_first():
+            metrics.check_wandb(config.log.get("wandb", ""))
         build.check_validation(config, build.check_data(config, model, chosen))
         if distributed.is_first():
             build.warn_of_idle_losses(config, model, chosen)
@@ -233,7 +235,11 @@ def train(config: Any, workdir: str) -> None:
         first_step = saved.latest() or 0
         if first_step:
             state = saved.restore(first_step, jax.tree.map(checkpoints.abstract, state), data)
-        writer = metrics.MetricsWriter(workdir, first_step) if first else None
+        writer = None
+        with distributed.all_or_none():
+            if first:
+                board = metrics.start_wandb(config.log.get("wandb", ""), workdir, config)
+                writer = metrics.MetricsWriter(workdir, first_step, board)
 
         # 4. Compiled functions.
         train_step = jax.jit(
