@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -196,14 +194,7 @@ def check_params(
 def remedy(config: ConfigDict, name: str, folder: str | None) -> str:
     """What to do when parameters are missing from `folder`: it names that one, not the configuration's."""
     if name == "backbone":
-        root = (folder or "").rstrip("/")
-        if root.endswith(("/transformer", "/backbone")):
-            root = os.path.dirname(root)
-        return (
-            re.sub(r"(--(?:dst|workdir))=\S+", rf"\1={root}", config.backbone_remedy)
-            if root
-            else (config.backbone_remedy)
-        )
+        return checkpoints.name_folder(config.backbone_remedy, folder)
     return f"name WORKDIR/{name} of a finished run of prophy_jax.train"
 
 

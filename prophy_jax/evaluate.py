@@ -39,7 +39,8 @@ def check_run(config: Any, workdir: str) -> None:
     if different := folders.differences(was, own):
         raise UserError(f"{workdir} is of another configuration ({different}): give that one")
     if config.backbone_params:
-        backbone = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
+        remedy = checkpoints.name_folder(config.backbone_remedy, config.backbone_params)
+        backbone = checkpoints.read_manifest(config.backbone_params, remedy)
         if backbone["sha256"] != stored["references"].get("backbone_sha256"):
             raise UserError(
                 f"{config.backbone_params} is not the backbone that {workdir} started from: "

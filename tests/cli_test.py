@@ -1,13 +1,15 @@
 """What all commands share: quick help, the compile cache."""
 
+import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from prophy_jax import build
-from prophy_jax.run import cli, config_check, config_help
+from prophy_jax import build, evaluate
+from prophy_jax.run import cli, config_check, config_help, encoders, workdir
 from prophy_jax.run.errors import UserError
 from tests.config_help_test import shipped
 from tests.conftest import ROOT, get_config
@@ -135,6 +137,26 @@ def test_the_remedy_for_missing_weights_names_the_folder_of_the_user():
     assert build.remedy(config, "backbone", None) == config.backbone_remedy
     demo = get_config("demo")
     assert build.remedy(demo, "backbone", "mine/run/backbone").endswith("--workdir=mine/run")
+
+
+def test_the_remedy_for_a_missing_encoder_names_its_folder_too(tmp_path):
+    config = get_config("")
+    config.codec = dict(module="wan_vae", dtype="float32", base_dim=8)
+    config.text_encoder.update(variant="umt5-xxl")
+    mesh = build.build_mesh(dict(data=1, fsdp=1, context=1), 1, jax.devices()[:1])
+    for name, load in (
+        ("vae", lambda: encoders.load_codec(config, mesh)),
+        ("text_encoder", lambda: encoders.load_text_encoder(config, None)),
+    ):
+        config.codec_params = config.text_encoder_params = f"{tmp_path}/mine/{name}"
+        with pytest.raises(UserError, match=f"--dst={tmp_path}/mine$"):
+            load()
+    config.backbone_params = f"{tmp_path}/mine/transformer"
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": workdir.config_as_json(config), "references": {}})
+    )
+    with pytest.raises(UserError, match=f"--dst={tmp_path}/mine$"):
+        evaluate.check_run(config, str(tmp_path))
 
 
 def test_tiny_models_has_help():
