@@ -32,7 +32,8 @@ NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
     "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-BRANCH_GROUPS = (("branch/blocks/", 2e-5), ("branch/", 1e-4), ("backbone/", None))
+# (pattern of parameter paths, name of its learning rate); the first match counts.
+GROUPS = (("branch/blocks/", "blocks"), ("branch/", "branch"), ("backbone/", "backbone"))
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -102,7 +103,8 @@ def paper() -> ConfigDict:
     config.reduction = dict(relative="sum", alignment="mean")
     config.caption_dropout = 0.1
     config.optimizer = dict(
-        groups=BRANCH_GROUPS,
+        groups=GROUPS,
+        learning_rates=dict(blocks=2e-5, branch=1e-4, backbone=0.0),  # 0: frozen
         warmup=200,
         decay="constant",
         clip=1.0,
@@ -152,7 +154,7 @@ def paper() -> ConfigDict:
 
     config.mesh = dict(data=-1, fsdp=1, context=1)
     config.attention = "auto"
-    config.log = dict(every=10)
+    config.log = dict(every=10, wandb="")
     config.checkpoint = dict(every=500, keep=3)
     config.validation = dict(every=500, batches=4, batch_size=8, times=(0.2, 0.5, 0.8))
     config.samples = dict(
@@ -199,7 +201,7 @@ def tiny() -> ConfigDict:
     config.steps = 200
     config.batch_size = 4
     config.data.sandbox = dict(train=32, val=8, test=8, seed=0)
-    config.optimizer.groups = BRANCH_GROUPS[:2] + (("backbone/", 1e-3),)
+    config.optimizer.learning_rates.backbone = 1e-3
     config.optimizer.warmup = 10
     config.checkpoint = dict(every=50, keep=2)
     config.validation = dict(every=100, batches=1, batch_size=2, times=(0.2, 0.5, 0.8))
@@ -215,7 +217,8 @@ def demo_backbone() -> ConfigDict:
     config.steps = 2600
     config.batch_size = 16
     config.data.sandbox = dict(train=2000, val=96, test=96, seed=0)
-    config.optimizer.groups = (("backbone/", 3e-3),)
+    config.optimizer.groups = GROUPS[2:]
+    config.optimizer.learning_rates = dict(backbone=3e-3)
     config.optimizer.warmup = 100
     config.optimizer.decay = "cosine"
     config.optimizer.ema = 0.995
@@ -243,12 +246,8 @@ def demo() -> ConfigDict:
     config.losses = dict(PROPHY_LOSSES)
     config.steps = 300
     # More than the paper's run would take, which has far more steps.
-    config.optimizer.groups = (
-        ("branch/blocks/", 1e-4),
-        ("branch/exits/", 1e-4),
-        ("branch/", 1e-3),
-        ("backbone/", None),
-    )
+    config.optimizer.groups = (GROUPS[0], ("branch/exits/", "exits"), *GROUPS[1:])
+    config.optimizer.learning_rates = dict(blocks=1e-4, exits=1e-4, branch=1e-3, backbone=0.0)
     config.optimizer.warmup = 50
     config.optimizer.ema = 0.99
     config.validation.every = 100

@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,7 +100,7 @@ def place(
         model: The backbone and its parts.
         mesh: Any.
         frozen_dtype: `config.frozen_dtype`.
-        groups: `config.optimizer.groups`; None: the parts are trainable and the backbone is not.
+        groups: `optim.groups_of(config.optimizer)`; None: the parts are trainable and the backbone is not.
 
     Raises:
         UserError: on groups that do not claim every parameter.
@@ -196,14 +194,7 @@ def check_params(
 def remedy(config: ConfigDict, name: str, folder: str | None) -> str:
     """What to do when parameters are missing from `folder`: it names that one, not the configuration's."""
     if name == "backbone":
-        root = (folder or "").rstrip("/")
-        if root.endswith(("/transformer", "/backbone")):
-            root = os.path.dirname(root)
-        return (
-            re.sub(r"(--(?:dst|workdir))=\S+", rf"\1={root}", config.backbone_remedy)
-            if root
-            else (config.backbone_remedy)
-        )
+        return checkpoints.name_folder(config.backbone_remedy, folder)
     return f"name WORKDIR/{name} of a finished run of prophy_jax.train"
 
 
@@ -255,14 +246,14 @@ def check_validation(config: ConfigDict, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def warn_of_idle_losses(config: ConfigDict, chosen: losses.Chosen) -> None:
-    """Says on stderr which losses can only be 0 on these data, why, and what that means."""
+def warn_of_idle_losses(config: ConfigDict, model: Model, chosen: losses.Chosen) -> None:
+    """Says on stderr which losses are constant on these data, why, and what that means."""
     from prophy_jax.data import loader  # the planner needs no Grain
 
     zero, looked = loader.find_zero_fields(config.data, "train", chosen.fields)
     where = f" ({looked} clips of {config.data.dir} were looked at)" if zero else ""
-    for name, reason in chosen.idle(config.batch_size, zero).items():
-        print(f"warning: the loss {name!r} can only be 0: {reason}{where}", file=sys.stderr)
+    for name, reason in chosen.idle(model, config.batch_size, zero).items():
+        print(f"warning: the loss {name!r} {reason}{where}", file=sys.stderr)
 
 
 def list_fields(model: Model, chosen: losses.Chosen) -> tuple[str, ...]:

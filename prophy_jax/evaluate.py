@@ -39,7 +39,8 @@ def check_run(config: Any, workdir: str) -> None:
     if different := folders.differences(was, own):
         raise UserError(f"{workdir} is of another configuration ({different}): give that one")
     if config.backbone_params:
-        backbone = checkpoints.read_manifest(config.backbone_params, config.backbone_remedy)
+        remedy = checkpoints.name_folder(config.backbone_remedy, config.backbone_params)
+        backbone = checkpoints.read_manifest(config.backbone_params, remedy)
         if backbone["sha256"] != stored["references"].get("backbone_sha256"):
             raise UserError(
                 f"{config.backbone_params} is not the backbone that {workdir} started from: "
@@ -65,8 +66,8 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     batch_size = build.microbatch(config)  # fits the mesh
     mesh = build.build_mesh(config.mesh, batch_size)
     model, objective = build.build_model(config, mesh), build.build_objective(config)
-    layout = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
-    trained, _ = optim.split(layout, config.optimizer.groups)
+    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
     places = {"backbone": config.backbone_params} | {name: os.path.join(workdir, name) for name in trained}
     finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={workdir}"
     steps = [checkpoints.read_manifest(places[name], finish).get("step") for name in trained]

@@ -74,7 +74,9 @@ def take_sizes(config: Any, name: str) -> None:
     folder = config[f"{name}_params"]
     if not os.path.exists(os.path.join(folder, "manifest.json")):
         return  # reading the parameters says so
-    stored = checkpoints.read_manifest(folder, config.backbone_remedy).get("model")
+    stored = checkpoints.read_manifest(folder, checkpoints.name_folder(config.backbone_remedy, folder)).get(
+        "model"
+    )
     if not stored:  # of an earlier version
         return
     spec = config[name].to_dict()

@@ -180,7 +180,7 @@ def train(config: Any, workdir: str) -> None:
     mesh = build.build_mesh(config.mesh, build.microbatch(config))
     model, objective = build.build_model(config, mesh), build.build_objective(config)
     chosen = build.build_losses(config, model)
-    layout = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
+    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
     fields = build.list_fields(model, chosen)
     references = {}
 
@@ -196,9 +196,12 @@ def train(config: Any, workdir: str) -> None:
                 build.remedy(config, "backbone", config.backbone_params),
             )
             references["backbone_sha256"] = manifest["sha256"]
+        if distributed.is_first():
+            metrics.check_wandb(config.log.get("wandb", ""))
         build.check_validation(config, build.check_data(config, model, chosen))
         if distributed.is_first():
-            build.warn_of_idle_losses(config, chosen)
+            build.warn_of_idle_losses(config, model, chosen)
+            optim.warn_of_unused_rates(config.optimizer)
         data = loader.make_loader(
             config.data.dir,
             "train",
@@ -213,8 +216,11 @@ def train(config: Any, workdir: str) -> None:
 
     with jax.set_mesh(mesh):
         # 2. Parameters, optimizer, state; all laid out on the mesh.
-        trainable, frozen = optim.split(build.init_params(config, model, layout), config.optimizer.groups)
+        trainable, frozen = optim.split(
+            build.init_params(config, model, layout), optim.groups_of(config.optimizer)
+        )
         optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
+        rates = optim.learning_rates(config.steps, config.optimizer)
         state = place_state(trainable, optimizer, mesh)
         del trainable
         first = distributed.is_first()  # the one that prints and writes
@@ -229,7 +235,11 @@ def train(config: Any, workdir: str) -> None:
         first_step = saved.latest() or 0
         if first_step:
             state = saved.restore(first_step, jax.tree.map(checkpoints.abstract, state), data)
-        writer = metrics.MetricsWriter(workdir, first_step) if first else None
+        writer = None
+        with distributed.all_or_none():
+            if first:
+                board = metrics.start_wandb(config.log.get("wandb", ""), workdir, config)
+                writer = metrics.MetricsWriter(workdir, first_step, board)
 
         # 4. Compiled functions.
         train_step = jax.jit(
@@ -276,6 +286,7 @@ def train(config: Any, workdir: str) -> None:
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             loop.stop_if_not_finite(int(state.bad_step), recent_ids, saved)
             values |= window.close(step)
+            values |= {f"learning_rate/{name}": float(rate(step - 1)) for name, rate in rates.items()}
             progress.show(step, window.mean_loss, values["time/step_s"])
             if due["validation"]:
                 values |= validate(optim.merge(state.ema, frozen))

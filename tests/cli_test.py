@@ -1,13 +1,15 @@
 """What all commands share: quick help, the compile cache."""
 
+import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from prophy_jax import build
-from prophy_jax.run import cli, config_check, config_help
+from prophy_jax import build, evaluate
+from prophy_jax.run import cli, config_check, config_help, encoders, workdir
 from prophy_jax.run.errors import UserError
 from tests.config_help_test import shipped
 from tests.conftest import ROOT, get_config
@@ -62,6 +64,7 @@ def test_help_imports_nothing_heavy(command):
         ("losses.balance", float("inf"), "choose"),
         ("backbone.num_layers", -2, "choose 0 to"),
         ("optimizer.groups", (("branch/", -1.0),), "choose 0 to"),
+        ("optimizer.learning_rates.branch", -1.0, "choose 0 to"),
         ("validation.times", (0.2, float("nan")), "not a number"),
         ("data.buckets", (81, 32, 32), "each in brackets of its own"),
         ("data.buckets", ((81, 32),), "each in brackets of its own"),
@@ -136,6 +139,26 @@ def test_the_remedy_for_missing_weights_names_the_folder_of_the_user():
     assert build.remedy(demo, "backbone", "mine/run/backbone").endswith("--workdir=mine/run")
 
 
+def test_the_remedy_for_a_missing_encoder_names_its_folder_too(tmp_path):
+    config = get_config("")
+    config.codec = dict(module="wan_vae", dtype="float32", base_dim=8)
+    config.text_encoder.update(variant="umt5-xxl")
+    mesh = build.build_mesh(dict(data=1, fsdp=1, context=1), 1, jax.devices()[:1])
+    for name, load in (
+        ("vae", lambda: encoders.load_codec(config, mesh)),
+        ("text_encoder", lambda: encoders.load_text_encoder(config, None)),
+    ):
+        config.codec_params = config.text_encoder_params = f"{tmp_path}/mine/{name}"
+        with pytest.raises(UserError, match=f"--dst={tmp_path}/mine$"):
+            load()
+    config.backbone_params = f"{tmp_path}/mine/transformer"
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": workdir.config_as_json(config), "references": {}})
+    )
+    with pytest.raises(UserError, match=f"--dst={tmp_path}/mine$"):
+        evaluate.check_run(config, str(tmp_path))
+
+
 def test_tiny_models_has_help():
     for words, status in ((["--help"], 0), ([], 1)):
         done = subprocess.run(
@@ -158,6 +181,11 @@ def test_every_shipped_configuration_and_every_switch_passes():
     ("flag", "override", "words"),
     [
         (EQUALS, "--config.optimiser.clip=2", "; did you mean --config.optimizer.clip?"),
+        (
+            EQUALS,
+            "--config.optimizer.learning_rates.brnch=1",
+            "did you mean --config.optimizer.learning_rates.branch?",
+        ),
         (SPACE, "--config.samples.fps=2", "; did you mean --config.data.fps?"),
         (SPACE, "--config.zzz=2", "no such key: --config.zzz=2\n"),
         (EQUALS, "--config.data.side=" + 3000 * '{"a":' + "1" + 3000 * "}", "..."),

@@ -55,6 +55,7 @@ def build_run(config, devices=None, more_parts=None) -> types.SimpleNamespace:
     """What `config` describes, built on all devices or on those given; with parts that have no file, too."""
     from prophy_jax import build
     from prophy_jax.models.beside.part import Model
+    from prophy_jax.run import optim
 
     mesh = build.build_mesh(config.mesh, build.microbatch(config), devices)
     model, objective = build.build_model(config, mesh), build.build_objective(config)
@@ -65,7 +66,7 @@ def build_run(config, devices=None, more_parts=None) -> types.SimpleNamespace:
         model=model,
         objective=objective,
         chosen=build.build_losses(config, model),
-        layout=build.place(model, mesh, config.frozen_dtype, config.optimizer.groups),
+        layout=build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer)),
     )
 
 

@@ -158,8 +158,8 @@ def finished_run(config, workdir):
     """Leaves what a run leaves, with the parameters of step 0."""
     mesh = build.build_mesh(config.mesh)
     model = build.build_model(config, mesh)
-    layout = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
-    trainable, _ = optim.split(build.init_params(config, model, layout), config.optimizer.groups)
+    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    trainable, _ = optim.split(build.init_params(config, model, layout), optim.groups_of(config.optimizer))
     folders.claim_run(workdir, config, {})
     for part, tree in trainable.items():
         checkpoints.save_params(os.path.join(workdir, part), tree, {"part": part, "step": 0})

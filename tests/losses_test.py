@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax import losses
+from prophy_jax import build, losses
 from prophy_jax.losses import prophy
 from prophy_jax.models.beside.prophy import router_statistics
+from tests.conftest import get_config
 
 # fp32 sums of a few hundred products, compared with float64.
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)
@@ -72,12 +73,25 @@ def numerical_gradient(function, x, step=1e-6):
     ],
 )
 def test_a_loss_says_when_it_can_only_be_0(clips, zero, idle):
-    rows = {**losses.TABLE}
-    chosen = losses.Chosen(rows, dict.fromkeys(rows, 1.0), {}, {})
-    reasons = chosen.idle(clips, zero)
+    rows, model = {**losses.TABLE}, build.build_model(get_config("tiny"))
+    chosen = losses.Chosen(rows, dict.fromkeys(rows, 1.0), {}, dict.fromkeys(rows, "branch"))
+    reasons = chosen.idle(model, clips, zero)
     assert reasons.keys() == idle
     assert all("nothing teaches" in reason and "\n" not in reason for reason in reasons.values())
-    assert not losses.Chosen(rows, dict.fromkeys(rows, 0.0), {}, {}).idle(clips, zero)
+    assert all(reason.startswith("can only be 0: ") for reason in reasons.values())
+    unweighted = losses.Chosen(rows, dict.fromkeys(rows, 0.0), {}, dict.fromkeys(rows, "branch"))
+    assert not unweighted.idle(model, clips, zero)
+
+
+def test_balance_says_that_it_is_constant_when_every_expert_is_chosen():
+    config = get_config("tiny")
+    config.losses = dict(balance=0.01)
+    for top_k, idle in ((7, set()), (8, {"balance"})):
+        config.parts.branch.refinement.top_k = top_k
+        model = build.build_model(config)
+        reasons = build.build_losses(config, model).idle(model, 4, set())
+        assert reasons.keys() == idle
+    assert reasons["balance"].startswith("is always 1: every token takes all 8 refinement experts")
 
 
 # --- By hand ---------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
 """Metrics on disk: what a killed run left is cut back to its checkpoint."""
 
 import os
+import sys
 
+import pytest
+
+from prophy_jax.run import metrics
+from prophy_jax.run.errors import UserError
 from prophy_jax.run.metrics import MetricsWriter, read_metrics, summarised
 
 
@@ -44,3 +49,38 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5]
     write(str(tmp_path), 5, [10])
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
+
+
+def test_a_resumed_run_continues_its_run_of_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install prophy_jax[wandb]")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    runs = []
+    for first_step in (0, 5):
+        run = metrics.start_wandb("physics", str(tmp_path), {"seed": 0})
+        runs.append((run.id, run.project, run.config["seed"]))
+        writer = MetricsWriter(str(tmp_path), first_step, run)
+        writer.write(first_step + 5, {"loss/total": 1.0, "router/load_0": 0.2, "router/load_1": 0.4})
+        assert run.summary["loss/total"] == 1.0 and run.summary["router/load_max"] == 0.4
+        writer.close()
+    assert runs[0] == runs[1] == ((tmp_path / "wandb_id").read_text(), "physics", 0)
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{runs[0][0]}"))
+
+
+def test_wandb_without_a_login_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install prophy_jax[wandb]")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UserError, match="nobody is logged in: run wandb login, or set WANDB_MODE=offline"):
+        metrics.check_wandb("physics")
+
+
+def test_wandb_that_is_not_installed_is_one_line_and_not_needed_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
+    metrics.check_wandb("")
+    assert metrics.start_wandb("", str(tmp_path), {}) is None
+    with pytest.raises(UserError, match=r"log.wandb='physics' needs a package: pip install") as error:
+        metrics.check_wandb("physics")
+    assert "\n" not in str(error.value) and not os.listdir(tmp_path)

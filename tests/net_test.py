@@ -122,7 +122,7 @@ def step(run, params, batch):
     """Metrics and gradient of a step of training. Its optimizer keeps the gradient and moves nothing."""
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     keeper = optax.GradientTransformation(zeros, lambda gradient, state, params: (zeros(gradient), gradient))
-    trainable, frozen = optim.split(params, run.config.optimizer.groups)
+    trainable, frozen = optim.split(params, optim.groups_of(run.config.optimizer))
     state = train.place_state(trainable, keeper, run.mesh)
     empty = {"text": np.ones((WORDS, WIDTH), np.float32), "text_mask": np.arange(WORDS) < 1}
     compiled = jax.jit(train.make_train_step(run.model, run.objective, run.chosen, keeper, run.config))

@@ -33,6 +33,42 @@ def test_unclaimed_parameters_and_idle_patterns_are_named():
         optim.claim(PARAMS, (*GROUPS, ("lora/", 1.0)))
 
 
+NAMES = (("branch/blocks/", "blocks"), ("branch/", "branch"), ("backbone/", "backbone"))
+
+
+@pytest.mark.parametrize("frozen", [0, 0.0, None])
+def test_groups_take_their_learning_rates_by_name(frozen):
+    rates = dict(blocks=1e-2, branch=1e-1, backbone=frozen)
+    settings = ConfigDict(ADAM | dict(groups=NAMES, learning_rates=rates))
+    assert optim.groups_of(settings) == GROUPS == optim.groups_of(ConfigDict(ADAM))
+    logged = optim.learning_rates(100, settings)
+    assert logged.keys() == {"blocks", "branch"}  # frozen parameters have none
+    assert [float(logged["branch"](step)) for step in (0, 3, 50)] == pytest.approx([0.025, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        (
+            dict(blocks=1.0, branch=1.0),
+            r"groups names \['backbone'\], .*learning_rates has \['blocks', 'branch'\]",
+        ),
+        (dict(blocks=1.0, branch=1.0, backbone=0, lora=1.0), r"has \['lora'\], which no group"),
+    ],
+)
+def test_a_name_without_a_group_or_a_rate_is_refused(rates, words):
+    with pytest.raises(UserError, match=words) as error:
+        optim.groups_of(ConfigDict(dict(groups=NAMES, learning_rates=rates)))
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_in_place_of_names_leave_no_rate_unused_without_a_word(capsys):
+    optim.warn_of_unused_rates(ConfigDict(dict(groups=NAMES, learning_rates=dict(branch=1.0))))
+    assert not capsys.readouterr().err
+    optim.warn_of_unused_rates(ConfigDict(dict(groups=GROUPS, learning_rates=dict(branch=1.0))))
+    assert "learning_rates ['branch'] are not used" in capsys.readouterr().err
+
+
 def test_split_and_merge_are_inverse():
     trainable, frozen = optim.split(PARAMS, GROUPS)
     assert set(trainable) == {"branch"} and set(frozen) == {"backbone"}

@@ -52,7 +52,7 @@ def make_batch(seed=0, size=BATCH):
 def init(run):
     """(trainable, frozen) parameters at step 0."""
     params = build.init_params(run.config, run.model, run.layout)
-    return optim.split(params, run.config.optimizer.groups)
+    return optim.split(params, optim.groups_of(run.config.optimizer))
 
 
 def start(run):
@@ -369,7 +369,7 @@ def test_the_paper_run_fits_together_at_its_real_size():
     run = build_run(config, jax.devices()[:1])
     latent, text = (21, 60, 104, 16), (512, 4096)
     tokens = 21 * 30 * 52
-    trainable, frozen = optim.split(run.layout, config.optimizer.groups)
+    trainable, frozen = optim.split(run.layout, optim.groups_of(config.optimizer))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
     assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) == 1_418_996_800
     optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)

@@ -82,6 +82,23 @@ def test_configurations_saved_before_parts_and_side_data_sets():
     assert "branch" in old  # it is not changed itself
 
 
+def test_learning_rates_were_once_in_the_groups():
+    config = get_config("demo")
+    old = workdir.config_as_json(config)
+    del old["optimizer"]["learning_rates"]
+    old["optimizer"]["groups"] = [
+        ["branch/blocks/", 1e-4],
+        ["branch/exits/", 1e-4],
+        ["branch/", 1e-3],
+        ["backbone/", None],
+    ]
+    assert workdir.run_identity(old, "train") == workdir.run_identity(config, "train")
+    config.optimizer.learning_rates.branch = 1e-2
+    assert "optimizer.groups was" in workdir.differences(
+        *(workdir.run_identity(one, "train") for one in (old, config))
+    )
+
+
 def test_the_number_of_categories_was_once_said_of_the_branch():
     """It follows from data.taxonomy, which is empty by default."""
     old = get_config("tiny")

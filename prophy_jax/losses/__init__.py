@@ -60,9 +60,13 @@ class Chosen:
                     f"config.parts.{self.parts[name]} does not fit the data, for loss {name!r}: {misfit}"
                 )
 
-    def idle(self, clips: int, zero: AbstractSet[str]) -> dict[str, str]:
-        """Why losses can only be 0, by name; `zero` are the fields that are 0 in all clips."""
-        reasons = {name: loss.idle(clips, zero) for name, loss in self.rows.items() if self.weights[name]}
+    def idle(self, model: Model, clips: int, zero: AbstractSet[str]) -> dict[str, str]:
+        """Which losses are constant and why, for `model`; `zero` are the fields that are 0 in all clips."""
+        reasons = {
+            name: loss.idle(model.parts.get(self.parts[name]), clips, zero)
+            for name, loss in self.rows.items()
+            if self.weights[name]
+        }
         return {name: reason for name, reason in reasons.items() if reason}
 
     def counts(self, batch: Batch) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Loss:
         reduction: "mean" or "sum", where the configuration names none.
         reference: Whether it reads `Seen.reference`.
         misfit: (part, shapes of `fields` of one clip) -> what does not fit together, "" if all does.
-        idle: (clips of a batch, which of `fields` are zero in all clips) -> why it can only be 0, with what
-            that means and what to do; "" if it can be more.
+        idle: (part, clips of a batch, which of `fields` are zero in all clips) -> that it is constant and
+            why, with what that means and what to do; "" if it can teach something.
     """
 
     part: type[Part] | None = None
@@ -56,4 +56,4 @@ class Loss:
     reduction: str = "sum"
     reference: bool = False
     misfit: Callable[[Any, Mapping[str, tuple[int, ...]]], str] = lambda part, shapes: ""
-    idle: Callable[[int, AbstractSet[str]], str] = lambda clips, zero: ""
+    idle: Callable[[Any, int, AbstractSet[str]], str] = lambda part, clips, zero: ""

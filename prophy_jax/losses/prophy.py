@@ -124,12 +124,13 @@ def _aligned(positive: bool) -> Loss:
             return ""
         return f"refinement.categories={part.refinement.categories}, the token labels have {labels}"
 
-    def idle(clips: int, zero: AbstractSet[str]) -> str:
+    def idle(part: ProPhy, clips: int, zero: AbstractSet[str]) -> str:
         if zero.isdisjoint({"alignment", "alignment_present"} if positive else {"alignment_present"}):
             return ""
         return (
-            "the clips have no token labels, so nothing teaches the branch where in a clip each category "
-            "happens; make them with prophy_jax.label and name them with --config.data.side.alignment=DIR"
+            "can only be 0: the clips have no token labels, so nothing teaches the branch where in a "
+            "clip each category happens; make them with prophy_jax.label and name them with "
+            "--config.data.side.alignment=DIR"
         )
 
     fields = ("alignment", "alignment_present")
@@ -148,29 +149,39 @@ def _misfit_of_experts(part: ProPhy, shapes: Mapping[str, tuple[int, ...]]) -> s
     return f"semantic.experts={part.semantic.experts}, the clips have {shapes['category'][-1]} categories"
 
 
-def _no_categories(clips: int, zero: AbstractSet[str]) -> str:
+def _no_categories(part: ProPhy, clips: int, zero: AbstractSet[str]) -> str:
     if "category" not in zero:
         return ""
     return (
-        "the clips have no categories, so nothing teaches the semantic router which physics a prompt "
-        "implies; prepare clips that have categories"
+        "can only be 0: the clips have no categories, so nothing teaches the semantic router which "
+        "physics a prompt implies; prepare clips that have categories"
     )
 
 
-def _no_pairs(clips: int, zero: AbstractSet[str]) -> str:
+def _no_pairs(part: ProPhy, clips: int, zero: AbstractSet[str]) -> str:
     if clips > 1:
-        return _no_categories(clips, zero)
+        return _no_categories(part, clips, zero)
     return (
-        "it compares the clips of a batch with each other and a batch has one, so nothing teaches the "
-        "semantic router which physics a prompt implies; raise --config.batch_size and, by as much, "
-        "--config.accumulation, which takes no more memory"
+        "can only be 0: it compares the clips of a batch with each other and a batch has one, so nothing "
+        "teaches the semantic router which physics a prompt implies; raise --config.batch_size and, by as "
+        "much, --config.accumulation, which takes no more memory"
+    )
+
+
+def _no_choice(part: ProPhy, clips: int, zero: AbstractSet[str]) -> str:
+    refinement = part.refinement
+    if not refinement or refinement.top_k < refinement.experts:
+        return ""
+    return (
+        f"is always 1: every token takes all {refinement.experts} refinement experts, so the load is even "
+        "whatever the router does; lower refinement.top_k of the part, or leave this loss out"
     )
 
 
 LOSSES = {
     "alignment": _aligned(positive=True),
     "absolute_alignment": _aligned(positive=False),
-    "balance": Loss(ProPhy, "refinement", share=_balance),
+    "balance": Loss(ProPhy, "refinement", share=_balance, idle=_no_choice),
     "relative": Loss(ProPhy, "semantic", ("category",), whole=_relative, idle=_no_pairs),
     "bce": Loss(
         ProPhy, "semantic", ("category",), whole=_bce, misfit=_misfit_of_experts, idle=_no_categories

@@ -24,8 +24,8 @@ Program = tuple[Any, tuple]  # a jitted function, and its arguments
 def train_program(config: Any, model: Model, mesh: jax.sharding.Mesh, clips: int) -> Program:
     """The train step of `prophy_jax.train`, jitted as there, for a batch of so many clips."""
     chosen = build.build_losses(config, model)
-    params = build.place(model, mesh, config.frozen_dtype, config.optimizer.groups)
-    trainable, frozen = optim.split(params, config.optimizer.groups)
+    params = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    trainable, frozen = optim.split(params, optim.groups_of(config.optimizer))
     optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
     state = jax.eval_shape(functools.partial(train.new_state, optimizer=optimizer), trainable)
     layout, whole = parallel.shard_largest(state, mesh), parallel.replicated(mesh)

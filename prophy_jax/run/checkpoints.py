@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -207,6 +208,14 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
             shutil.rmtree(folder, ignore_errors=True)
             put_in_place(temporary, folder)
     return manifest["sha256"]
+
+
+def name_folder(remedy: str, folder: str | None) -> str:
+    """`config.backbone_remedy`, a command that makes all weights, with the folder that the user named."""
+    root = (folder or "").rstrip("/")
+    if os.path.basename(root) in ("transformer", "backbone", "vae", "text_encoder"):
+        root = os.path.dirname(root)
+    return re.sub(r"(--(?:dst|workdir))=\S+", lambda found: f"{found[1]}={root}", remedy) if root else remedy
 
 
 def read_manifest(folder: str, remedy: str) -> dict[str, Any]:

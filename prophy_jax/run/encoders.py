@@ -73,7 +73,8 @@ class VideoCodec:
     def __init__(self, model: Any, config, mesh: Mesh):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         layout = parallel.placed(shapes, jax.tree.map(lambda _: parallel.replicated(mesh), shapes))
-        self._params = checkpoints.load_params(config.codec_params, layout, config.backbone_remedy)
+        remedy = checkpoints.name_folder(config.backbone_remedy, config.codec_params)
+        self._params = checkpoints.load_params(config.codec_params, layout, remedy)
         self.sha256 = checkpoints.read_manifest(config.codec_params, "")["sha256"]
         self._mesh = mesh
         self.latent_shape = model.latent_shape
@@ -132,9 +133,10 @@ class TextEncoder:
 
     def __init__(self, model: Any, config, cache: str | None):
         folder = config.text_encoder_params
-        self.sha256 = checkpoints.read_manifest(folder, config.backbone_remedy)["sha256"]
+        self._remedy = checkpoints.name_folder(config.backbone_remedy, folder)
+        self.sha256 = checkpoints.read_manifest(folder, self._remedy)["sha256"]
         tokenizer = os.path.join(folder, "tokenizer")
-        self._model, self._folder, self._remedy = model, folder, config.backbone_remedy
+        self._model, self._folder = model, folder
         self._tokenizer = prompts.load_tokenizer(tokenizer, model.config.vocab_size)
         self._params: Any = None
         self._cache = None

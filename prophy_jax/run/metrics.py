@@ -1,24 +1,28 @@
-"""Training metrics as JSON lines, always, and as TensorBoard events."""
+"""Training metrics as JSON lines, always, as TensorBoard events, and in Weights & Biases where asked for."""
 
 import contextlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping
+from typing import Any
 
-from prophy_jax.run.workdir import write_atomically
+from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import config_as_json, write_atomically
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard.
+    """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard and a run of wandb, if any.
 
     A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
     checkpoint, so that every step stands once.
     """
 
-    def __init__(self, workdir: str, first_step: int):
+    def __init__(self, workdir: str, first_step: int, wandb_run: Any = None):
         from tensorboardX import SummaryWriter  # imports torch where there is one: two seconds
 
+        self._wandb = wandb_run
         self._path = os.path.join(workdir, "metrics.jsonl")
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -28,12 +32,70 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in summarised(values).items():
+        shown = summarised(values)
+        for name, value in shown.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(shown, step=step, commit=True)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Raises UserError when metrics should go to a wandb project ("": none) and cannot."""
+    if not project:
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f'config.log.wandb={project!r} needs a package: pip install "prophy_jax[wandb]", or leave '
+            "config.log.wandb empty"
+        ) from error
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
+        return
+    try:
+        known = wandb.login(prompt=False)
+    except (wandb.errors.Error, OSError) as error:
+        raise _refusal(error) from error
+    if not known:
+        raise UserError(
+            f"config.log.wandb={project!r}, but nobody is logged in: run wandb login, or set "
+            "WANDB_MODE=offline and send the run later with wandb sync"
+        )
+
+
+def _refusal(error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"wandb does not start ({reason}): set WANDB_MODE=offline, which needs no network and no login, or "
+        "leave config.log.wandb empty"
+    )
+
+
+def start_wandb(project: str, workdir: str, config: Any) -> Any:
+    """The run of WORKDIR in a wandb project, begun or, by the identifier in WORKDIR/wandb_id, continued.
+
+    Returns None without a project. Raises UserError when wandb refuses.
+    """
+    if not project:
+        return None
+    import wandb
+
+    path = os.path.join(workdir, "wandb_id")
+    if not os.path.exists(path):
+        write_atomically(path, secrets.token_hex(4))
+    with open(path) as file:
+        identifier = file.read().strip()
+    own = config_as_json(config)
+    try:
+        return wandb.init(project=project, id=identifier, resume="allow", dir=workdir, config=own)
+    except (wandb.errors.Error, OSError) as error:
+        raise _refusal(error) from error
 
 
 def summarised(values: Mapping[str, float]) -> dict[str, float]:

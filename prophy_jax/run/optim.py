@@ -1,11 +1,14 @@
 """Which parameters train, with which learning rate, and the optimizer over them.
 
-A configuration lists groups as (pattern, learning rate) pairs; None freezes. A parameter belongs to the
-first pattern that matches its path ("branch/blocks/ffn/up/kernel") from the start. Every parameter must
-be claimed and every pattern must claim something, so that a renamed layer cannot silently stop training.
+A configuration lists `optimizer.groups` as (pattern, name) pairs and gives each name its learning rate in
+`optimizer.learning_rates`; 0 or None freezes. A number may stand in place of the name, as in earlier
+versions. A parameter belongs to the first pattern that matches its path ("branch/blocks/ffn/up/kernel") from
+the start. Every parameter must be claimed and every pattern must claim something, so that a renamed layer
+cannot silently stop training.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +20,49 @@ from prophy_jax.run.errors import UserError
 
 Tree = dict[str, Any]
 Groups = Sequence[tuple[str, float | None]]
+
+
+def groups_of(settings: Any) -> Groups:
+    """The (pattern, learning rate) pairs of `config.optimizer`, None where parameters are frozen.
+
+    Raises:
+        UserError: on a group whose name has no learning rate, and on a learning rate that no group names.
+    """
+    rates = getattr(settings, "learning_rates", None) or {}
+    names = [name for _, name in settings.groups if isinstance(name, str)]
+    unknown, unused = sorted(set(names) - set(rates)), sorted(set(rates) - set(names))
+    if unknown:
+        raise UserError(
+            f"optimizer.groups names {unknown}, optimizer.learning_rates has {sorted(rates)}: give each "
+            "name of a group its learning rate, 0 to freeze it"
+        )
+    if unused and names:
+        raise UserError(
+            f"optimizer.learning_rates has {unused}, which no group of optimizer.groups names: remove them, "
+            f"or name a group so, such as ({unused[0] + '/'!r}, {unused[0]!r})"
+        )
+    return tuple(
+        (pattern, (rates[rate] or None) if isinstance(rate, str) else rate)
+        for pattern, rate in settings.groups
+    )
+
+
+def warn_of_unused_rates(settings: Any) -> None:
+    """Says on stderr when groups in the form of earlier versions leave `learning_rates` without effect."""
+    rates = getattr(settings, "learning_rates", None)
+    if rates and not any(isinstance(name, str) for _, name in settings.groups):
+        print(
+            f"warning: optimizer.learning_rates {sorted(rates)} are not used, because optimizer.groups has "
+            'numbers in place of names: write names there, such as ("branch/", "branch")',
+            file=sys.stderr,
+        )
+
+
+def learning_rates(steps: int, settings: Any) -> dict[str, optax.Schedule]:
+    """Group -> its learning rate in a step, counted from 0; frozen groups have none."""
+    names = [name if isinstance(name, str) else pattern.strip("/") for pattern, name in settings.groups]
+    pairs = zip(names, groups_of(settings), strict=True)
+    return {name: schedule(peak, steps, settings) for name, (_, peak) in pairs if peak is not None}
 
 
 def claim(params: Mapping[str, Any], groups: Groups) -> dict[str, str]:
@@ -71,28 +117,34 @@ def make_optimizer(trainable: Mapping[str, Any], steps: int, settings: Any) -> o
     Args:
         trainable: The parameters.
         steps: Of the run.
-        settings: `config.optimizer`: groups, warmup, decay, clip, b1, b2, eps, weight_decay.
+        settings: `config.optimizer`: groups, learning_rates, warmup, decay, clip, b1, b2, eps, weight_decay.
 
     Raises:
         UserError: on another `decay`.
     """
-    groups, warmup, decay = settings.groups, settings.warmup, settings.decay
-
-    def schedule(peak: float) -> optax.Schedule:
-        after = {
-            "constant": optax.constant_schedule(peak),
-            "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
-        }
-        if decay not in after:
-            raise UserError(f"optimizer.decay={decay!r}: choose one of {sorted(after)}")
-        ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-        return optax.join_schedules([ramp, after[decay]], [warmup])
-
+    groups = groups_of(settings)
     pattern_of = labels(trainable, groups)
     used = set(jax.tree.leaves(pattern_of))
     shared = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "weight_decay")}
-    adam = {pattern: optax.adamw(schedule(peak), **shared) for pattern, peak in groups if pattern in used}
+    adam = {
+        pattern: optax.adamw(schedule(peak, steps, settings), **shared)
+        for pattern, peak in groups
+        if pattern in used
+    }
     return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(adam, pattern_of))
+
+
+def schedule(peak: float, steps: int, settings: Any) -> optax.Schedule:
+    """The learning rate of a group by the step, counted from 0. Raises UserError on an unknown `decay`."""
+    warmup, decay = settings.warmup, settings.decay
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+    }
+    if decay not in after:
+        raise UserError(f"optimizer.decay={decay!r}: choose one of {sorted(after)}")
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, after[decay]], [warmup])
 
 
 def group_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:

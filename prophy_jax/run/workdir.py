@@ -56,6 +56,12 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
     config = json.loads(json.dumps(_modernised(config_as_json(config)), sort_keys=True))
     if parts := config.get("parts"):
         config["parts"] = {name: part and identify_part(part) for name, part in parts.items()}
+    optimizer = config.get("optimizer", {})
+    if rates := optimizer.pop("learning_rates", {}):  # earlier versions had them in place of the names
+        optimizer["groups"] = [
+            [pattern, (rates.get(rate) or None) if isinstance(rate, str) else rate]
+            for pattern, rate in optimizer["groups"]
+        ]
     if not config.get("data", {}).get("taxonomy", True):
         del config["data"]["taxonomy"]  # the default, and earlier versions had no other
     keys, without = IDENTITY[scope]
