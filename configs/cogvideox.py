@@ -48,7 +48,8 @@ def paper() -> ConfigDict:
     config.data.update(dir="data/wisa-80k-480x720")
     config.data.side.alignment = "data/wisa-80k-480x720-labels"
     config.data.update(frames=49, height=480, width=720, fps=8)
-    config.data.buckets = ((41, 480, 720),)  # 5 s: a clip of the length that Wan takes is not 6 s long
+    # The model takes no other height and width. 5 s: a clip of the length that Wan takes is not 6 s long.
+    config.data.buckets = ((41, 480, 720),)
     config.samples.update(solver="cogvideox-dpm", guidance=6.0, guidance_schedule="dynamic")
     config.samples.shift = placeholder(float)  # that of the objective
     config.samples.negative_prompt = ""

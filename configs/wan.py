@@ -119,9 +119,10 @@ def paper() -> ConfigDict:
         dir="data/wisa-80k-480p",
         # Further data sets of the same clips, by name. "alignment": token labels; "" takes those of `dir`.
         side=dict(alignment="data/wisa-80k-480p-labels"),
-        # Further (frames, height, width), such as (49, 480, 832) and (81, 832, 480): each clip takes the one
-        # of its shape, and the longest that it fills. Batches are of one of them.
-        buckets=(),
+        # Further (frames, height, width): portrait and square clips of as many pixels. Each clip takes the
+        # one of its shape, and the longest that it fills, such as of (49, 480, 832). Batches are of one of
+        # them.
+        buckets=((81, 832, 480), (81, 624, 624)),
         max_upscale=1.25,
         categories="answers",
         taxonomy="",
@@ -308,6 +309,7 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     config.losses = dict()
     config.objective = dict(module="flow", distribution="logit_normal", shift=2.0)
     config.data.update(dir=folder, height=size, width=size, frames=frames, fps=8, subset=0, max_upscale=2.0)
+    config.data.buckets = ()
     config.data.side.alignment = ""
     config.codec = dict(module="linear_codec")
     config.text_encoder = dict(module="hash_text", dim=64, length=64)

@@ -292,7 +292,9 @@ def train(config: Any, workdir: str) -> None:
                 values |= validate(optim.merge(state.ema, frozen))
             if due["samples"]:
                 path = os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
-                write_clips(optim.merge(state.ema, frozen), path)
+                clips = write_clips(optim.merge(state.ema, frozen), path)
+                if writer and clips:
+                    writer.write_clips(step, clips[0], config.data.fps, clips[1])
             if writer:
                 writer.write(step, values)
             if due["checkpoint"]:

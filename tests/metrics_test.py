@@ -1,9 +1,12 @@
 """Metrics on disk: what a killed run left is cut back to its checkpoint."""
 
+import io
 import os
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from prophy_jax.run import metrics
 from prophy_jax.run.errors import UserError
@@ -32,8 +35,26 @@ def test_tensorboard_has_one_pair_of_curves_for_a_numbered_series():
         "loss/total": 1.0,
         "router/load_min": 0.2,
         "router/load_max": 0.5,
+        "router/load_entropy": pytest.approx(0.9372, abs=1e-4),  # 1.0297 nats of ln 3
         "validation/sigma_0.5": 2.0,
     }
+    assert summarised({"load_0": 0.5, "load_1": 0.5})["load_entropy"] == 1
+    assert summarised({"load_0": 0.0, "load_1": 3.0})["load_entropy"] == 0
+    assert "series_entropy" not in summarised({"series_0": -1.0, "series_1": 3.0})
+
+
+def test_clips_are_shown_in_tensorboard_with_their_prompts(tmp_path):
+    frames = np.stack([np.full((8, 12, 3), grey, np.uint8) for grey in (0, 100, 200)])
+    writer = MetricsWriter(str(tmp_path), 0)
+    writer.write_clips(5, frames, 8, "1. a ball falls")
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    stored = path.read_bytes()
+    assert b"1. a ball falls" in stored
+    with Image.open(io.BytesIO(stored[stored.index(b"GIF89a") :])) as clip:
+        assert clip.n_frames == 3 and clip.size == (12, 8) and clip.info["duration"] == 120  # of 125 ms
+        clip.seek(2)
+        np.testing.assert_array_equal(clip.convert("RGB"), frames[2])
 
 
 def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prophy_jax.data import loader
+from prophy_jax.data import batch as batching
+from prophy_jax.data import loader, records
 from prophy_jax.data.sources import video
 from prophy_jax.diffusion import generate
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import distributed, encoders, parallel
 from prophy_jax.run.errors import NotFinite
+from prophy_jax.run.workdir import write_atomically
 
 
 def make_validation(
@@ -52,10 +54,12 @@ def make_validation(
 
 def make_validation_clips(
     config: Any, model: Model, objective: Any, mesh: jax.sharding.Mesh
-) -> Callable[[dict, str], None]:
+) -> Callable[[dict, str], tuple[np.ndarray, str] | None]:
     """write(params, path): one mp4, the first validation prompts sampled above the real clips.
 
-    All processes of a job call it and sample together; the first one decodes and writes.
+    All processes of a job call it and sample together; the first one decodes and writes. It returns the frames
+    (F, H, W, 3) uint8 and a Markdown text with the prompts, which stands in prompts.md next to the mp4; others
+    return None, and so does the first where nothing was written.
     """
     batches = loader.read_once(config.data, "val", config.samples.clips, ("latents", *model.fields))
     batch = parallel.full_precision(next(batches))
@@ -65,20 +69,29 @@ def make_validation_clips(
     sample = generate.make_generator(model, objective, config.samples)
     first = distributed.is_first()
     codec = encoders.load_codec(config, mesh.local_mesh) if first else None
+    buckets = records.read_manifest(config.data.dir)["buckets"]
+    bucket = next(name for name in buckets if buckets[name]["counts"].get("val"))  # that of the first batch
+    stored = records.open_dataset(config.data.dir, batching.RECORDS, bucket, "val")
+    captions = [str(stored.read(index)["caption"], "utf-8") for index in np.asarray(batch["index"])]
+    text = "Above: sampled from the prompts. Below: the real clips. From the left:\n\n"
+    text += "".join(f"{number}. {caption}\n" for number, caption in enumerate(captions, 1))
 
     def side_by_side(clips) -> np.ndarray:
         return np.concatenate(list(codec.decode(clips)), axis=2)
 
-    def write(params, path: str) -> None:
+    def write(params, path: str) -> tuple[np.ndarray, str] | None:
         latents = distributed.fetch(sample(params, noise, prompt, negative))
         if not first:
-            return
+            return None
         try:
             rows = [side_by_side(latents), side_by_side(batch["latents"])]
         except NotFinite as error:  # The loss says whether training goes on.
             print(f"warning: {path} is not written: {error}", file=sys.stderr)
-            return
+            return None
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        video.write_mp4(path, np.concatenate(rows, axis=1), config.data.fps)
+        frames = np.concatenate(rows, axis=1)
+        video.write_mp4(path, frames, config.data.fps)
+        write_atomically(os.path.join(os.path.dirname(path), "prompts.md"), text)
+        return frames, text
 
     return write

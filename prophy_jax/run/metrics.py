@@ -1,12 +1,17 @@
 """Training metrics as JSON lines, always, as TensorBoard events, and in Weights & Biases where asked for."""
 
 import contextlib
+import io
 import json
+import math
 import os
 import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import config_as_json, write_atomically
@@ -37,6 +42,25 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(shown, step=step, commit=True)
+
+    def write_clips(self, step: int, frames: np.ndarray, fps: float, text: str) -> None:
+        """Shows clips, frames uint8 (F, H, W, 3), and a Markdown text on them."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        file, (first, *others) = io.BytesIO(), [Image.fromarray(frame) for frame in frames]
+        every = round(1000 / fps)  # milliseconds
+        first.save(file, "GIF", save_all=True, append_images=others, duration=every, loop=0)
+        image = Summary.Image(
+            height=first.height, width=first.width, colorspace=3, encoded_image_string=file.getvalue()
+        )
+        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag="samples", image=image)]), step)
+        self._board.add_text("samples", text, step)
+        if self._wandb:
+            import wandb
+
+            file.seek(0)
+            clips = wandb.Video(file, caption=text, format="gif")
+            self._wandb.log({"samples": clips}, step=step, commit=False)
 
     def close(self) -> None:
         self._file.close()
@@ -99,18 +123,23 @@ def start_wandb(project: str, workdir: str, config: Any) -> Any:
 
 
 def summarised(values: Mapping[str, float]) -> dict[str, float]:
-    """Values of a numbered series (load_0, load_1, ...) as its least and its largest; others as they are."""
+    """Values of a numbered series (load_0, load_1, ...) in few numbers; others as they are.
+
+    A series has its least, its largest and, where none is below 0, its entropy as shares of their sum: 1 where
+    all are equal, 0 where one has all.
+    """
     found: dict[str, float] = {}
+    series: dict[str, list[float]] = {}
     for name, value in values.items():
-        series = re.fullmatch(r"(.+)_\d+", name)
-        if series:
-            least, largest = f"{series[1]}_min", f"{series[1]}_max"
-            found |= {
-                least: min(value, found.get(least, value)),
-                largest: max(value, found.get(largest, value)),
-            }
+        if numbered := re.fullmatch(r"(.+)_\d+", name):
+            series.setdefault(numbered[1], []).append(value)
         else:
             found[name] = value
+    for name, own in series.items():
+        found |= {f"{name}_min": min(own), f"{name}_max": max(own)}
+        if len(own) > 1 and min(own) >= 0 and sum(own) > 0:
+            shares = [value / sum(own) for value in own if value > 0]
+            found[f"{name}_entropy"] = sum(s * math.log(1 / s) for s in shares) / math.log(len(own))
     return found
 
 
