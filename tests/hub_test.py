@@ -231,12 +231,13 @@ def test_a_dry_run_fetches_no_weights(server, wan):
     assert done.stdout.count("everything fits") == 3 and len(server.fetched) == count
 
 
+@only_diffusers
 def test_the_environment_names_the_hub_and_the_cache(server, wan, tmp_path):
     command = [sys.executable, "-m", "convert.wan", f"--src={NAME}@main", "--dst=dst", "--component=vae"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(weights_of(server.fetched)) == (1 if wan == "official" else 2)
+    assert len(weights_of(server.fetched)) == 2
     assert list((tmp_path / "hf" / "hub").glob(f"models--Wan-AI--Tiny/snapshots/{COMMIT}"))
 
 
