@@ -361,6 +361,7 @@ PARTS = {
         of_json=_vae_of_json,
         of_shapes={"sat": _vae_of_sat},
         unused=_SAT_VAE_UNUSED,
+        beside="transformer",
     ),
     "text_encoder": command.Part(
         module="t5",
@@ -448,6 +449,11 @@ MODEL = command.Model(
     refuse=_refuse_other_models,
     pipelines=("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"),
     others={r"transformer_i2v|image_encoder|.*cogvideox.*-i2v": "image-to-video is not supported"},
+    patterns={
+        "transformer": ("transformer/*", f"*{_SAT_WEIGHTS}"),
+        "vae": ("vae/*", "*3d-vae.pt", "transformer/config.json"),
+        "text_encoder": ("text_encoder/*", "tokenizer/*", f"{_SAT_TEXT}/*"),
+    },
 )
 
 main = functools.partial(command.main, MODEL)

@@ -9,12 +9,13 @@ its files (`convert.wan`, `convert.cogvideox`).
 import argparse
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +32,7 @@ from convert import files, stream, t5
 from convert import leaves as lv
 from prophy_jax import models
 from prophy_jax.models.text.tokenizer import load_tokenizer
-from prophy_jax.run import cli
+from prophy_jax.run import cli, hub
 from prophy_jax.run.errors import UserError, one_line_errors
 
 # Stems of the weight files in the folder that diffusers has for a part.
@@ -44,6 +45,11 @@ _LORA = {
     ),
 }
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # suffixes of files that may hold weights
+SRC = (
+    "folder of the download, or a file of it, or ORG/NAME[@REVISION] of the Hugging Face hub, of which the "
+    "files needed are fetched"
+)
+_TOKENIZER = (".json", ".model", ".txt")  # suffixes of a tokenizer's files
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -59,6 +65,7 @@ class Part:
     # The same from the tensors and --src, for the namings whose files come without a config.json.
     of_shapes: Mapping[str, Callable[[Mapping[str, lv.Shape], Path], dict[str, Any]]]
     unused: re.Pattern | None = None  # Finds the names of tensors that are not parameters.
+    beside: str = ""  # The part whose files of_shapes reads too.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Model:
     # Patterns of the names of downloads, of what lies in them and of keys in model_index.json that other
     # models have, and what to say of these.
     others: Mapping[str, str]
+    patterns: Mapping[str, tuple[str, ...]]  # of the files of each part in a repository of the hub
 
 
 def known_fields(
@@ -115,9 +123,16 @@ class Component:
     model: dict[str, Any]  # for `models.build`
     job: stream.Job
     tokenizer: list[Path]  # its files
+    repository: Mapping[str, str]  # of the hub, for the manifest; empty for a folder
 
 
-def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -> Component:
+def open_component(
+    model: Model,
+    src: Path,
+    part: str,
+    dtype: np.dtype | None,
+    repository: Mapping[str, str] = MappingProxyType({}),
+) -> Component:
     """Recognises a part and checks the names and shapes of all tensors. Reads headers and no weights.
 
     Raises:
@@ -157,7 +172,7 @@ def open_component(model: Model, src: Path, part: str, dtype: np.dtype | None) -
         # The tokenizer may be in the folder of the weights.
         others = {*paths, *job.sources, source.config}
         tokenizer = [file for file in _tokenizer(source.tokenizer, sizes["vocab_size"]) if file not in others]
-    return Component(part, naming, sizes, job, tokenizer)
+    return Component(part, naming, sizes, job, tokenizer, repository)
 
 
 def _build(kind: Part, naming: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, lv.Leaf]]:
@@ -235,6 +250,7 @@ def _write_part(component: Component, partial: Path) -> str:
     with tqdm(total=job.tensor_bytes(), unit="B", unit_scale=True, desc=component.part) as progress:
         written = stream.write_tree(job, partial, identity, progress)
     source = {
+        **component.repository,
         "format": component.format,
         "files": written.pop("files"),
         "dtypes": sorted({str(tensor.dtype) for tensor in job.tensors}),
@@ -274,7 +290,7 @@ def _describe(component: Component) -> str:
 
 def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(f"python -m {model.command}", model.about)
-    parser.add_argument("--src", type=Path, required=True, help="folder of the download, or a file of it")
+    parser.add_argument("--src", required=True, help=SRC)
     parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="what to convert")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; by default that of the files")
@@ -339,6 +355,89 @@ def _part_of(model: Model, file: Path) -> str:
     return best
 
 
+def _fetch(
+    model: Model,
+    repository: hub.Repository,
+    wanted: list[str],
+    dst: Path,
+    origin: Mapping[str, str],
+    dtype: np.dtype | None,
+    dry_run: bool,
+) -> tuple[Path, list[str]]:
+    """The folder of a repository's files, and the parts to convert: not those that DST has already."""
+    made = [part for part in wanted if _is_of(dst / part, origin, dtype)]
+    for part in made:
+        print(f"{dst / part}: of {repository.name} at this revision already")
+    left = [part for part in wanted if part not in made]
+    src = repository.fetch(functools.partial(_choose, model, left, dst, bool(made)), dry_run)
+    parts = [part for part in left if src and model.find(src, part)]
+    for part in left:
+        if src and part not in parts:
+            print(f"no {part}: {_missing(model, Path(repository.name), part)}")
+    if not parts and not (left and dry_run):
+        print("nothing left to do")
+    return src or Path(), parts
+
+
+def _choose(model: Model, parts: list[str], dst: Path, made: bool, src: Path, whole: bool) -> Iterator[Path]:
+    """The files that the conversion of `parts` reads, as `hub.Repository.fetch` asks for them.
+
+    `made`: whether DST has other parts of it. Raises UserError if names and configurations tell of another
+    model, if the repository has none of the parts, and if DST has one.
+    """
+    if not parts:
+        return
+    index = src / "model_index.json"
+    if index.is_file():
+        yield index
+        if not index.stat().st_size:
+            return
+    _refuse_more(model, src)
+    sources = {part: model.find(src, part) for part in parts}
+    if whole and not made and not any(sources.values()):
+        raise UserError(f"no {model.name} weights: {'; '.join(_missing(model, src, part) for part in parts)}")
+    for part, source in sources.items():
+        if source is None:
+            if not whole:
+                yield src / part
+            continue
+        _refuse_existing(dst, part)
+        yield from _files(source)
+        beside = model.find(src, model.parts[part].beside) if model.parts[part].beside else None
+        if beside and not source.config.is_file():
+            yield from [beside.config] if beside.config.is_file() else _files(beside)
+        if part == "text_encoder":
+            tokenizer = [path for path in source.tokenizer.glob("*") if path.suffix in _TOKENIZER]
+            yield from tokenizer or ([] if whole else [source.tokenizer])
+
+
+def _files(source: Source) -> Iterator[Path]:
+    """Weights and configuration; of an index that is not empty, what it lists."""
+    for path in source.weights:
+        yield path
+        if path.suffix == ".json" and path.stat().st_size:
+            yield from (path.parent / name for name in set(files.read_index(path).values()))
+    if source.config.is_file():
+        yield source.config
+
+
+def _is_of(folder: Path, repository: Mapping[str, str], dtype: np.dtype | None) -> bool:
+    """Whether a folder has a part that was converted from this repository, with this dtype."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    manifest = files.read_json(folder / "manifest.json")
+    source = manifest.get("source", {})
+    dtypes = {kind for _, kind in manifest["shapes"].values()}
+    return repository.items() <= source.items() and dtypes == (
+        {str(dtype)} if dtype else set(source["dtypes"])
+    )
+
+
+def _refuse_existing(dst: Path, part: str) -> None:
+    if (dst / part).exists():
+        raise UserError(f"{dst / part} exists: delete it or choose another --dst")
+
+
 def _refuse_more(model: Model, src: Path) -> None:
     """Raises UserError if --src is of a model with more than the parts of this one, and says which.
 
@@ -381,14 +480,20 @@ def main(model: Model, arguments: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
     _return_freed_memory()
     options = _arguments(model, arguments)
-    src, dst, dtype = options.src, options.dst, DTYPES.get(options.dtype)
-    src, parts = _find_parts(model, src, options.component)
-    components = [open_component(model, src, part, dtype) for part in parts]
+    src, dst, dtype = Path(options.src), options.dst, DTYPES.get(options.dtype)
     if dst.exists() and not dst.is_dir():
         raise UserError(f"{dst} is not a folder: choose another --dst")
+    wanted = [options.component] if options.component != "all" else list(model.parts)
+    patterns = ["model_index.json", *(pattern for part in wanted for pattern in model.patterns[part])]
+    origin = {}
+    if repository := hub.find(options.src, patterns):
+        origin = {"repository": repository.name, "revision": repository.commit}
+        src, parts = _fetch(model, repository, wanted, dst, origin, dtype, options.dry_run)
+    else:
+        src, parts = _find_parts(model, src, options.component)
+    components = [open_component(model, src, part, dtype, origin) for part in parts]
     for part in parts:
-        if (dst / part).exists():
-            raise UserError(f"{dst / part} exists: delete it or choose another --dst")
+        _refuse_existing(dst, part)
     stream.check_space(dst, {dst / f"{c.part}.partial": c.job for c in components})
     for component in components:
         if options.dry_run:

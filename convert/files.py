@@ -112,10 +112,16 @@ def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _sharded(index: Path) -> list[Tensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """The names of the shards by the names of their tensors. Raises UserError when the file has none."""
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise UserError(f"{index} has no weight_map of tensor and file names: download it again")
+    return shard_of
+
+
+def _sharded(index: Path) -> list[Tensor]:
+    shard_of = read_index(index)
     found = []
     for name in sorted(set(shard_of.values())):
         path = index.parent / name

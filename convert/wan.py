@@ -382,6 +382,16 @@ MODEL = command.Model(
         ),
         "image_encoder|image_processor|models_clip_.*|xlm-roberta-large": "image-to-video is not supported",
     },
+    patterns={
+        "transformer": ("transformer/*", "config.json", f"{OFFICIAL['transformer']}*"),
+        "vae": ("vae/*", f"{OFFICIAL['vae']}*"),
+        "text_encoder": (
+            "text_encoder/*",
+            "tokenizer/*",
+            f"{OFFICIAL['text_encoder']}*",
+            "google/umt5-xxl/*",
+        ),
+    },
 )
 
 main = functools.partial(command.main, MODEL)

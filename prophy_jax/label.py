@@ -1,6 +1,6 @@
 """Command: alignment labels for prepared records, from the attention of a vision-language model.
 
-    python -m prophy_jax.label --vlm=Qwen2.5-VL-7B-Instruct --data=DATA_DIR --out=LABELS_DIR
+    python -m prophy_jax.label --vlm=Qwen/Qwen2.5-VL-7B-Instruct --data=DATA_DIR --out=LABELS_DIR
 
 The model is asked where and how each phenomenon of a clip shows (`config.data.taxonomy`). The
 attention of the answer onto the video, less that of the answer to a general prompt, becomes the target on
@@ -45,7 +45,7 @@ from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
-from prophy_jax.run import cli
+from prophy_jax.run import cli, hub
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import run_identity
 
@@ -71,7 +71,7 @@ def label(
 
     Args:
         config: with `label`.
-        model_folder: a Qwen2.5-VL model.
+        model_folder: a Qwen2.5-VL model, or its name on the hub.
         data: prepared records.
         out: the folder to make, or to resume.
         process: (i, P), which of how many processes this is.
@@ -272,10 +272,14 @@ def import_labelling(config: ConfigDict):
 
 
 def open_model(folder: str | Path, config: ConfigDict, process: int) -> tuple["Vlm", dict[str, str]]:
-    """The model and what the manifest says of it. UserError as `vlm.load`."""
+    """The model, of a folder or of the hub, and what the manifest says of it. UserError as `vlm.load`."""
     from prophy_jax.labels import vlm
 
-    described = vlm.describe(folder)
+    origin = {}
+    if repository := hub.find(str(folder), vlm.PATTERNS):
+        folder = repository.fetch(vlm.choose)
+        origin = {"name": repository.name, "revision": repository.commit}
+    described = vlm.describe(folder) | origin
     device = vlm.choose_device(folder, process)
     print(f"opening {described['name']} on {device}", flush=True)
     return vlm.load(folder, device, config.label.dtype), described
@@ -706,7 +710,8 @@ def main(config: ConfigDict) -> None:
     own = options["import"].value
     if not options.vlm and not own:
         raise UserError(
-            "name the folder of a Qwen2.5-VL model: --vlm=DIR, or one of labels of your own: --import=DIR"
+            "name the folder of a Qwen2.5-VL model: --vlm=DIR, or its name on the hub: --vlm=ORG/NAME, or "
+            "the folder of labels of your own: --import=DIR"
         )
     if "label" not in config:
         raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
@@ -726,7 +731,11 @@ def main(config: ConfigDict) -> None:
 
 if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
-    flags.DEFINE_string("vlm", None, "Folder of a Qwen2.5-VL model.")
+    flags.DEFINE_string(
+        "vlm",
+        None,
+        "Folder of a Qwen2.5-VL model, or ORG/NAME[@REVISION] of the Hugging Face hub, which is fetched.",
+    )
     flags.DEFINE_string("data", None, "Folder of prepared records; default: config.data.dir.")
     flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.side.alignment.")
     flags.DEFINE_multi_string(

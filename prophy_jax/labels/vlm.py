@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import read_json
 
 PATCH, MERGE, PAIR = 14, 2, 2  # pixels a side of a patch, patches a side of a cell, frames of a cell
 CELL = PATCH * MERGE
@@ -41,6 +42,8 @@ _PREPOSITIONS = "as at by for from in into of off on onto out over to up with"
 _CONJUNCTIONS = "and or but so if then than which who what where when while how also"
 STOP_WORDS = frozenset(f"{_ARTICLES_AND_VERBS} {_PREPOSITIONS} {_CONJUNCTIONS}".split())
 _PROBE = "prophy_probe"  # name of our attention function
+_FILES = (".safetensors", ".json", ".jinja", ".txt")  # suffixes of the files of a model
+PATTERNS = tuple(f"*{suffix}" for suffix in _FILES)
 _END = 1 << 20  # bytes of a file that tell it from another of its size
 
 
@@ -393,7 +396,7 @@ def describe(path: str | os.PathLike) -> dict[str, str]:
     _read_config(folder)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".txt"):
+        if file.suffix in _FILES:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as opened:
@@ -401,6 +404,25 @@ def describe(path: str | os.PathLike) -> dict[str, str]:
                     opened.seek(begin)
                     digest.update(opened.read(_END))
     return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
+
+
+def choose(folder: Path, whole: bool) -> list[Path]:
+    """The files of a model, as `prophy_jax.run.hub` asks for them. UserError on another kind of model."""
+    config = folder / "config.json"
+    if config.is_file() and not config.stat().st_size:
+        return [config]
+    _read_config(folder)
+    files = [path for path in folder.iterdir() if path.suffix in _FILES]
+    index = folder / "model.safetensors.index.json"
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    if index.is_file() and index.stat().st_size:
+        weights = [
+            folder / name
+            for name in set(read_json(index, "download it again").get("weight_map", {}).values())
+        ]
+    elif not weights and not whole:
+        weights = [folder / "model.safetensors"]
+    return [path for path in files if path.suffix != ".safetensors"] + weights
 
 
 def choose_device(folder: str | os.PathLike, process: int) -> str:
