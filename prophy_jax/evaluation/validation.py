@@ -57,9 +57,9 @@ def make_validation_clips(
 ) -> Callable[[dict, str], tuple[np.ndarray, str] | None]:
     """write(params, path): one mp4, the first validation prompts sampled above the real clips.
 
-    All processes of a job call it and sample together; the first one decodes and writes. It returns the frames
-    (F, H, W, 3) uint8 and a Markdown text with the prompts, which stands in prompts.md next to the mp4; others
-    return None, and so does the first where nothing was written.
+    All processes of a job call it and sample together; the first one decodes and writes. It returns the
+    frames (F, H, W, 3) uint8 and a Markdown text with the prompts, which stands in prompts.md next to the
+    mp4; others return None, and so does the first where nothing was written.
     """
     batches = loader.read_once(config.data, "val", config.samples.clips, ("latents", *model.fields))
     batch = parallel.full_precision(next(batches))

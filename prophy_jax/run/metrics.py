@@ -125,8 +125,8 @@ def start_wandb(project: str, workdir: str, config: Any) -> Any:
 def summarised(values: Mapping[str, float]) -> dict[str, float]:
     """Values of a numbered series (load_0, load_1, ...) in few numbers; others as they are.
 
-    A series has its least, its largest and, where none is below 0, its entropy as shares of their sum: 1 where
-    all are equal, 0 where one has all.
+    A series has its least, its largest and, where none is below 0, its entropy as shares of their sum: 1
+    where all are equal, 0 where one has all.
     """
     found: dict[str, float] = {}
     series: dict[str, list[float]] = {}
