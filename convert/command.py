@@ -32,7 +32,7 @@ from convert import files, stream, t5
 from convert import leaves as lv
 from prophy_jax import models
 from prophy_jax.models.text.tokenizer import load_tokenizer
-from prophy_jax.run import cli, hub
+from prophy_jax.run import checksums, cli, hub
 from prophy_jax.run.errors import UserError, one_line_errors
 
 # Stems of the weight files in the folder that diffusers has for a part.
@@ -258,14 +258,16 @@ def _write_part(component: Component, partial: Path) -> str:
     if component.tokenizer:
         source["tokenizer"] = _copy_files(component.tokenizer, partial / "tokenizer")
     manifest = {"part": component.part, "model": component.model, **written, "source": source}
-    (partial / "manifest.json").write_text(json.dumps({**manifest, "versions": _versions()}, indent=1))
+    manifest["files"] = checksums.hash_files(partial, without=(stream.JOURNAL, "manifest.json"))
+    manifest = checksums.sealed({**manifest, "versions": _versions()})
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return written["sha256"]
 
 
 def _copy_files(sources: list[Path], dst: Path) -> dict[str, str]:
     """Copies files into a folder; returns their hashes."""
     dst.mkdir(exist_ok=True)
-    return {file.name: stream.hash_file(shutil.copyfile(file, dst / file.name)) for file in sources}
+    return {file.name: checksums.hash_file(shutil.copyfile(file, dst / file.name)) for file in sources}
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from prophy_jax.run import workdir
+from prophy_jax.run import checksums, workdir
 from prophy_jax.run.errors import UserError
 
 _DTYPES = {
@@ -96,6 +96,31 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
     for path in paths:
         found += _sharded(path) if path.suffix == ".json" else _tensors(path, unused)
     return found
+
+
+def check(path: Path) -> str:
+    """sha256 of a file. Raises SourceError where what it says of its own bytes does not hold.
+
+    A .pth has the CRC-32 of its entries. The cache of the hub names large files by their sha256. A
+    .safetensors file elsewhere says nothing.
+    """
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+            raise SourceError(f"{path} is damaged ({error}): download it again") from error
+        if wrong:
+            raise SourceError(
+                f"{path} is damaged, the CRC-32 of its entry {wrong} is another: download it again (or save "
+                "it again, if torch wrote it with set_crc32_options(False))"
+            )
+    digest, blob = checksums.hash_file(path), path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+        raise SourceError(
+            f"{path} is damaged, its sha256 is not that of the hub: delete {blob}, and run it again"
+        )
+    return digest
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import tensorstore
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from convert.files import SourceError, Tensor
+from convert.files import SourceError, Tensor, check
 from convert.leaves import Leaf
 from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
@@ -106,7 +106,7 @@ def write_tree(job: Job, partial: Path, identity: Mapping[str, Any], progress: t
         {"sha256" of the tree, "shapes" by path, "files" with sizes and hashes}, for a manifest.
 
     Raises:
-        SourceError: a file changed while it was read, or a copy differs.
+        SourceError: a file changed while it was read or is damaged, or a copy differs.
         UserError: another process is writing this folder.
         OSError: as of any writing; `DISK_FULL` has the error numbers of a full disk.
     """
@@ -125,7 +125,7 @@ def write_tree(job: Job, partial: Path, identity: Mapping[str, Any], progress: t
     return {
         "sha256": checkpoints.hash_of(leaves),
         "shapes": {path: [list(shape), dtype] for path, (dtype, shape, _) in leaves.items()},
-        "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": hash_file(f)} for f in job.sources],
+        "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": check(f)} for f in job.sources],
     }
 
 
@@ -156,12 +156,6 @@ def _tensorstore_errors(place: str) -> Iterator[None]:
         text = str(error)
         full = any(word in text for word in ("RESOURCE_EXHAUSTED", "File too large"))
         raise OSError(errno.ENOSPC if full else errno.EIO, text.partition("\n")[0], place) from error
-
-
-def hash_file(file: Path) -> str:
-    """sha256 of its bytes."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class _Journal:

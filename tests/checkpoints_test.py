@@ -1,11 +1,13 @@
 """Parameter trees on disk: round trip, cast, placement, and what does not fit."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run import checkpoints, checksums, parallel
 from prophy_jax.run.errors import UserError
 from prophy_jax.testing.counting import count_compiles
 
@@ -109,7 +111,7 @@ def test_a_damaged_tree_is_one_line(tmp_path, content):
     folder = str(tmp_path / "tree")
     checkpoints.save_params(folder, TREE, {})
     (tmp_path / "tree" / "tree" / "_METADATA").write_text(content)
-    with pytest.raises(UserError, match="tree is damaged .*: convert it"):
+    with pytest.raises(UserError, match="is damaged.*: convert it"):
         checkpoints.load_params(folder, like(TREE), "convert it")
 
 
@@ -127,3 +129,98 @@ def test_hash_sees_values_shapes_dtypes_and_names():
         {"b": np.zeros(4, np.float32)},
     ):
         assert checkpoints.tree_hash(other) != base
+
+
+class Position:
+    """A data iterator with a position of JSON types."""
+
+    def __init__(self, step: int = 0):
+        self.state = {"step": step}
+
+    def get_state(self) -> dict:
+        return self.state
+
+    def set_state(self, state: dict) -> None:
+        self.state = state
+
+
+def flip_a_bit_of_each_file(folder):
+    """Flips one bit in the middle of each file below `folder` in turn, and gives its path."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
+        whole = path.read_bytes()
+        place = len(whole) // 2
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        yield path
+        path.write_bytes(whole)
+
+
+def test_every_flipped_bit_of_parameters_is_found(tmp_path):
+    folder = tmp_path / "tree"
+    checkpoints.save_params(str(folder), TREE, {"model": {"dim": 48}, "step": 3})
+    found = 0
+    for path in flip_a_bit_of_each_file(folder):
+        try:
+            loaded = checkpoints.load_params(str(folder), like(TREE), "train again")
+        except UserError as error:
+            found += 1
+            assert path.name in str(error) and "train again" in str(error)
+        else:  # nothing is read from it
+            assert path.name in checksums.MARKS and checkpoints.tree_hash(loaded) == checkpoints.tree_hash(
+                TREE
+            )
+    assert found >= 4
+    checkpoints.load_params(str(folder), like(TREE), "")
+    assert set(checkpoints.read_manifest(str(folder), "")["files"]) >= {
+        "tree/_METADATA",
+        "tree/manifest.ocdbt",
+    }
+
+
+def test_every_flipped_bit_of_a_training_checkpoint_is_found(tmp_path):
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=2)
+    for step in (1, 2):
+        saved.save(step, TREE, Position(step), {"steps": step})
+    saved.close()
+    found = 0
+    for path in flip_a_bit_of_each_file(tmp_path / "checkpoints" / "2"):
+        again, position = checkpoints.TrainCheckpoints(str(tmp_path), keep=2), Position()
+        try:
+            state = again.restore(2, like(TREE), position)
+        except UserError as error:
+            found += 1
+            assert str(path) in str(error) or path.name == checkpoints.CHECKSUMS, error
+            assert f"delete {tmp_path}/checkpoints/2 to resume from step 1" in str(error)
+        else:
+            assert path.name in checksums.MARKS
+            assert position.state == {"step": 2}
+            assert checkpoints.tree_hash(state) == checkpoints.tree_hash(TREE)
+        again.close()
+    assert found >= 6
+
+
+def test_a_file_that_is_gone_and_one_that_is_cut_are_named(tmp_path):
+    checkpoints.save_params(str(tmp_path / "tree"), TREE, {})
+    (tmp_path / "tree" / "tree" / "_METADATA").unlink()
+    with pytest.raises(UserError, match="_METADATA cannot be read .No such file.*: train again"):
+        checkpoints.load_params(str(tmp_path / "tree"), like(TREE), "train again")
+    checkpoints.save_params(str(tmp_path / "tree"), TREE, {})
+    (data,) = (tmp_path / "tree" / "tree" / "d").iterdir()
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{data.name} is damaged, it has .* bytes and not the"):
+        checkpoints.load_params(str(tmp_path / "tree"), like(TREE), "train again")
+
+
+def test_verification_can_be_switched_off_and_folders_of_earlier_versions_load(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "tree"
+    checkpoints.save_params(str(folder), TREE, {})
+    (folder / "tree" / "added").write_bytes(b"")  # nobody reads it
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "enabled", False)
+        (folder / "tree" / "_sharding").write_bytes(b"")
+        checkpoints.load_params(str(folder), like(TREE), "")
+    assert "no checksums" not in capsys.readouterr().out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"], manifest["checksum"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checkpoints.load_params(str(folder), like(TREE), "")
+    assert "has no checksums, it is of an earlier version" in capsys.readouterr().out

@@ -203,8 +203,12 @@ def test_large_arrays_are_cut_and_read_back_sharded(tmp_path, params, monkeypatc
     assert sorted(chunks) == [".zarray", "0.0"]
     for part in SPECS:
         assert_same(load(dst / part), params[part])
-        whole = checkpoints.read_manifest(str(tmp_path / "whole" / part), "")
-        assert checkpoints.read_manifest(str(dst / part), "") == whole
+        cut, whole = (
+            checkpoints.read_manifest(str(folder / part), "") for folder in (dst, tmp_path / "whole")
+        )
+        for manifest in (cut, whole):
+            manifest["files"] = manifest["checksum"] = ""  # of other chunks
+        assert cut == whole
 
     mesh = jax.make_mesh((8,), ("fsdp",))
     split = jax.NamedSharding(mesh, jax.P("fsdp"))

@@ -281,3 +281,12 @@ def test_other_files_of_torch(tmp_path, vae_state):
     start = data.index(b"PK\x03\x04", data.index(b"/data/0"))
     path.write_bytes(data[:start] + b"XX" + data[start + 2 :])
     assert_fails(tmp_path, "cut short or damaged")
+
+
+def test_flipped_bits_of_a_pth_are_found(tmp_path, vae_state):
+    path = tmp_path / "Wan2.1_VAE.pth"
+    torch.save(vae_state, path)
+    whole = path.read_bytes()
+    for place in np.linspace(len(whole) // 4, len(whole) * 3 // 4, 5).astype(int):  # of the tensors
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert_fails(tmp_path, "Wan2.1_VAE.pth is damaged")

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -218,6 +219,20 @@ def test_one_component_takes_its_own_files(server, wan):
     assert rest.returncode == 0 and "dst/vae: of Wan-AI/Tiny at this revision already" in rest.stdout
     assert sorted(server.fetched) == sorted(WANTED[wan])
     assert sorted(os.listdir("dst")) == ["text_encoder", "transformer", "vae"]
+
+
+def test_a_flipped_bit_in_the_cache_is_found(server, wan, tmp_path):
+    assert convert("--component=vae").returncode == 0
+    shutil.rmtree("dst")
+    blobs = [path for path in (tmp_path / "hf").rglob("blobs/*") if path.is_file()]
+    blob = max(blobs, key=lambda path: path.stat().st_size)  # the weights
+    whole = bytearray(blob.read_bytes())
+    whole[len(whole) * 3 // 4] ^= 1
+    blob.write_bytes(whole)
+    message = fails("--component=vae")
+    assert f"is damaged, its sha256 is not that of the hub: delete {blob}, and run it again" in message
+    blob.unlink()
+    assert convert("--component=vae").returncode == 0
 
 
 def test_a_dry_run_fetches_no_weights(server, wan):

@@ -5,15 +5,19 @@ the data iterator and the configuration. The frozen backbone is not copied into 
 names it, and its hash is checked.
 
 A parameter tree is a folder with an Orbax tree and `manifest.json` (hash, shapes, where it came from).
+
+Both have checksums of their files, which are compared while they are loaded.
 """
 
+import contextlib
 import functools
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,11 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax.run import distributed, parallel
+from prophy_jax.run import checksums, distributed, parallel
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import put_in_place, read_json, write_atomically
 
 SLICE_BYTES = 2**24
+CHECKSUMS = "checksums.json"  # of a training checkpoint
 
 
 @functools.cache
@@ -53,11 +58,24 @@ class TrainCheckpoints:
     def __init__(self, workdir: str, keep: int):
         _cut_large_arrays_only()
         self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        self._saving = 0
         self._manager = _Manager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
             item_names=("state", "data", "config"),
         )
+
+    def _write_checksums(self) -> None:
+        """Of all files of the checkpoint that is being written, before it gets its final name or mark."""
+        if not distributed.is_first():
+            return
+        names = [os.path.join(self.folder, str(self._saving)), *glob.glob(f"{self.folder}/{self._saving}.*")]
+        (folder,) = (name for name in names if os.path.isdir(name))
+        write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -66,6 +84,8 @@ class TrainCheckpoints:
         """Starts a save; it appears under its final name when it is whole."""
         if step == self.latest():
             return
+        self._manager.wait_until_finished()
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -78,23 +98,49 @@ class TrainCheckpoints:
     def restore(self, step: int, state: Any, data: Any) -> Any:
         """The state of `step`, laid out like the abstract `state` (shapes, dtypes, shardings).
 
-        `data`, a Grain iterator, is set to where it was. Raises UserError on another shape or dtype.
+        `data`, a Grain iterator, is set to where it was. Raises UserError on another shape or dtype, and
+        where files are damaged.
         """
         folder = os.path.join(self.folder, str(step))
-        check_shapes(_saved_shapes(os.path.join(folder, "state")), state, folder)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        others = [other for other in self._manager.all_steps() if other != step]
+        remedy = f"delete {folder} to resume from " + (f"step {max(others)}" if others else "the beginning")
+        with self._verifying(folder, remedy):
+            check_shapes(_saved_shapes(os.path.join(folder, "state")), state, folder)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(state),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
         data.set_state(restored["data"])
         return restored["state"]
+
+    def _verifying(self, folder: str, remedy: str) -> contextlib.AbstractContextManager[None]:
+        path = os.path.join(folder, CHECKSUMS)
+        return _verifying(folder, read_json(path, remedy) if os.path.exists(path) else None, remedy)
 
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _verifying(
+    folder: str, listed: Mapping[str, Any] | None, remedy: str, together: bool = True
+) -> Iterator[None]:
+    """`checksums.verified`; if `together`, all processes of a job do it, each a share of the files."""
+    if listed is None and distributed.is_first():
+        print(f"{folder} has no checksums, it is of an earlier version: its files are not verified")
+    if not listed:
+        yield
+    elif not together:
+        with checksums.verified(folder, listed, remedy):
+            yield
+    else:
+        share = (jax.process_index(), jax.process_count())
+        with distributed.all_or_none(), checksums.verified(folder, listed, remedy, share):
+            yield
 
 
 def _paths(tree: Any) -> dict[str, Any]:
@@ -204,7 +250,10 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     }
     with distributed.all_or_none():
         if first:
-            write_atomically(os.path.join(temporary, "manifest.json"), json.dumps(manifest, indent=1))
+            manifest["files"] = checksums.hash_files(temporary)
+            write_atomically(
+                os.path.join(temporary, "manifest.json"), json.dumps(checksums.sealed(manifest), indent=1)
+            )
             shutil.rmtree(folder, ignore_errors=True)
             put_in_place(temporary, folder)
     return manifest["sha256"]
@@ -224,7 +273,9 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
     manifest = read_json(path, remedy or "name another folder")
-    kinds = {"sha256": str, "shapes": dict, "model": dict, "part": str}
+    if not checksums.is_intact(manifest):
+        raise UserError(f"{path} is damaged, its text is not that written: {remedy or 'name another folder'}")
+    kinds = {"sha256": str, "shapes": dict, "model": dict, "part": str, "files": dict}
     whole = {"sha256", "shapes"} <= manifest.keys() and all(
         isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
     )
@@ -253,23 +304,25 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     """Reads a parameter tree laid out like `wanted` (a tree of ShapeDtypeStructs, with shardings if any).
 
     Values are cast to the wanted dtypes. All processes of a job call it when the tree is laid out over all
-    of them; each by itself when it is not. Raises UserError when the folder is missing, does not fit, or
-    holds NaN or infinity.
+    of them; each by itself when it is not. Raises UserError when the folder is missing, does not fit, has
+    other bytes than were written, or holds NaN or infinity.
     """
-    check_params(folder, wanted, remedy)
+    listed = check_params(folder, wanted, remedy).get("files")
     # Orbax would read all leaves at once and hold them twice: let it read the largest and little more.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     # Orbax would take the devices that wrote a leaf, which may not be there.
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = parallel.placed(wanted, jax.tree.map(lambda leaf: leaf.sharding or alone, wanted))
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = parallel.placed(wanted, jax.tree.map(lambda leaf: leaf.sharding or default, wanted))
     options = {}
-    if all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(wanted)):
+    alone = all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(wanted))
+    if alone:
         this = jax.process_index()
         options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
             primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
         )
-    with ocp.Checkpointer(handler, **options) as checkpointer:
+    verifying = _verifying(folder, listed, remedy or "name another folder", together=not alone)
+    with verifying, ocp.Checkpointer(handler, **options) as checkpointer:
         place = os.path.join(os.path.abspath(folder), "tree")
         try:
             tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))

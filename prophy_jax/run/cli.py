@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from prophy_jax.run import config_check
+from prophy_jax.run import checksums, config_check
 from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import RENAMED
 
@@ -67,6 +67,7 @@ def run(
         sys.argv.insert(1, f"--config={default}")  # as a flag's default, it would not take overrides
     config_flags.DEFINE_config_file("config", None, "The run: file.py[:variant].", lock_config=True)
     flags.DEFINE_bool("print_config", False, "Print the whole configuration and what its keys mean.")
+    flags.DEFINE_bool("verify", True, "Compare the checksums of weights and checkpoints that are loaded.")
     if distributed:
         flags.DEFINE_string("distributed", None, DISTRIBUTED)
     if set(HELP) & set(sys.argv[1:]):
@@ -75,6 +76,7 @@ def run(
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
     with one_line_errors():
         config = _parse()
+        checksums.enabled = flags.FLAGS.verify
         config_check.check(config)
         if flags.FLAGS.print_config:
             from prophy_jax.run import config_help
@@ -96,7 +98,7 @@ def _help(description: str) -> str:
     """The description of a command, its flags, and the keys of its configuration with what they mean."""
     from prophy_jax.run.config_help import MEANINGS
 
-    shared = ("config", "print_config", "distributed")  # defined here, for all commands
+    shared = ("config", "print_config", "verify", "distributed")  # defined here, for all commands
     common = [f"  --{name}: {flags.FLAGS[name].help}" for name in shared if name in flags.FLAGS]
     own = flags.FLAGS.main_module_help()
     keys = [f"  --config.{key}=: {meaning}" for key, meaning in MEANINGS.items()]
