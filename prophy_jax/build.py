@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -230,6 +231,40 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
     for bucket in manifest["buckets"]:
         check_shapes(model, chosen, batch.Sizes.of(manifest, bucket))
     return manifest
+
+
+def find_references(config: ConfigDict, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """{NAME_sha256} of the data of `config.data`, and of the encoders that they were made with.
+
+    Raises UserError where the configuration names other encoders than those.
+    """
+    hashes = {"data_sha256": manifest["fingerprint"]}
+    for name, folder in config.data.side.items():
+        if folder and os.path.exists(folder):
+            hashes[f"{name}_sha256"] = records.read_manifest(folder)["fingerprint"]
+    for name in ("codec", "text_encoder"):
+        if was := manifest.get("plan", {}).get(f"{name}_sha256"):
+            folder = config.get(workdir.FOLDERS[name])
+            if folder and os.path.exists(os.path.join(folder, "manifest.json")):
+                check_same(
+                    name,
+                    checkpoints.read_manifest(folder, "")["sha256"],
+                    folder,
+                    manifest["plan"],
+                    config.data.dir,
+                )
+            hashes[f"{name}_sha256"] = was
+    return hashes
+
+
+def check_same(name: str, own: str, folder: str, made_with: Mapping[str, Any], where: str | None) -> None:
+    """Raises UserError where `made_with`, a manifest of `where`, notes another NAME_sha256 than `own`."""
+    was = made_with.get(f"{name}_sha256", own)
+    if was != own:
+        raise UserError(
+            f"{where} was made with another {name} ({was[:12]}) than {folder} ({own[:12]}): name that one "
+            f"with --config.{workdir.FOLDERS[name]}=DIR, or make {where} again with this one"
+        )
 
 
 def check_shapes(model: Model, chosen: losses.Chosen, sizes: batch.Sizes) -> None:

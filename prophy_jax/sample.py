@@ -179,7 +179,7 @@ def main(config: Any) -> None:
     from prophy_jax.data.sources import video
     from prophy_jax.diffusion import generate
     from prophy_jax.evaluation import pictures
-    from prophy_jax.run import distributed, encoders, parallel
+    from prophy_jax.run import checkpoints, distributed, encoders, parallel
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
     options = flags.FLAGS
@@ -218,6 +218,10 @@ def main(config: Any) -> None:
     for name, part in (("codec", codec), ("text_encoder", encoder)):
         if hasattr(part, "sha256"):
             references[f"{name}_sha256"] = part.sha256
+            for folder in folders.values():
+                if os.path.exists(folder):
+                    made_with = checkpoints.read_manifest(folder, "")
+                    build.check_same(name, part.sha256, config[workdir.FOLDERS[name]], made_with, folder)
 
     models = {"": (model, options.scale if model.parts else 0.0)}
     if options.baseline:

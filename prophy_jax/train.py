@@ -198,7 +198,9 @@ def train(config: Any, workdir: str) -> None:
             references["backbone_sha256"] = manifest["sha256"]
         if distributed.is_first():
             metrics.check_wandb(config.log.get("wandb", ""))
-        build.check_validation(config, build.check_data(config, model, chosen))
+        manifest = build.check_data(config, model, chosen)
+        build.check_validation(config, manifest)
+        references |= build.find_references(config, manifest)
         if distributed.is_first():
             build.warn_of_idle_losses(config, model, chosen)
             optim.warn_of_unused_rates(config.optimizer)

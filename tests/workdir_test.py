@@ -124,7 +124,7 @@ def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):
     run = workdir.read_run(tmp_path)
     assert run["references"] == {"x_sha256": "1"} and "branch" not in run["config"]
     assert run["config"]["parts"]["branch"] == {"module": "prophy", **parts["branch"]}
-    with pytest.raises(UserError, match="references.x_sha256 was 1, is 2.*name another --workdir"):
+    with pytest.raises(UserError, match="config.data.side.x was .*x_sha256 1, now 2.*name another --workdir"):
         workdir.claim_run(tmp_path, get_config("tiny"), {"x_sha256": "2"})
     other = get_config("tiny")
     other.seed = 7
@@ -236,3 +236,26 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         )
     workdir.write_atomically(tmp_path / "file", "text")
     assert calls == ["fsync", "replace", "fsync"]  # the file, then the folder
+
+
+def test_what_a_run_reads_may_move_but_not_change(tmp_path):
+    config = get_config("tiny")
+    config.data.side.alignment = "labels"
+    first = {"data_sha256": "1", "alignment_sha256": "2", "backbone_sha256": "3"}
+    workdir.claim_run(tmp_path, config, first)
+    config.data.dir, config.data.side.alignment, config.backbone_params = "moved", "there", "too"
+    workdir.claim_run(tmp_path, config, first)
+    for name, key in (
+        ("data", "data.dir"),
+        ("alignment", "data.side.alignment"),
+        ("backbone", "backbone_params"),
+    ):
+        with pytest.raises(UserError, match=f"config.{key} was .*, is .*{name}_sha256 .*, now 9"):
+            workdir.claim_run(tmp_path, config, {**first, f"{name}_sha256": "9"})
+    # A run that an earlier version began noted the backbone alone.
+    (tmp_path / "config.json").unlink()
+    workdir.claim_run(tmp_path, config, {"backbone_sha256": "3"})
+    workdir.claim_run(tmp_path, config, first)
+    config.data.dir = "elsewhere"
+    with pytest.raises(UserError, match="config.data.dir was moved, is elsewhere"):
+        workdir.claim_run(tmp_path, config, first)

@@ -33,6 +33,13 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "clips": (("backbone", "parts", *_ENCODERS, "samples", *_VIDEO), ()),
 }
 
+# What a run reads -> the key that names its folder.
+FOLDERS = {
+    "backbone": "backbone_params",
+    "codec": "codec_params",
+    "text_encoder": "text_encoder_params",
+    "data": "data.dir",
+}
 # Keys of earlier versions -> those of this one.
 RENAMED = {"branch": "parts.branch", "data.labels": "data.side.alignment"}
 
@@ -185,18 +192,39 @@ def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, 
     Args:
         workdir: the folder.
         config: the whole configuration.
-        references: hashes of what the run starts from, such as {"backbone_sha256": ...}.
+        references: hashes of what the run reads, {"NAME_sha256": ...}, where NAME is one of `FOLDERS` or a
+            side data set. Their folders may be others when the run resumes; their content may not.
 
     Raises:
         UserError: the folder is of another run, or of something else.
     """
 
     def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
-        was, now = ({**run, "config": run_identity(run["config"], "train")} for run in (stored, own))
-        return differences(was, now)
+        runs = [{**run, "config": run_identity(run["config"], "train")} for run in (stored, own)]
+        changed = []
+        for name in stored["references"].keys() & own["references"].keys():  # earlier versions noted fewer
+            old, new = (run["references"].pop(name) for run in runs)
+            folders = [_pop_folder(run["config"], name.removesuffix("_sha256")) for run in runs]
+            if old != new:
+                (key, was), (_, now) = folders
+                changed.append(
+                    f"{key} was {was}, is {now}, of other content: {name} {old[:12]}, now {new[:12]}"
+                )
+        rest = differences(*({**run, "references": {}} for run in runs))
+        return "; ".join(filter(None, (*changed, rest)))
 
     own = {"config": config_as_json(config), "references": dict(references)}
     claim(workdir, "config.json", own, "--workdir", compare)
+
+
+def _pop_folder(config: dict[str, Any], name: str) -> tuple[str, Any]:
+    """(key, folder) of what a reference is about; the key is taken out of the configuration."""
+    key = FOLDERS.get(name, f"data.side.{name}")
+    *path, last = key.split(".")
+    inside = config
+    for part in path:
+        inside = inside.get(part, {})
+    return f"config.{key}", inside.pop(last, None)
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
