@@ -4,7 +4,8 @@
 
 Run the same command again to resume: WORKDIR holds the checkpoints (trainable parameters, EMA, optimizer,
 data position), metrics.jsonl, TensorBoard events, sample clips and, at the end, the parameters to use.
-SIGTERM saves and exits; a loss that is not finite stops the run with the step and the clips named.
+SIGTERM saves and exits with status 75; a loss that is not finite stops the run with the step and the clips
+named.
 
 B global batch, A microbatches per step, T h w latent grid, N video tokens, L text length, D text width.
 """
@@ -166,8 +167,11 @@ def place_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.
 # --- The run ---------------------------------------------------------------------------------------
 
 
-def train(config: Any, workdir: str) -> None:
-    """Trains from the configuration, or resumes WORKDIR. Raises UserError on bad input."""
+def train(config: Any, workdir: str) -> bool:
+    """Trains from the configuration, or resumes WORKDIR. Returns whether it is finished, or was stopped.
+
+    Raises UserError on bad input.
+    """
     from prophy_jax import build  # Here and below: the step above needs none of these.
     from prophy_jax.data import loader, taxonomy
     from prophy_jax.evaluation import validation
@@ -313,7 +317,7 @@ def train(config: Any, workdir: str) -> None:
         if step < config.steps:
             if first:
                 print(f"stopped by a signal, saved at step {step}: run the same command to resume")
-            return
+            return False
         own, trained = folders.config_as_json(config), optim.merge(state.ema, frozen)
         for name in sorted(state.ema, key=lambda name: name != "backbone"):  # parts name their backbone
             spec = own["backbone"]
@@ -327,13 +331,14 @@ def train(config: Any, workdir: str) -> None:
                 references["backbone_sha256"] = digest
         if first:
             print(loop.describe_folder(workdir, sorted(state.ema)))
+        return True
 
 
-def main(config: Any) -> None:
-    """The command, with its flags parsed."""
+def main(config: Any) -> int:
+    """The command, with its flags parsed; returns the exit status."""
     if not flags.FLAGS.workdir:
         raise UserError("name a folder for the run: --workdir=DIR")
-    train(config, flags.FLAGS.workdir)
+    return 0 if train(config, flags.FLAGS.workdir) else cli.STOPPED
 
 
 if __name__ == "__main__":

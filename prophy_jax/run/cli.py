@@ -16,6 +16,7 @@ from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import RENAMED
 
 INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
+STOPPED = 75  # exit status of a run that a signal stopped and that was saved: EX_TEMPFAIL, "try again"
 HELP = ("--help", "-h", "-help", "--helpfull")
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
@@ -50,12 +51,14 @@ def respell(words: Sequence[str], known: Container[str]) -> list[str]:
 
 
 def run(
-    main: Callable[[Any], None],
+    main: Callable[[Any], int | None],
     description: str,
     default: str | None = None,
     distributed: bool = False,
 ) -> None:
     """Parses `--config=FILE.py[:variant]` and `--config.KEY=VALUE` overrides, then calls main(config).
+
+    What `main` returns is the exit status; None is 0.
 
     A command defines its own further absl flags before it calls this. `default` is the configuration of a
     command line without --config. `distributed` gives the command the flag --distributed, see
@@ -86,12 +89,14 @@ def run(
         where = flags.FLAGS.distributed if distributed else None
         if where is None:
             _keep_compiled()
-            main(config)
-            return
-        from prophy_jax.run.distributed import job
+            status = main(config)
+        else:
+            from prophy_jax.run.distributed import job
 
-        with job(where):
-            main(config)
+            with job(where):
+                status = main(config)
+        if status:
+            sys.exit(status)
 
 
 def _help(description: str) -> str:
