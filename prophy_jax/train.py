@@ -232,8 +232,8 @@ def train(config: Any, workdir: str) -> bool:
         del trainable
         first = distributed.is_first()  # the one that prints and writes
         with distributed.all_or_none():
-            if first:
-                folders.claim_run(workdir, config, references)
+            if first and (changed := folders.claim_run(workdir, config, references)):
+                print(f"{workdir} goes on with other settings, noted in its config.json: {changed}")
         with distributed.all_or_none():
             distributed.wait_for_file(os.path.join(workdir, "config.json"))
 

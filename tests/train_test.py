@@ -169,6 +169,20 @@ def test_sigterm_saves_and_the_run_goes_on_on_another_mesh(uninterrupted, tmp_pa
     assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-2)
 
 
+def test_a_finished_run_is_extended(uninterrupted, tmp_path, tiny_data):
+    """More steps than it was begun with: those of one run with as many, since the rate is constant."""
+    workdir = tmp_path / "run"
+    short = command(workdir, tiny_data, "--config.steps=5")
+    assert short.communicate() and short.returncode == 0
+    longer = command(workdir, tiny_data)
+    output, _ = longer.communicate()
+    assert (
+        longer.returncode == 0
+        and f"goes on with other settings, noted in its config.json: steps was 5, is {STEPS}" in output
+    )
+    assert hashes(workdir) == hashes(uninterrupted)
+
+
 def test_metrics_and_files_of_a_finished_run(uninterrupted):
     start, *lines = metrics.read_metrics(uninterrupted)
     assert start["step"] == 0 and "validation/loss" in start

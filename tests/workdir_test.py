@@ -93,7 +93,9 @@ def test_learning_rates_were_once_in_the_groups():
         ["backbone/", None],
     ]
     assert workdir.run_identity(old, "train") == workdir.run_identity(config, "train")
-    config.optimizer.learning_rates.branch = 1e-2
+    config.optimizer.learning_rates.branch = 1e-2  # another rate is the same run, and no rate is another
+    assert workdir.run_identity(old, "train") == workdir.run_identity(config, "train")
+    config.optimizer.learning_rates.branch = 0.0
     assert "optimizer.groups was" in workdir.differences(
         *(workdir.run_identity(one, "train") for one in (old, config))
     )
@@ -255,7 +257,37 @@ def test_what_a_run_reads_may_move_but_not_change(tmp_path):
     # A run that an earlier version began noted the backbone alone.
     (tmp_path / "config.json").unlink()
     workdir.claim_run(tmp_path, config, {"backbone_sha256": "3"})
-    workdir.claim_run(tmp_path, config, first)
-    config.data.dir = "elsewhere"
+    other = config.copy_and_resolve_references()
+    other.data.dir = "elsewhere"
     with pytest.raises(UserError, match="config.data.dir was moved, is elsewhere"):
-        workdir.claim_run(tmp_path, config, first)
+        workdir.claim_run(tmp_path, other, first)
+    workdir.claim_run(tmp_path, config, first)
+    workdir.claim_run(tmp_path, other, first)  # noted by now
+
+
+def test_what_may_change_in_a_run_is_noted_and_the_rest_is_refused(tmp_path):
+    config = get_config("tiny")
+    assert workdir.claim_run(tmp_path, config, {}) == ""
+    assert workdir.claim_run(tmp_path, config, {}) == ""
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    steps, config.steps = config.steps, 12
+    config.losses.balance = 0.5
+    config.optimizer.learning_rates.branch = 1e-5
+    changed = workdir.claim_run(tmp_path, config, {})
+    assert f"steps was {steps}, is 12" in changed and "losses.balance was" in changed
+    run = workdir.read_run(tmp_path)
+    assert run["history"] == [{"step": 6, "changed": changed}] and run["config"]["steps"] == 12
+    assert workdir.claim_run(tmp_path, config, {}) == ""
+    config.log.every = 3
+    assert workdir.claim_run(tmp_path, config, {}).startswith("log.every was")
+    assert len(workdir.read_run(tmp_path)["history"]) == 2
+    for key, value in (
+        ("batch_size", 3),
+        ("seed", 5),
+        ("backbone.num_layers", 9),
+        ("reduction.relative", "mean"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({key: value})
+        with pytest.raises(UserError, match=f"config.{key} was .*, is {value}"):
+            workdir.claim_run(tmp_path, other, {})

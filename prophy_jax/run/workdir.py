@@ -21,7 +21,14 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # A run of prophy_jax.train, which resumes only what is equal in all of these.
     "train": (
         ("",),
-        ("mesh", "accumulation", "attention", "log", "checkpoint", "samples", "label", "label_check"),
+        (
+            *("mesh", "accumulation", "attention", "log", "checkpoint", "samples", "label", "label_check"),
+            *("steps", "losses", "caption_dropout", "validation"),
+            *(
+                f"optimizer.{key}"
+                for key in ("warmup", "decay", "clip", "b1", "b2", "eps", "weight_decay", "ema")
+            ),
+        ),
     ),
     # What a finished run learned: any number of steps, on any data.
     "model": (("backbone", "parts", "objective", "losses", "reduction", *_ENCODERS), ()),
@@ -72,6 +79,8 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
     for key in ("taxonomy", "weights"):
         if not config.get("data", {}).get(key, True):
             del config["data"][key]  # the default, and earlier versions had no other
+    if scope == "train" and "groups" in optimizer:  # which parameters train, at whatever rate
+        optimizer["groups"] = [[pattern, bool(rate)] for pattern, rate in optimizer["groups"]]
     keys, without = IDENTITY[scope]
     chosen: dict[str, Any] = config if keys == ("",) else {}
     for key in keys:
@@ -186,8 +195,11 @@ def claim(
     return stored
 
 
-def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, str]) -> None:
-    """Claims the folder of a training run: WORKDIR/config.json, {"config", "references"}.
+def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, str]) -> str:
+    """Claims the folder of a training run: WORKDIR/config.json, {"config", "references", "history"}.
+
+    What may change when a run resumes does change there, and "history" has a line that says so for each time:
+    {"step": of the checkpoint that was there, "changed": as `differences` gives it}.
 
     Args:
         workdir: the folder.
@@ -195,12 +207,18 @@ def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, 
         references: hashes of what the run reads, {"NAME_sha256": ...}, where NAME is one of `FOLDERS` or a
             side data set. Their folders may be others when the run resumes; their content may not.
 
+    Returns:
+        What changed this time; "" for nothing.
+
     Raises:
         UserError: the folder is of another run, or of something else.
     """
 
     def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
-        runs = [{**run, "config": run_identity(run["config"], "train")} for run in (stored, own)]
+        runs = [
+            {"config": run_identity(run["config"], "train"), "references": dict(run["references"])}
+            for run in (stored, own)
+        ]
         changed = []
         for name in stored["references"].keys() & own["references"].keys():  # earlier versions noted fewer
             old, new = (run["references"].pop(name) for run in runs)
@@ -213,8 +231,25 @@ def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, 
         rest = differences(*({**run, "references": {}} for run in runs))
         return "; ".join(filter(None, (*changed, rest)))
 
+    def add(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        changed = differences(_modernised(config_as_json(stored["config"])), own["config"])
+        if changed:
+            now.append(changed)
+            history = [*stored.get("history", []), {"step": _latest_step(workdir), "changed": changed}]
+            stored = {**stored, "config": own["config"], "history": history}
+        return {**stored, "references": stored["references"] | own["references"]}
+
+    now: list[str] = []
     own = {"config": config_as_json(config), "references": dict(references)}
-    claim(workdir, "config.json", own, "--workdir", compare)
+    claim(workdir, "config.json", own, "--workdir", compare, add)
+    return "".join(now)
+
+
+def _latest_step(workdir: str | os.PathLike) -> int:
+    """Of the checkpoints in a run's folder; 0 without any."""
+    return max(
+        (int(path.name) for path in Path(workdir).glob("checkpoints/*") if path.name.isdigit()), default=0
+    )
 
 
 def _pop_folder(config: dict[str, Any], name: str) -> tuple[str, Any]:
