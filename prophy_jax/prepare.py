@@ -273,13 +273,15 @@ class Earlier:
         was, now = {row["id"]: row for row in self._rows}, {row["id"]: row for row in rows}
         both = now.keys() & was.keys()
 
-        def differ(*keys: str) -> list[str]:
-            return [name for name in now if name in both and any(now[name][k] != was[name][k] for k in keys)]
+        def differ(key: str) -> list[str]:
+            return [name for name in now if name in both and now[name][key] not in (None, was[name][key])]
 
         print(f"{self._out} is brought up to date; what is not listed here is kept")
         records.print_list("clips added", [name for name in now if name not in both])
         records.print_list("clips removed", [name for name in was if name not in both])
         records.print_list("videos replaced", differ("sha256"))
+        moved = [name for name in now if name in both and now[name]["sha256"] is None]
+        records.print_list("videos moved, encoded anew only if their content has changed", moved)
         records.print_list("captions changed", differ("caption"))
         records.print_list("categories changed", differ("category"))
 

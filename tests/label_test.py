@@ -1,35 +1,40 @@
 """The command that labels records: on a small prepared folder, on the sandbox, and on bad input."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from prophy_jax import label
+from prophy_jax import label, prepare
 from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video
+from prophy_jax.models.codecs import linear_codec
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.conftest import ROOT
+from tests.conftest import get_config as get_tiny
 from tests.late import late
 from tests.tiny_vlm import save_tiny_vlm
 from tests.videos import read_clip, read_video
 
 WHY = "labels need the extra label"
 torch, transformers = late("torch", reason=WHY), late("transformers", reason=WHY)
-check, labelling, vlm = (
-    late(f"prophy_jax.labels.{name}", "torch", WHY) for name in ("check", "labelling", "vlm")
+check, labelling, propose, vlm = (
+    late(f"prophy_jax.labels.{name}", "torch", WHY) for name in ("check", "labelling", "propose", "vlm")
 )
 
 BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
@@ -620,7 +625,10 @@ def test_clips_that_show_no_category(prepared, tmp_path):
     """It is said before the model is opened, with what to do."""
     data = tmp_path / "data"
     make_records(sources.read_sources([prepared[0]]), prepared[0], data, shown=False)
-    message = "no clip of .*data shows any category, .* a column 'category' with names such as collision"
+    command = r"--vlm=\S+/no model --data=\S+/data --propose=\S+/source/proposed.csv"
+    message = (
+        f"no clip of .*data shows any category, .* {command} .* column 'category' with names such as coll"
+    )
     with pytest.raises(UserError, match=message):
         label.label(get_config(), tmp_path / "no model", data, tmp_path / "labels")
     assert not (tmp_path / "labels").exists()
@@ -640,6 +648,12 @@ def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
     [
         ([], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
         (["--vlm=none", "--process=2/2"], "--process=2/2"),
+        (["--propose=p.csv"], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
+        (
+            ["--vlm=none", "--propose=p.csv", "--check"],
+            "leave out --import, --check, --preview and --process",
+        ),
+        (["--vlm=none", "--propose=p.csv", "--threshold=2"], "threshold"),
         (["--import=nowhere", "--check", "--out="], "no labels in nowhere: --import names a folder"),
         (["--import=nowhere", "--config.data.taxonomy=none.toml"], "cannot read the categories of none.toml"),
     ],
@@ -650,6 +664,176 @@ def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+# --- Categories proposed from captions -------------------------------------------------------------
+
+CAPTIONS = {
+    "texts/cats/0001": 'A "cat" jumps, then\nlands on \u00e9t\u00e9.',
+    "texts/dogs/0001": "A dog shakes off water.<|im_end|>",  # as models end what they write
+    "table/zipped": "Ice melts, slowly.",
+    "table/known": "A ball hits a wall.",
+}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """(root, data, configuration): a folder of texts, and a table with a zip file, prepared."""
+    root = tmp_path_factory.mktemp("captioned") / "clips"
+    for index, (name, caption) in enumerate(CAPTIONS.items()):
+        path = (root / name).with_suffix(".mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        video.write_mp4(path, np.full((9, 32, 32, 3), 40 * index, np.uint8), FPS)
+        if "texts" in name:
+            path.with_suffix(".txt").write_text(caption)
+    with zipfile.ZipFile(root / "table" / "more.zip", "w") as archive:
+        archive.write(root / "table" / "zipped.mp4", "any/zipped.mp4")
+    (root / "table" / "zipped.mp4").unlink()
+    lines = ["id,video,caption,category", 'my id,zipped.mp4,"Ice melts, slowly.",']
+    (root / "table" / "clips.csv").write_text(
+        "\n".join([*lines, "known,known.mp4,A ball hits a wall.,collision"])
+    )
+    config = get_tiny("tiny")
+    config.label = get_config().label
+    data = root.parent / "data"
+    prepare.prepare(config, [root / "texts", root / "table"], data)
+    return root, data, config
+
+
+def list_records(data):
+    """id -> (split, caption, categories, latents)."""
+    [bucket] = records.read_manifest(data)["buckets"]
+    return {
+        row["id"].decode(): (split, row["caption"], np.flatnonzero(row["category"]).tolist(), row["latents"])
+        for split in ("train", "val")
+        for row in records.open_dataset(data, "records", bucket, split)
+    }
+
+
+def test_proposed_categories_are_read_back(captioned, model_folder, tmp_path, monkeypatch, capsys):
+    """Nothing is encoded again; only categories differ, of the clips that had none."""
+    root, data, config = captioned
+    copy, table = tmp_path / "data", root / "proposed.csv"
+    shutil.copytree(data, copy)
+    label.propose(config, model_folder, copy, table)
+    printed = capsys.readouterr().out
+    assert f"python -m prophy_jax.prepare --source={table} --out={copy}" in printed
+    assert not list(root.glob("*.unfinished"))
+
+    rows = {row["id"]: row for row in csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig")))}
+    model = vlm.load(model_folder, "cpu", "float32")
+    expected = {}
+    for row in rows.values():
+        if row["id"] != "known":
+            [scores] = propose.ask(model, [row["caption"]], taxonomy.WISA)
+            expected[row["id"]] = np.flatnonzero(scores >= 0.5).tolist()
+            best = np.argsort(-scores)[:3]
+            names = [f"{taxonomy.PHENOMENA[e]} {scores[e]:.2f}" for e in best]
+            assert row["scores"] == ", ".join(names)
+    assert any(expected.values()) and rows["known"]["category"] == "collision"
+    assert rows["my id"]["video"] == "table/more.zip:any/zipped.mp4" and rows["known"]["scores"] == ""
+
+    encode = linear_codec.LinearCodec.encode
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
+    prepare.prepare(config, [table], copy)
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", encode)
+    printed = capsys.readouterr().out
+    assert "videos replaced" not in printed and "captions changed" not in printed
+    assert "videos moved, encoded anew only if their content has changed: 4\n" in printed
+    before, after = list_records(data), list_records(copy)
+    assert before.keys() == after.keys() == rows.keys() and len(after) == len(CAPTIONS)
+    for name, (split, caption, categories, latents) in after.items():
+        assert (split, caption) == before[name][:2] and np.array_equal(latents, before[name][3])
+        assert categories == expected.get(name, before[name][2])
+
+
+def test_a_table_among_texts_takes_their_place(captioned, model_folder, tmp_path, monkeypatch, capsys):
+    """The folder of texts is the source of the same clips, with categories."""
+    texts, data, config = tmp_path / "texts", tmp_path / "data", captioned[2]
+    shutil.copytree(captioned[0] / "texts", texts)
+    prepare.prepare(config, [texts], data)
+    before = list_records(data)
+    label.propose(config, model_folder, data, texts / "proposed.csv", threshold=0.0)
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
+    capsys.readouterr()
+    prepare.prepare(config, [texts], data)
+    assert "categories changed: 2\n" in (printed := capsys.readouterr().out) and "moved" not in printed
+    for name, (split, caption, categories, latents) in list_records(data).items():
+        assert categories == list(range(17)) and before[name][:3] == (split, caption, [])
+        np.testing.assert_array_equal(latents, before[name][3])
+
+
+def test_proposing_goes_on_where_it_was_killed(captioned, model_folder, tmp_path, monkeypatch, capsys):
+    root, data, config = captioned
+    table, asked, ask = root / "again.csv", [], propose.ask
+
+    def stop_at_second(model, captions, known):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(captions)
+        return ask(model, captions, known)
+
+    monkeypatch.setattr(propose, "ask", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        label.propose(config, model_folder, data, table)
+    unfinished = root / "again.csv.unfinished"
+    with unfinished.open("a") as file:
+        file.write('{"cut off": [0.')
+    monkeypatch.setattr(propose, "ask", lambda *args: asked.extend(args[1]) or ask(*args))
+    label.propose(config, model_folder, data, table)
+    assert sorted(asked) == sorted(set(CAPTIONS.values()) - {"A ball hits a wall."})
+    text = table.read_bytes()
+    table.unlink()
+    unfinished.write_text('{"another": "model"}\n{"my id": [0]}\n')
+    label.propose(config, model_folder, data, table)
+    assert "is of another model or data, and is begun anew" in capsys.readouterr().out
+    assert len(asked) == 6 and table.read_bytes() == text
+
+
+def test_threshold_and_answers_of_none(captioned, model_folder):
+    root, data, config = captioned
+    label.propose(config, model_folder, data, root / "none.csv", threshold=1.0)
+    rows = list(csv.DictReader(io.StringIO((root / "none.csv").read_text(encoding="utf-8-sig"))))
+    assert sorted(row["category"] for row in rows) == ["collision", "none", "none", "none"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{root}/table/clips.csv", "clips.csv exists, and may have been edited: name another"),
+        ("{root}/texts/p.csv", "in a folder that holds its videos, .*table: name .*clips/proposed.csv"),
+        ("{root}/nowhere/p.csv", "in a folder that holds its videos"),
+        ("{root}/p.txt", "name a file that ends in .csv, such as .*clips/proposed.csv"),
+    ],
+)
+def test_tables_that_cannot_be_written(captioned, tmp_path, table, message):
+    """It is said before the model is opened."""
+    root, data, config = captioned
+    files = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        label.propose(config, tmp_path / "no model", data, table.format(root=root))
+    assert sorted(root.rglob("*")) == files
+
+
+def test_nothing_to_propose(captioned, prepared, tiny_data, model_folder, tmp_path):
+    root, data, config = captioned
+    with pytest.raises(UserError, match="is of the physics sandbox, which knows its categories"):
+        label.propose(get_config(), "no model", tiny_data, tmp_path / "p.csv")
+    with pytest.raises(
+        UserError, match="no .*gone, a source of .*: if it has moved, say where .*--source=DIR"
+    ):
+        label.propose(config, "no model", data, root / "p.csv", [root / "texts", tmp_path / "gone"])
+    with pytest.raises(UserError, match="has 2 sources and 1 are named"):
+        label.propose(config, "no model", data, root / "p.csv", [root])
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    class Broken:
+        def prefer(self, questions, one, other):
+            return np.full(len(questions), np.nan, np.float32)
+
+    with pytest.raises(UserError, match="scores are not finite"):
+        propose.ask(Broken(), ["A cat."], taxonomy.WISA)
 
 
 # --- Labels of one's own ---------------------------------------------------------------------------
