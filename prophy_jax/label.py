@@ -206,20 +206,23 @@ def import_labels(
     from prophy_jax.labels import own
 
     # 1. Every file, and what is wrong with it.
-    known, manifest, found = taxonomy.of(config), records.read_manifest(data), own.find(folder)
+    known, manifest = taxonomy.of(config), records.read_manifest(data)
     known.check(manifest, data)
     sizes = {bucket: Sizes.of(manifest, bucket) for bucket in manifest["buckets"]}
     files = list_files(data, manifest)
     ids = {file: list_ids(data, file) for shards in files.values() for file in shards}
     clips = {name: file.bucket for file, names in ids.items() for name in names}
-    wrong, digest = [], hashlib.sha256()
+    found, others = own.find(folder, clips)
+    wrong, empty, digest = [], [], hashlib.sha256()
     for name, paths in found.items():
         try:
             if name not in clips:
                 raise ValueError(f"{data} has no clip {name!r}; its ids are such as {next(iter(clips))!r}")
             if len(paths) > 1:
                 raise ValueError("the clip has another file: " + ", ".join(path.name for path in paths))
-            own.read(paths[0], sizes[clips[name]].token_grid, known)
+            present, _ = own.read(paths[0], sizes[clips[name]].token_grid, known)
+            if not present.any():
+                empty.append(name)
             digest.update(json.dumps(name).encode() + paths[0].read_bytes())
         except ValueError as error:
             wrong.append(f"{paths[0]}: {error}")
@@ -230,6 +233,8 @@ def import_labels(
         )
     unlabelled = [name for name in clips if name not in found]
     print(f"{folder}: {len(found)} files are right")
+    records.print_list("files left out, which are not labels", others, "")
+    records.print_list("files that label no category, with shares of 0 alone", empty, "")
     if unlabelled:
         more = "" if len(unlabelled) < 9 else ", ..."
         print(f"clips of {data} without labels: {len(unlabelled)}: {', '.join(unlabelled[:8])}{more}")
@@ -824,12 +829,13 @@ def main(config: ConfigDict) -> None:
     if "label" not in config:
         raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
     data, out = options.data or config.data.dir, options.out or config.data.side.alignment
+    works = ["--check"] if options.check and not own else []
+    works += [f"--{name}" for name in ("import", "propose", "preview") if options[name].value]
+    if len(works) > 1:
+        raise UserError(f"{' and '.join(works)} cannot be given together: run one after the other")
     if options.propose:
-        if not options.vlm or own or options.check or options.preview or options.process != "0/1":
-            raise UserError(
-                "--propose is a work of its own, of one process, with --vlm: leave out --import, --check, "
-                "--preview and --process"
-            )
+        if options.process != "0/1":
+            raise UserError("--propose is the work of one process: leave out --process")
         propose(config, options.vlm, data, options.propose, options.source, options.threshold)
         return
     if not out and not (own and options.check):

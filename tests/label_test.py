@@ -22,6 +22,7 @@ from prophy_jax.data.job import Job
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video
+from prophy_jax.labels import own as own_labels
 from prophy_jax.models.codecs import linear_codec
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
@@ -651,9 +652,11 @@ def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
         (["--propose=p.csv"], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
         (
             ["--vlm=none", "--propose=p.csv", "--check"],
-            "leave out --import, --check, --preview and --process",
+            "--check and --propose cannot be given together",
         ),
         (["--vlm=none", "--propose=p.csv", "--threshold=2"], "threshold"),
+        (["--vlm=none", "--propose=p.csv", "--process=1/2"], "leave out --process"),
+        (["--import=x", "--preview=3", "--check"], "--import and --preview cannot be given together"),
         (["--import=nowhere", "--check", "--out="], "no labels in nowhere: --import names a folder"),
         (["--import=nowhere", "--config.data.taxonomy=none.toml"], "cannot read the categories of none.toml"),
     ],
@@ -871,6 +874,12 @@ def test_own_labels_become_a_data_set(prepared, own, tmp_path, capsys):
     assert not found["clip1"][0].any() and found["clip1"][1].shape == (0, 72)
 
 
+def npy_header(shape):
+    """A .npy file that claims to have this shape."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 @pytest.mark.parametrize(
     "name, arrays, why",
     [
@@ -890,11 +899,18 @@ def test_own_labels_become_a_data_set(prepared, own, tmp_path, capsys):
         ("clip1.npz", dict(shares=np.ones((72, 1)), names=["rain"]), "names .'rain'., which are none of"),
         ("clip0.npy", None, "the clip has another file: clip0.npy, clip0.npz"),
         ("clip1.npz", b"PK no zip", "clip1.npz: no readable .npz file"),
+        ("clip1.npz", dict(shares=np.zeros((72, 0)), names=[]), "names no category"),
+        ("clip1.NPZ", dict(shares=np.ones((72, 3))), r"expected \(3, 4, 6, 17\)"),
+        ("clip1.npz", dict(shares=np.zeros((3, 6, 4, 17))), r"are \(3, 6, 4, 17\): the clip has 3 x 4 x 6"),
+        ("clip1.npz", dict(shares=np.array([{}])), "holds Python objects, .*: write arrays of numbers with"),
+        ("clip1.npy", npy_header("(10000000000, 1000)"), "clip1.npy: no readable .npy file"),  # of 40 TB
+        ("clip1.npy", npy_header("[[["), "clip1.npy: no readable .npy file"),
     ],
 )
 def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys, name, arrays, why):
     if isinstance(arrays, dict):
-        np.savez(own / name, **arrays)
+        with (own / name).open("wb") as file:
+            np.savez(file, **arrays)
     else:
         (own / name).write_bytes(arrays or b"")
     with pytest.raises(UserError, match="1 of . files of .*own are wrong, as listed; nothing was written"):
@@ -907,3 +923,35 @@ def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys,
 def test_a_folder_without_own_labels(prepared, tmp_path):
     with pytest.raises(UserError, match="no labels in .*none: --import names a folder with a file ID.npz"):
         label.import_labels(get_config(), tmp_path / "none", prepared[1], tmp_path / "labels")
+
+
+def test_what_own_labels_leave_open_is_listed(prepared, own, tmp_path, capsys):
+    """Files of another kind, a link to nowhere, a file of zeros, and what macOS leaves."""
+    np.savez(own / "clip1.npz", shares=np.zeros((72, 17)))
+    (own / "clip2.npy").rename(own / "clip2.NPY")
+    (own / "clip3.pt").write_bytes(b"x")
+    (own / "clip5.npz").symlink_to(tmp_path / "nowhere")
+    (own / "._clip0.npz").write_bytes(b"Mac OS X")
+    label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
+    printed = capsys.readouterr().out
+    assert "own: 4 files are right\n" in printed and "labels of 4 of 7 clips" in printed
+    assert "files left out, which are not labels: 3\n  ._clip0.npz\n  clip3.pt\n  clip5.npz\n" in printed
+    assert "files that label no category, with shares of 0 alone: 1\n  clip1\n" in printed
+    assert read_labels(tmp_path / "labels", prepared[1])["clip2"][0].any()
+
+
+def test_own_labels_have_names_in_any_unicode_form(tmp_path):
+    np.save(tmp_path / "e\u0301te\u0301.npy", np.zeros((72, 17)))  # as macOS writes it
+    assert list(own_labels.find(tmp_path, ["\u00e9t\u00e9"])[0]) == ["\u00e9t\u00e9"]
+
+
+def test_names_of_own_labels_may_be_bytes(tmp_path):
+    np.savez(tmp_path / "a.npz", shares=np.ones((72, 1)), names=[b"melting"])
+    present, _ = own_labels.read(tmp_path / "a.npz", (3, 4, 6), taxonomy.WISA)
+    np.testing.assert_array_equal(present, taxonomy.multi_hot(["melting"]))
+
+
+def test_a_folder_of_labels_of_another_kind(prepared, tmp_path):
+    (tmp_path / "clip0.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="no labels in .*, which holds clip0.pt: --import names a folder"):
+        label.import_labels(get_config(), tmp_path, prepared[1], tmp_path / "labels")
