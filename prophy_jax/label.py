@@ -859,9 +859,9 @@ if __name__ == "__main__":
         "Folder of a Qwen2.5-VL model, or ORG/NAME[@REVISION] of the Hugging Face hub, which is fetched.",
     )
     flags.DEFINE_string("data", None, "Folder of prepared records; default: config.data.dir.")
-    flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.side.alignment.")
+    flags.DEFINE_string("out", None, "Folder to write, or to resume; default: config.data.side.alignment.")
     flags.DEFINE_multi_string(
-        "source", [], "Where a source of the records is now, one for each; default: as it was."
+        "source", [], "Folder or file where a source of the records is now, one for each; default: as it was."
     )
     flags.DEFINE_string("process", "0/1", "I/P: which of how many processes this is, such as 0/4.")
     flags.DEFINE_integer("preview", 0, "Draw the labels of so many clips instead.", lower_bound=0)

@@ -664,9 +664,15 @@ def main(config: ConfigDict) -> None:
 
 if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
-    flags.DEFINE_multi_string("source", [], "Folder or file of captioned videos; without it, the sandbox.")
-    flags.DEFINE_multi_string("val", [], "Folder or file of one's own validation clips; none is drawn then.")
-    flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.dir.")
+    flags.DEFINE_multi_string(
+        "source", [], "Folder or file of captioned videos; may be repeated; without it, the sandbox."
+    )
+    flags.DEFINE_multi_string(
+        "val", [], "Folder or file of one's own validation clips; may be repeated; none is drawn then."
+    )
+    flags.DEFINE_string("out", None, "Folder to write, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
-    flags.DEFINE_bool("dry_run", False, "Only list the clips, open some, and print statistics.")
+    flags.DEFINE_bool(
+        "dry_run", False, "Write nothing: only list the clips, open some, and print statistics."
+    )
     cli.run(main, __doc__, distributed=True)
