@@ -297,15 +297,20 @@ def propose(
     table, known, manifest = Path(table), taxonomy.of(config), records.read_manifest(data)
     known.check(manifest, data)
     roots = list_roots(data, manifest, sources)
-    here = table.absolute().parent.resolve()
+    folders = [place_below(root, table.absolute().parent) for root in roots]
     if table.suffix.lower() != ".csv":
         raise UserError(f"--propose={table}: name a file that ends in .csv, such as {suggest_table(roots)}")
-    if table.exists():
+    if os.path.lexists(table):
         raise UserError(f"{table} exists, and may have been edited: name another file, or remove it")
-    if outside := [root for root in roots if not root.is_relative_to(here)]:
+    if outside := [root for root, folder in zip(roots, folders, strict=True) if folder is None]:
         raise UserError(
             f"--propose={table}: a table must be in a folder that holds its videos, which are in "
             f"{', '.join(map(str, outside))}: name {suggest_table(roots)}"
+        )
+    if not os.access(table.absolute().parent, os.W_OK):
+        raise UserError(
+            f"no file can be written beside {table}: make a folder with links to the sources, name these "
+            "with --source=DIR, and the table in that folder"
         )
     clips: dict[str, proposing.Captioned] = {}
     files = [file for own in list_files(data, manifest).values() for file in own]
@@ -315,7 +320,7 @@ def propose(
         for index in range(file.first, file.first + file.count):
             record = stored[index]
             name, caption, place = (record[key].decode() for key in ("id", "caption", "video"))
-            place = (roots[int(record["source"])] / place).relative_to(here).as_posix()
+            place = (folders[int(record["source"])] / place).as_posix()
             names = tuple(known.names[e] for e in np.flatnonzero(record["category"]))
             clips.setdefault(name, proposing.Captioned(name, place, file.split, caption, names))
     asked = [clip for clip in clips.values() if not clip.names]
@@ -350,12 +355,20 @@ def propose(
 
 def list_roots(data: str | Path, manifest: Mapping[str, Any], moved: Sequence[str]) -> list[Path]:
     """The folder that each source names its videos from. UserError if there is no source, or it is gone."""
-    paths = [Path(path).resolve() for path in check_moved(data, manifest, moved)]
+    paths = [Path(path).absolute() for path in check_moved(data, manifest, moved)]
     if not paths:
         raise UserError(f"{data} is of the physics sandbox, which knows its categories: nothing to propose")
     if gone := [path for path in paths if not path.exists()]:
         raise UserError(f"no {gone[0]}, a source of {data}: if it has moved, say where it is: --source=DIR")
     return [path if path.is_dir() else path.parent for path in paths]
+
+
+def place_below(path: Path, folder: Path) -> Path | None:
+    """What `path` is relative to a folder that holds it, as named or when links are followed; or None."""
+    for own, above in ((path, folder), (path.resolve(), folder.resolve())):
+        if own.is_relative_to(above):
+            return own.relative_to(above)
+    return None
 
 
 def suggest_table(roots: Sequence[Path]) -> Path:

@@ -818,6 +818,44 @@ def test_tables_that_cannot_be_written(captioned, tmp_path, table, message):
     assert sorted(root.rglob("*")) == files
 
 
+def test_a_table_beside_links_to_the_sources(captioned, model_folder, tmp_path, monkeypatch):
+    """Where nothing can be written beside the videos; what `prepare` then finds through the links."""
+    root, data, config = captioned
+    copy, links, table = tmp_path / "data", tmp_path / "links", tmp_path / "links" / "proposed.csv"
+    shutil.copytree(data, copy)
+    links.mkdir()
+    for name in ("texts", "table"):
+        (links / name).symlink_to(root / name)
+    sources = [str(links / name) for name in ("texts", "table")]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(UserError, match="no file can be written beside .*: make a folder with links"):
+            label.propose(config, model_folder, copy, table, sources)
+    label.propose(config, model_folder, copy, table, sources)
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
+    prepare.prepare(config, [table], copy)
+    assert list_records(copy).keys() == list_records(data).keys()
+
+
+def test_damaged_scores_of_an_interrupted_run_are_left(tmp_path):
+    table = tmp_path / "p.csv"
+    begun = propose.Unfinished(table, {"model": 1})
+    begun.add({"a": [0.5]})
+    with begun.path.open("ab") as file:
+        file.write(b"\0\xff\n[1]\n")
+    assert propose.Unfinished(table, {"model": 1}).scores == {"a": [0.5]}
+    assert propose.Unfinished(table, {"model": 2}).scores == {}
+    with pytest.raises(UserError, match="ppp.csv.unfinished cannot be written .File name too long"):
+        propose.Unfinished(tmp_path / f"{300 * 'p'}.csv", {})
+
+
+def test_questions_of_many_categories_are_put_in_parts(monkeypatch, model_folder):
+    model = vlm.load(model_folder, "cpu", "float32")
+    whole = propose.ask(model, ["A cat."], taxonomy.WISA)
+    monkeypatch.setattr(propose, "AT_ONCE", 5)
+    np.testing.assert_allclose(propose.ask(model, ["A cat."], taxonomy.WISA), whole, rtol=0, atol=1e-6)
+
+
 def test_nothing_to_propose(captioned, prepared, tiny_data, model_folder, tmp_path):
     root, data, config = captioned
     with pytest.raises(UserError, match="is of the physics sandbox, which knows its categories"):

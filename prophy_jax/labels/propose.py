@@ -9,13 +9,14 @@ The answer is a table that `prophy_jax.prepare --source` reads:
     id,video,split,caption,category,scores
     a,cats/a.mp4,train,A ball hits a wall.,"collision, rigid body motion","collision 0.97, rigid body ..."
 
-R questions at once, E categories.
+E categories.
 """
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import write_atomically
 
 QUESTION = 'A video has this caption: "{caption}"\nDoes the video show {name}? Answer Yes or No.'
+AT_ONCE = 64  # questions of one forward pass, at most
 LONGEST = 4000  # characters of a caption that are put to the model
 COLUMNS = ("id", "video", "split", "caption", "category", "scores")
 BEST = 3  # scores that the table shows
@@ -44,7 +46,7 @@ class Captioned(NamedTuple):
 
 
 def ask(model: Vlm, captions: Sequence[str], known: Taxonomy) -> np.ndarray:
-    """(len(captions), E) float64 scores from 0 to 1, in one forward pass.
+    """(len(captions), E) float64 scores from 0 to 1.
 
     Raises:
         UserError: the memory does not suffice, or the model gives no numbers.
@@ -53,12 +55,13 @@ def ask(model: Vlm, captions: Sequence[str], known: Taxonomy) -> np.ndarray:
     shown = [caption[:LONGEST].replace("<|", "< |") for caption in captions]
     questions = [QUESTION.format(caption=caption, name=name) for caption in shown for name in known.names]
     try:
-        odds = model.prefer(questions, "Yes", "No").reshape(len(captions), -1)  # (R,) -> (clips, E)
+        parts = [questions[first : first + AT_ONCE] for first in range(0, len(questions), AT_ONCE)]
+        odds = np.concatenate([model.prefer(part, "Yes", "No") for part in parts])  # (clips E,)
     except torch.OutOfMemoryError as error:
         raise UserError("the model runs out of memory: lower config.label.batch") from error
     if not np.isfinite(odds).all():
         raise UserError("the model's scores are not finite: download it again, or set config.label.dtype")
-    return 1 / (1 + np.exp(-odds.astype(np.float64)))
+    return 1 / (1 + np.exp(-odds.astype(np.float64).reshape(len(captions), -1)))  # (clips, E)
 
 
 class Unfinished:
@@ -73,19 +76,20 @@ class Unfinished:
         self.path = table.with_name(f"{table.name}.unfinished")
         self.scores: dict[str, list[float]] = {}
         first = json.dumps(identity, sort_keys=True)
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
-        if lines[:1] == [first]:
-            for line in lines[1:-1]:  # what follows the last newline was interrupted
-                self.scores |= json.loads(line)
-        elif lines:
-            print(f"{self.path} is of another model or data, and is begun anew")
-        kept = [first, *(json.dumps({name: own}) for name, own in self.scores.items())]
-        write_atomically(self.path, "\n".join([*kept, ""]))
+        with _writing(self.path):
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+            begin, *lines = text.split("\n")
+            with contextlib.suppress(ValueError, TypeError):  # of a damaged line, and those after it
+                for line in lines[:-1] if begin == first else ():  # the last one was interrupted, or is empty
+                    self.scores |= json.loads(line)
+            if text and begin != first:
+                print(f"{self.path} is of another model or data, and is begun anew")
+            write_atomically(self.path, f"{first}\n{json.dumps(self.scores)}\n")
 
     def add(self, scores: Mapping[str, Sequence[float]]) -> None:
         """id -> its E scores."""
         self.scores |= {name: list(own) for name, own in scores.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({name: list(own) for name, own in scores.items()}) + "\n")
 
 
@@ -113,6 +117,14 @@ def write(
             best = ", ".join(f"{name} {own[name]:.2f}" for name in ranked)
         category = ", ".join(names) or "none"
         rows.writerow([clip.id, clip.video, clip.split, clip.caption, category, best])
-    # With the mark by which spreadsheet programs know UTF-8.
-    write_atomically(table, text.getvalue().encode("utf-8-sig"))
+    with _writing(table):  # with the mark by which spreadsheet programs know UTF-8
+        write_atomically(table, text.getvalue().encode("utf-8-sig"))
     return named
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
