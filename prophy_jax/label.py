@@ -320,7 +320,7 @@ def propose(
         for index in range(file.first, file.first + file.count):
             record = stored[index]
             name, caption, place = (record[key].decode() for key in ("id", "caption", "video"))
-            place = (folders[int(record["source"])] / place).as_posix()
+            place = f"{folders[int(record['source'])].as_posix()}/{place}".removeprefix("./")
             names = tuple(known.names[e] for e in np.flatnonzero(record["category"]))
             clips.setdefault(name, proposing.Captioned(name, place, file.split, caption, names))
     asked = [clip for clip in clips.values() if not clip.names]

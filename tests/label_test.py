@@ -672,7 +672,7 @@ def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message)
 # --- Categories proposed from captions -------------------------------------------------------------
 
 CAPTIONS = {
-    "texts/cats/0001": 'A "cat" jumps, then\nlands on \u00e9t\u00e9.',
+    "texts/cats/0001": 'A "cat" jumps,\rthen\nlands on \u00e9t\u00e9.',
     "texts/dogs/0001": "A dog shakes off water.<|im_end|>",  # as models end what they write
     "table/zipped": "Ice melts, slowly.",
     "table/known": "A ball hits a wall.",
@@ -688,9 +688,9 @@ def captioned(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         video.write_mp4(path, np.full((9, 32, 32, 3), 40 * index, np.uint8), FPS)
         if "texts" in name:
-            path.with_suffix(".txt").write_text(caption)
+            path.with_suffix(".txt").write_bytes(caption.encode())
     with zipfile.ZipFile(root / "table" / "more.zip", "w") as archive:
-        archive.write(root / "table" / "zipped.mp4", "any/zipped.mp4")
+        archive.writestr("any//zipped.mp4", (root / "table" / "zipped.mp4").read_bytes())
     (root / "table" / "zipped.mp4").unlink()
     lines = ["id,video,caption,category", 'my id,zipped.mp4,"Ice melts, slowly.",']
     (root / "table" / "clips.csv").write_text(
@@ -723,7 +723,10 @@ def test_proposed_categories_are_read_back(captioned, model_folder, tmp_path, mo
     assert f"python -m prophy_jax.prepare --source={table} --out={copy}" in printed
     assert not list(root.glob("*.unfinished"))
 
-    rows = {row["id"]: row for row in csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig")))}
+    rows = {
+        row["id"]: row
+        for row in csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""))
+    }
     model = vlm.load(model_folder, "cpu", "float32")
     expected = {}
     for row in rows.values():
@@ -734,7 +737,7 @@ def test_proposed_categories_are_read_back(captioned, model_folder, tmp_path, mo
             names = [f"{taxonomy.PHENOMENA[e]} {scores[e]:.2f}" for e in best]
             assert row["scores"] == ", ".join(names)
     assert any(expected.values()) and rows["known"]["category"] == "collision"
-    assert rows["my id"]["video"] == "table/more.zip:any/zipped.mp4" and rows["known"]["scores"] == ""
+    assert rows["my id"]["video"] == "table/more.zip:any//zipped.mp4" and rows["known"]["scores"] == ""
 
     encode = linear_codec.LinearCodec.encode
     monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)

@@ -105,7 +105,7 @@ def write(
     Categories are the clip's own, or those with a score of at least `threshold`; "none" where there is none.
     """
     text, named = io.StringIO(newline=""), 0
-    rows = csv.writer(text, lineterminator="\n")
+    rows = csv.writer(text)  # it quotes what holds a character of its own end of lines, "\r\n"
     rows.writerow(COLUMNS)
     for clip in clips:
         names, best = clip.names, ""
