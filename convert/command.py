@@ -46,8 +46,8 @@ _LORA = {
 }
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # suffixes of files that may hold weights
 SRC = (
-    "folder of the download, or a file of it, or ORG/NAME[@REVISION] of the Hugging Face hub, of which the "
-    "files needed are fetched"
+    "Folder of the download, or a file of it, or ORG/NAME[@REVISION] of the Hugging Face hub, of which the "
+    "files needed are fetched."
 )
 _TOKENIZER = (".json", ".model", ".txt")  # suffixes of a tokenizer's files
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -293,10 +293,10 @@ def _describe(component: Component) -> str:
 def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(f"python -m {model.command}", model.about)
     parser.add_argument("--src", required=True, help=SRC)
-    parser.add_argument("--dst", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="what to convert")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; by default that of the files")
-    parser.add_argument("--dry_run", action="store_true", help="check and describe, write nothing")
+    parser.add_argument("--dst", type=Path, required=True, help="Folder to write the checkpoints to.")
+    parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="What to convert.")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="Of all weights; default: that of the files.")
+    parser.add_argument("--dry_run", action="store_true", help="Write nothing: only check and describe.")
     return parser.parse_args(arguments)
 
 

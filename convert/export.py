@@ -442,9 +442,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
     parser = cli.ArgumentParser("python -m convert.export", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="folder of converted or trained parameters")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="names and files to write")
-    parser.add_argument("--dst", required=True, help="folder to write; must not exist")
+    parser.add_argument("--checkpoint", required=True, help="Folder of converted or trained parameters.")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="Names and files to write.")
+    parser.add_argument("--dst", required=True, help="Folder to write; it must not exist.")
     options = parser.parse_args(arguments)
     export(options.checkpoint, options.format, options.dst)
 

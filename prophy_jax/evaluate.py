@@ -167,6 +167,6 @@ def main(config: Any) -> None:
 if __name__ == "__main__":
     from prophy_jax.run import cli
 
-    flags.DEFINE_string("workdir", None, "Folder of a finished run.")
-    flags.DEFINE_string("out", None, "Folder for metrics.json and report.html; default: the run's.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, which has finished.")
+    flags.DEFINE_string("out", None, "Folder to write metrics.json and report.html to; default: the run's.")
     cli.run(main, __doc__)

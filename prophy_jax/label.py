@@ -14,6 +14,8 @@ order of the records.
     --import=DIR takes labels of your own instead, a file for each clip (`prophy_jax.labels.own`), and needs
                  neither model nor videos; with --check it only checks them.
     --preview=N  only draws the labels of N clips, with questions and answers, into LABELS_DIR-preview.
+    --propose=FILE.csv   asks which categories the captions of clips without any name, and writes a table to
+                 look through; then prepare again with --source=FILE.csv, and label.
 
 `config.label` has the settings, `config.label_check` the clips of --check; --config may name another file.
 Any number of processes may share the work (--process=0/4 to --process=3/4), and any of them may be stopped
@@ -27,6 +29,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import resource
 import time
@@ -203,20 +206,23 @@ def import_labels(
     from prophy_jax.labels import own
 
     # 1. Every file, and what is wrong with it.
-    known, manifest, found = taxonomy.of(config), records.read_manifest(data), own.find(folder)
+    known, manifest = taxonomy.of(config), records.read_manifest(data)
     known.check(manifest, data)
     sizes = {bucket: Sizes.of(manifest, bucket) for bucket in manifest["buckets"]}
     files = list_files(data, manifest)
     ids = {file: list_ids(data, file) for shards in files.values() for file in shards}
     clips = {name: file.bucket for file, names in ids.items() for name in names}
-    wrong, digest = [], hashlib.sha256()
+    found, others = own.find(folder, clips)
+    wrong, empty, digest = [], [], hashlib.sha256()
     for name, paths in found.items():
         try:
             if name not in clips:
                 raise ValueError(f"{data} has no clip {name!r}; its ids are such as {next(iter(clips))!r}")
             if len(paths) > 1:
                 raise ValueError("the clip has another file: " + ", ".join(path.name for path in paths))
-            own.read(paths[0], sizes[clips[name]].token_grid, known)
+            present, _ = own.read(paths[0], sizes[clips[name]].token_grid, known)
+            if not present.any():
+                empty.append(name)
             digest.update(json.dumps(name).encode() + paths[0].read_bytes())
         except ValueError as error:
             wrong.append(f"{paths[0]}: {error}")
@@ -227,6 +233,8 @@ def import_labels(
         )
     unlabelled = [name for name in clips if name not in found]
     print(f"{folder}: {len(found)} files are right")
+    records.print_list("files left out, which are not labels", others, "")
+    records.print_list("files that label no category, with shares of 0 alone", empty, "")
     if unlabelled:
         more = "" if len(unlabelled) < 9 else ", ..."
         print(f"clips of {data} without labels: {len(unlabelled)}: {', '.join(unlabelled[:8])}{more}")
@@ -256,6 +264,116 @@ def import_labels(
         f"{out}: labels of {len(found)} of {len(clips)} clips; train with --config.data.side.alignment={out}"
     )
     return made
+
+
+def propose(
+    config: ConfigDict,
+    model_folder: str | Path,
+    data: str | Path,
+    table: str | Path,
+    sources: Sequence[str] = (),
+    threshold: float = 0.5,
+) -> None:
+    """Writes a table of the clips of `data` with categories that fit their captions, to be looked through.
+
+    `prophy_jax.prepare --source` reads it; `prophy_jax.labels.propose` explains its columns. A clip that has
+    categories keeps them, and is not asked about. Goes on where it was interrupted.
+
+    Args:
+        config: with `label`.
+        model_folder: a Qwen2.5-VL model, or its name on the hub.
+        data: prepared records.
+        table: the file to make, in a folder that holds the sources of the records, or the one of them.
+        sources: where the sources are now; none: where they were.
+        threshold: score from which a category is proposed.
+
+    Raises:
+        UserError: no data, no such model, a table that is there already, or in another folder.
+    """
+    # 1. The clips, in the order of the records, and where a table finds their videos.
+    import_labelling(config)
+    from prophy_jax.labels import propose as proposing
+
+    table, known, manifest = Path(table), taxonomy.of(config), records.read_manifest(data)
+    known.check(manifest, data)
+    roots = list_roots(data, manifest, sources)
+    folders = [place_below(root, table.absolute().parent) for root in roots]
+    if table.suffix.lower() != ".csv":
+        raise UserError(f"--propose={table}: name a file that ends in .csv, such as {suggest_table(roots)}")
+    if os.path.lexists(table):
+        raise UserError(f"{table} exists, and may have been edited: name another file, or remove it")
+    if outside := [root for root, folder in zip(roots, folders, strict=True) if folder is None]:
+        raise UserError(
+            f"--propose={table}: a table must be in a folder that holds its videos, which are in "
+            f"{', '.join(map(str, outside))}: name {suggest_table(roots)}"
+        )
+    if not os.access(table.absolute().parent, os.W_OK):
+        raise UserError(
+            f"no file can be written beside {table}: make a folder with links to the sources, name these "
+            "with --source=DIR, and the table in that folder"
+        )
+    clips: dict[str, proposing.Captioned] = {}
+    files = [file for own in list_files(data, manifest).values() for file in own]
+    copies = manifest.get("stand_in", ())  # splits whose clips are those of another
+    for file in sorted(files, key=lambda file: file.split in copies):
+        stored = records.open_dataset(data, "records", file.bucket, file.split)
+        for index in range(file.first, file.first + file.count):
+            record = stored[index]
+            name, caption, place = (record[key].decode() for key in ("id", "caption", "video"))
+            place = f"{folders[int(record['source'])].as_posix()}/{place}".removeprefix("./")
+            names = tuple(known.names[e] for e in np.flatnonzero(record["category"]))
+            clips.setdefault(name, proposing.Captioned(name, place, file.split, caption, names))
+    asked = [clip for clip in clips.values() if not clip.names]
+    if not asked:
+        raise UserError(f"every clip of {data} has a category already: there is nothing to propose")
+
+    # 2. Each question once, also after an interruption.
+    model, described = open_model(model_folder, config, 0)
+    identity = {"data": manifest["fingerprint"], "vlm": described["sha256"], "categories": known.names}
+    unfinished = proposing.Unfinished(table, {**identity, "question": proposing.QUESTION})
+    left = [clip for clip in asked if clip.id not in unfinished.scores]
+    with tqdm.tqdm(total=len(left), unit="clip", dynamic_ncols=True, disable=not left) as bar:
+        for first in range(0, len(left), config.label.batch):
+            batch = left[first : first + config.label.batch]
+            scores = proposing.ask(model, [clip.caption for clip in batch], known)
+            unfinished.add({clip.id: own for clip, own in zip(batch, scores.tolist(), strict=True)})
+            bar.update(len(batch))
+
+    # 3. The table, and what to do with it.
+    named = proposing.write(table, list(clips.values()), unfinished.scores, known, threshold)
+    unfinished.path.unlink()
+    print(f"{table}: {len(clips)} clips, {len(asked)} of them without a category; {named} got one or more")
+    cut = [clip.id for clip in asked if len(clip.caption) > proposing.LONGEST]
+    records.print_list(f"asked about the first {proposing.LONGEST} characters of the caption", cut, "")
+    skipped = [name for name, _ in manifest.get("skipped", ())]
+    records.print_list(f"clips that {data} has skipped, and that are not in the table", skipped)
+    print(
+        "look through the column 'category' and correct it, then run, with the same --config: "
+        f"python -m prophy_jax.prepare --source={table} --out={data}"
+    )
+
+
+def list_roots(data: str | Path, manifest: Mapping[str, Any], moved: Sequence[str]) -> list[Path]:
+    """The folder that each source names its videos from. UserError if there is no source, or it is gone."""
+    paths = [Path(path).absolute() for path in check_moved(data, manifest, moved)]
+    if not paths:
+        raise UserError(f"{data} is of the physics sandbox, which knows its categories: nothing to propose")
+    if gone := [path for path in paths if not path.exists()]:
+        raise UserError(f"no {gone[0]}, a source of {data}: if it has moved, say where it is: --source=DIR")
+    return [path if path.is_dir() else path.parent for path in paths]
+
+
+def place_below(path: Path, folder: Path) -> Path | None:
+    """What `path` is relative to a folder that holds it, as named or when links are followed; or None."""
+    for own, above in ((path, folder), (path.resolve(), folder.resolve())):
+        if own.is_relative_to(above):
+            return own.relative_to(above)
+    return None
+
+
+def suggest_table(roots: Sequence[Path]) -> Path:
+    """A name for a table of proposed categories, in the folder that holds all sources."""
+    return Path(os.path.commonpath(roots)) / "proposed.csv"
 
 
 # --- The model -------------------------------------------------------------------------------------
@@ -295,10 +413,13 @@ def open_all(
     labelling = import_labelling(config)
     prepared = PreparedClips(data, sources, taxonomy.of(config))
     if not prepared.show_something():
+        table = suggest_table(list_roots(data, prepared.manifest, sources))
         raise UserError(
-            f"no clip of {data} shows any category, so there is nothing to ask: give the list of clips a "
-            f"column 'category' with names such as {', '.join(prepared.known.names[:3])}, and prepare them "
-            "again; or take labels of your own with --import=DIR"
+            f"no clip of {data} shows any category, so there is nothing to ask: have categories proposed "
+            f"from the captions, with python -m prophy_jax.label --vlm={model_folder} --data={data} "
+            f"--propose={table} and the same --config; or give the list of clips a column 'category' with "
+            f"names such as {', '.join(prepared.known.names[:3])}, and prepare them again; or take labels of "
+            "your own with --import=DIR"
         )
     model, described = open_model(model_folder, config, process)
     layers = labelling.choose_layers(config.label.layers, model.num_layers)
@@ -365,6 +486,16 @@ def list_ids(data: str | Path, file: RecordFile) -> list[str]:
     return [str(stored.read(index)["id"], "utf-8") for index in range(file.first, file.first + file.count)]
 
 
+def check_moved(data: str | Path, manifest: Mapping[str, Any], moved: Sequence[str]) -> Sequence[str]:
+    """Where the sources of the records are now. Raises UserError unless each is named, or none."""
+    paths = manifest["sources"]
+    if moved and len(moved) != len(paths):
+        raise UserError(
+            f"{data} has {len(paths)} sources and {len(moved)} are named: name each with --source, in order"
+        )
+    return moved or paths
+
+
 class Clip(NamedTuple):
     """A record as the model needs it: frames (F, H, W, 3) uint8, or None and why, or labels made earlier."""
 
@@ -410,18 +541,13 @@ class PreparedClips:
             )
 
     def _open_source(self, moved: Sequence[str]):
-        paths = self.manifest["sources"]
-        if moved and len(moved) != len(paths):
-            raise UserError(
-                f"{self.data} has {len(paths)} sources and {len(moved)} are named: name each with --source, "
-                "in order"
-            )
+        paths = check_moved(self.data, self.manifest, moved)
         if not paths:
             return source.draw_sandbox(
                 ConfigDict({**self.manifest["video"], "sandbox": self.manifest["sandbox"]})
             )
         try:
-            return source.read_sources(moved or paths, known=self.known)
+            return source.read_sources(paths, known=self.known)
         except UserError as error:
             raise UserError(f"{error}; if the source has moved, say where it is: --source=DIR") from error
 
@@ -716,6 +842,15 @@ def main(config: ConfigDict) -> None:
     if "label" not in config:
         raise UserError("this configuration has no config.label: name one that has, such as configs/wan.py")
     data, out = options.data or config.data.dir, options.out or config.data.side.alignment
+    works = ["--check"] if options.check and not own else []
+    works += [f"--{name}" for name in ("import", "propose", "preview") if options[name].value]
+    if len(works) > 1:
+        raise UserError(f"{' and '.join(works)} cannot be given together: run one after the other")
+    if options.propose:
+        if options.process != "0/1":
+            raise UserError("--propose is the work of one process: leave out --process")
+        propose(config, options.vlm, data, options.propose, options.source, options.threshold)
+        return
     if not out and not (own and options.check):
         raise UserError("name the folder to write: --out=DIR")
     if own:
@@ -737,9 +872,9 @@ if __name__ == "__main__":
         "Folder of a Qwen2.5-VL model, or ORG/NAME[@REVISION] of the Hugging Face hub, which is fetched.",
     )
     flags.DEFINE_string("data", None, "Folder of prepared records; default: config.data.dir.")
-    flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.side.alignment.")
+    flags.DEFINE_string("out", None, "Folder to write, or to resume; default: config.data.side.alignment.")
     flags.DEFINE_multi_string(
-        "source", [], "Where a source of the records is now, one for each; default: as it was."
+        "source", [], "Folder or file where a source of the records is now, one for each; default: as it was."
     )
     flags.DEFINE_string("process", "0/1", "I/P: which of how many processes this is, such as 0/4.")
     flags.DEFINE_integer("preview", 0, "Draw the labels of so many clips instead.", lower_bound=0)
@@ -747,6 +882,12 @@ if __name__ == "__main__":
         "check",
         False,
         "Measure the labels of the physics sandbox instead; with --import, only check the files.",
+    )
+    flags.DEFINE_string(
+        "propose", None, "Write a table of categories that fit the captions instead, to prepare from again."
+    )
+    flags.DEFINE_float(
+        "threshold", 0.5, "Score of a category to be proposed.", lower_bound=0.0, upper_bound=1.0
     )
     flags.DEFINE_string("import", None, "Folder of labels of your own, ID.npz for each clip.")
     cli.run(main, __doc__, default="configs/wan.py")

@@ -273,13 +273,15 @@ class Earlier:
         was, now = {row["id"]: row for row in self._rows}, {row["id"]: row for row in rows}
         both = now.keys() & was.keys()
 
-        def differ(*keys: str) -> list[str]:
-            return [name for name in now if name in both and any(now[name][k] != was[name][k] for k in keys)]
+        def differ(key: str) -> list[str]:
+            return [name for name in now if name in both and now[name][key] not in (None, was[name][key])]
 
         print(f"{self._out} is brought up to date; what is not listed here is kept")
         records.print_list("clips added", [name for name in now if name not in both])
         records.print_list("clips removed", [name for name in was if name not in both])
         records.print_list("videos replaced", differ("sha256"))
+        moved = [name for name in now if name in both and now[name]["sha256"] is None]
+        records.print_list("videos moved, encoded anew only if their content has changed", moved)
         records.print_list("captions changed", differ("caption"))
         records.print_list("categories changed", differ("category"))
 
@@ -662,9 +664,15 @@ def main(config: ConfigDict) -> None:
 
 if __name__ == "__main__":
     # Defined here, so that importing several commands into one program does not define flags twice.
-    flags.DEFINE_multi_string("source", [], "Folder or file of captioned videos; without it, the sandbox.")
-    flags.DEFINE_multi_string("val", [], "Folder or file of one's own validation clips; none is drawn then.")
-    flags.DEFINE_string("out", None, "Folder to make, or to resume; default: config.data.dir.")
+    flags.DEFINE_multi_string(
+        "source", [], "Folder or file of captioned videos; may be repeated; without it, the sandbox."
+    )
+    flags.DEFINE_multi_string(
+        "val", [], "Folder or file of one's own validation clips; may be repeated; none is drawn then."
+    )
+    flags.DEFINE_string("out", None, "Folder to write, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
-    flags.DEFINE_bool("dry_run", False, "Only list the clips, open some, and print statistics.")
+    flags.DEFINE_bool(
+        "dry_run", False, "Write nothing: only list the clips, open some, and print statistics."
+    )
     cli.run(main, __doc__, distributed=True)

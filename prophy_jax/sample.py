@@ -306,13 +306,15 @@ def main(config: Any) -> None:
 if __name__ == "__main__":
     from prophy_jax.run import cli
 
-    flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+    flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
     flags.DEFINE_string("prompts", None, "A file with one prompt a line.")
     flags.DEFINE_string("checkpoint", None, "Folder of converted weights, or of backbone parameters.")
     flags.DEFINE_multi_string(
-        "branch", [], "Folder of a part that a run trained, WORKDIR/branch; without it, the backbone alone."
+        "branch",
+        [],
+        "Folder of a part that a run trained, WORKDIR/branch; may be repeated; without it, no part.",
     )
-    flags.DEFINE_string("out", "samples", "Folder for the clips.")
+    flags.DEFINE_string("out", "samples", "Folder to write the clips to.")
     flags.DEFINE_float("scale", 1.0, "Strength of what the parts add.")
     about = "Of the noise; prompt i of a run has its own noise."
     flags.DEFINE_integer("seed", 0, about, lower_bound=0, upper_bound=2**32 - 1)

@@ -1,16 +1,20 @@
-"""What all commands share: quick help, the compile cache."""
+"""What all commands share: quick help, flags, the compile cache, and what they need in a wheel."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 
 import jax
 import pytest
+from absl import flags
 
 from prophy_jax import build, evaluate
 from prophy_jax.run import cli, config_check, config_help, encoders, workdir
 from prophy_jax.run.errors import UserError
+from tests.commands import run_here
 from tests.config_help_test import shipped
 from tests.conftest import ROOT, get_config
 
@@ -170,6 +174,69 @@ def test_the_remedy_for_a_missing_encoder_names_its_folder_too(tmp_path):
     )
     with pytest.raises(UserError, match=f"--dst={tmp_path}/mine$"):
         evaluate.check_run(config, str(tmp_path))
+
+
+def list_flags(monkeypatch, command) -> dict[str, tuple[str, str]]:
+    """Flag -> what kind of value it takes, and its help text."""
+    found, shown = {}, cli._help
+
+    def of_absl(description):
+        text = shown(description)
+        for name in flags.FLAGS:
+            if name == "config" or flags.FLAGS.find_module_defining_flag(name) in (command, cli.__name__):
+                flag = flags.FLAGS[name]
+                found[name] = flag.flag_type(), flag.help
+        return text
+
+    def of_argparse(parser):
+        for action in parser._actions:
+            kind = "bool" if action.nargs == 0 else "string"
+            if "--help" not in action.option_strings:
+                found.update(
+                    {option.removeprefix("--"): (kind, action.help) for option in action.option_strings}
+                )
+
+    monkeypatch.setattr(cli, "_help", of_absl)
+    monkeypatch.setattr(cli.ArgumentParser, "print_help", of_argparse)
+    assert run_here(command, "--help").returncode == 0
+    return found
+
+
+def test_flags_have_one_style_and_one_meaning(monkeypatch):
+    """Where several commands have a flag of one name, its help begins with the same three words."""
+    files = [file for folder in ("prophy_jax", "convert") for file in (ROOT / folder).rglob("*.py")]
+    runnable = [file.relative_to(ROOT) for file in files if 'if __name__ == "__main__":' in file.read_text()]
+    names = {".".join(file.with_suffix("").parts).removesuffix(".__main__") for file in runnable}
+    assert names - {"prophy_jax.testing.clips"} == set(COMMANDS)
+    kinds, meanings = {}, {}
+    for command in COMMANDS:
+        own = list_flags(monkeypatch, command)
+        assert len(own) > 2
+        for name, (kind, about) in own.items():
+            where = f"{command} --{name}: {about}"
+            assert re.fullmatch("[a-z]+(_[a-z]+)*", name), where
+            assert about[0].isupper() and about[-1] == "." and "\n" not in about, where
+            assert not kind.startswith("multi") or re.search("may be repeated|one for each", about), where
+            assert kinds.setdefault(name, kind) == kind, where
+            words = re.findall(r"\w+", about)[:3]
+            assert meanings.setdefault(name, words) == words, where
+    assert {"out", "source", "workdir", "checkpoint", "dry_run", "dst"} <= kinds.keys()
+
+
+def test_every_data_file_is_in_the_wheel():
+    """`package-data` of pyproject.toml names all that is not Python."""
+    folders = ("prophy_jax", "convert", "configs")
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    data = {ROOT / name for name in names if not name.endswith(".py")}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packed = {
+        file
+        for package, patterns in listed.items()
+        for pattern in patterns
+        for file in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    assert len(data) > 3 and not {str(file.relative_to(ROOT)) for file in data - packed}
 
 
 def test_tiny_models_has_help():

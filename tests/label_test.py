@@ -1,35 +1,41 @@
 """The command that labels records: on a small prepared folder, on the sandbox, and on bad input."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from prophy_jax import label
+from prophy_jax import label, prepare
 from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video
+from prophy_jax.labels import own as own_labels
+from prophy_jax.models.codecs import linear_codec
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.conftest import ROOT
+from tests.conftest import get_config as get_tiny
 from tests.late import late
 from tests.tiny_vlm import save_tiny_vlm
 from tests.videos import read_clip, read_video
 
 WHY = "labels need the extra label"
 torch, transformers = late("torch", reason=WHY), late("transformers", reason=WHY)
-check, labelling, vlm = (
-    late(f"prophy_jax.labels.{name}", "torch", WHY) for name in ("check", "labelling", "vlm")
+check, labelling, propose, vlm = (
+    late(f"prophy_jax.labels.{name}", "torch", WHY) for name in ("check", "labelling", "propose", "vlm")
 )
 
 BUCKETS = {"9x32x48": (3, 4, 6), "5x48x32": (2, 6, 4)}  # with their token grids
@@ -620,7 +626,10 @@ def test_clips_that_show_no_category(prepared, tmp_path):
     """It is said before the model is opened, with what to do."""
     data = tmp_path / "data"
     make_records(sources.read_sources([prepared[0]]), prepared[0], data, shown=False)
-    message = "no clip of .*data shows any category, .* a column 'category' with names such as collision"
+    command = r"--vlm=\S+/no model --data=\S+/data --propose=\S+/source/proposed.csv"
+    message = (
+        f"no clip of .*data shows any category, .* {command} .* column 'category' with names such as coll"
+    )
     with pytest.raises(UserError, match=message):
         label.label(get_config(), tmp_path / "no model", data, tmp_path / "labels")
     assert not (tmp_path / "labels").exists()
@@ -640,6 +649,14 @@ def test_too_little_memory(prepared, model_folder, tmp_path, monkeypatch):
     [
         ([], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
         (["--vlm=none", "--process=2/2"], "--process=2/2"),
+        (["--propose=p.csv"], "name the folder of a Qwen2.5-VL model: --vlm=DIR"),
+        (
+            ["--vlm=none", "--propose=p.csv", "--check"],
+            "--check and --propose cannot be given together",
+        ),
+        (["--vlm=none", "--propose=p.csv", "--threshold=2"], "threshold"),
+        (["--vlm=none", "--propose=p.csv", "--process=1/2"], "leave out --process"),
+        (["--import=x", "--preview=3", "--check"], "--import and --preview cannot be given together"),
         (["--import=nowhere", "--check", "--out="], "no labels in nowhere: --import names a folder"),
         (["--import=nowhere", "--config.data.taxonomy=none.toml"], "cannot read the categories of none.toml"),
     ],
@@ -650,6 +667,217 @@ def test_the_command_answers_in_one_line(prepared, tmp_path, arguments, message)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+# --- Categories proposed from captions -------------------------------------------------------------
+
+CAPTIONS = {
+    "texts/cats/0001": 'A "cat" jumps,\rthen\nlands on \u00e9t\u00e9.',
+    "texts/dogs/0001": "A dog shakes off water.<|im_end|>",  # as models end what they write
+    "table/zipped": "Ice melts, slowly.",
+    "table/known": "A ball hits a wall.",
+}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """(root, data, configuration): a folder of texts, and a table with a zip file, prepared."""
+    root = tmp_path_factory.mktemp("captioned") / "clips"
+    for index, (name, caption) in enumerate(CAPTIONS.items()):
+        path = (root / name).with_suffix(".mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        video.write_mp4(path, np.full((9, 32, 32, 3), 40 * index, np.uint8), FPS)
+        if "texts" in name:
+            path.with_suffix(".txt").write_bytes(caption.encode())
+    with zipfile.ZipFile(root / "table" / "more.zip", "w") as archive:
+        archive.writestr("any//zipped.mp4", (root / "table" / "zipped.mp4").read_bytes())
+    (root / "table" / "zipped.mp4").unlink()
+    lines = ["id,video,caption,category", 'my id,zipped.mp4,"Ice melts, slowly.",']
+    (root / "table" / "clips.csv").write_text(
+        "\n".join([*lines, "known,known.mp4,A ball hits a wall.,collision"])
+    )
+    config = get_tiny("tiny")
+    config.label = get_config().label
+    data = root.parent / "data"
+    prepare.prepare(config, [root / "texts", root / "table"], data)
+    return root, data, config
+
+
+def list_records(data):
+    """id -> (split, caption, categories, latents)."""
+    [bucket] = records.read_manifest(data)["buckets"]
+    return {
+        row["id"].decode(): (split, row["caption"], np.flatnonzero(row["category"]).tolist(), row["latents"])
+        for split in ("train", "val")
+        for row in records.open_dataset(data, "records", bucket, split)
+    }
+
+
+def test_proposed_categories_are_read_back(captioned, model_folder, tmp_path, monkeypatch, capsys):
+    """Nothing is encoded again; only categories differ, of the clips that had none."""
+    root, data, config = captioned
+    copy, table = tmp_path / "data", root / "proposed.csv"
+    shutil.copytree(data, copy)
+    label.propose(config, model_folder, copy, table)
+    printed = capsys.readouterr().out
+    assert f"python -m prophy_jax.prepare --source={table} --out={copy}" in printed
+    assert not list(root.glob("*.unfinished"))
+
+    rows = {
+        row["id"]: row
+        for row in csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""))
+    }
+    model = vlm.load(model_folder, "cpu", "float32")
+    expected = {}
+    for row in rows.values():
+        if row["id"] != "known":
+            [scores] = propose.ask(model, [row["caption"]], taxonomy.WISA)
+            expected[row["id"]] = np.flatnonzero(scores >= 0.5).tolist()
+            best = np.argsort(-scores)[:3]
+            names = [f"{taxonomy.PHENOMENA[e]} {scores[e]:.2f}" for e in best]
+            assert row["scores"] == ", ".join(names)
+    assert any(expected.values()) and rows["known"]["category"] == "collision"
+    assert rows["my id"]["video"] == "table/more.zip:any//zipped.mp4" and rows["known"]["scores"] == ""
+
+    encode = linear_codec.LinearCodec.encode
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
+    prepare.prepare(config, [table], copy)
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", encode)
+    printed = capsys.readouterr().out
+    assert "videos replaced" not in printed and "captions changed" not in printed
+    assert "videos moved, encoded anew only if their content has changed: 4\n" in printed
+    before, after = list_records(data), list_records(copy)
+    assert before.keys() == after.keys() == rows.keys() and len(after) == len(CAPTIONS)
+    for name, (split, caption, categories, latents) in after.items():
+        assert (split, caption) == before[name][:2] and np.array_equal(latents, before[name][3])
+        assert categories == expected.get(name, before[name][2])
+
+
+def test_a_table_among_texts_takes_their_place(captioned, model_folder, tmp_path, monkeypatch, capsys):
+    """The folder of texts is the source of the same clips, with categories."""
+    texts, data, config = tmp_path / "texts", tmp_path / "data", captioned[2]
+    shutil.copytree(captioned[0] / "texts", texts)
+    prepare.prepare(config, [texts], data)
+    before = list_records(data)
+    label.propose(config, model_folder, data, texts / "proposed.csv", threshold=0.0)
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
+    capsys.readouterr()
+    prepare.prepare(config, [texts], data)
+    assert "categories changed: 2\n" in (printed := capsys.readouterr().out) and "moved" not in printed
+    for name, (split, caption, categories, latents) in list_records(data).items():
+        assert categories == list(range(17)) and before[name][:3] == (split, caption, [])
+        np.testing.assert_array_equal(latents, before[name][3])
+
+
+def test_proposing_goes_on_where_it_was_killed(captioned, model_folder, tmp_path, monkeypatch, capsys):
+    root, data, config = captioned
+    table, asked, ask = root / "again.csv", [], propose.ask
+
+    def stop_at_second(model, captions, known):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(captions)
+        return ask(model, captions, known)
+
+    monkeypatch.setattr(propose, "ask", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        label.propose(config, model_folder, data, table)
+    unfinished = root / "again.csv.unfinished"
+    with unfinished.open("a") as file:
+        file.write('{"cut off": [0.')
+    monkeypatch.setattr(propose, "ask", lambda *args: asked.extend(args[1]) or ask(*args))
+    label.propose(config, model_folder, data, table)
+    assert sorted(asked) == sorted(set(CAPTIONS.values()) - {"A ball hits a wall."})
+    text = table.read_bytes()
+    table.unlink()
+    unfinished.write_text('{"another": "model"}\n{"my id": [0]}\n')
+    label.propose(config, model_folder, data, table)
+    assert "is of another model or data, and is begun anew" in capsys.readouterr().out
+    assert len(asked) == 6 and table.read_bytes() == text
+
+
+def test_threshold_and_answers_of_none(captioned, model_folder):
+    root, data, config = captioned
+    label.propose(config, model_folder, data, root / "none.csv", threshold=1.0)
+    rows = list(csv.DictReader(io.StringIO((root / "none.csv").read_text(encoding="utf-8-sig"))))
+    assert sorted(row["category"] for row in rows) == ["collision", "none", "none", "none"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{root}/table/clips.csv", "clips.csv exists, and may have been edited: name another"),
+        ("{root}/texts/p.csv", "in a folder that holds its videos, .*table: name .*clips/proposed.csv"),
+        ("{root}/nowhere/p.csv", "in a folder that holds its videos"),
+        ("{root}/p.txt", "name a file that ends in .csv, such as .*clips/proposed.csv"),
+    ],
+)
+def test_tables_that_cannot_be_written(captioned, tmp_path, table, message):
+    """It is said before the model is opened."""
+    root, data, config = captioned
+    files = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        label.propose(config, tmp_path / "no model", data, table.format(root=root))
+    assert sorted(root.rglob("*")) == files
+
+
+def test_a_table_beside_links_to_the_sources(captioned, model_folder, tmp_path, monkeypatch):
+    """Where nothing can be written beside the videos; what `prepare` then finds through the links."""
+    root, data, config = captioned
+    copy, links, table = tmp_path / "data", tmp_path / "links", tmp_path / "links" / "proposed.csv"
+    shutil.copytree(data, copy)
+    links.mkdir()
+    for name in ("texts", "table"):
+        (links / name).symlink_to(root / name)
+    sources = [str(links / name) for name in ("texts", "table")]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(UserError, match="no file can be written beside .*: make a folder with links"):
+            label.propose(config, model_folder, copy, table, sources)
+    label.propose(config, model_folder, copy, table, sources)
+    monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
+    prepare.prepare(config, [table], copy)
+    assert list_records(copy).keys() == list_records(data).keys()
+
+
+def test_damaged_scores_of_an_interrupted_run_are_left(tmp_path):
+    table = tmp_path / "p.csv"
+    begun = propose.Unfinished(table, {"model": 1})
+    begun.add({"a": [0.5]})
+    with begun.path.open("ab") as file:
+        file.write(b"\0\xff\n[1]\n")
+    assert propose.Unfinished(table, {"model": 1}).scores == {"a": [0.5]}
+    assert propose.Unfinished(table, {"model": 2}).scores == {}
+    with pytest.raises(UserError, match="ppp.csv.unfinished cannot be written .File name too long"):
+        propose.Unfinished(tmp_path / f"{300 * 'p'}.csv", {})
+
+
+def test_questions_of_many_categories_are_put_in_parts(monkeypatch, model_folder):
+    model = vlm.load(model_folder, "cpu", "float32")
+    whole = propose.ask(model, ["A cat."], taxonomy.WISA)
+    monkeypatch.setattr(propose, "AT_ONCE", 5)
+    np.testing.assert_allclose(propose.ask(model, ["A cat."], taxonomy.WISA), whole, rtol=0, atol=1e-6)
+
+
+def test_nothing_to_propose(captioned, prepared, tiny_data, model_folder, tmp_path):
+    root, data, config = captioned
+    with pytest.raises(UserError, match="is of the physics sandbox, which knows its categories"):
+        label.propose(get_config(), "no model", tiny_data, tmp_path / "p.csv")
+    with pytest.raises(
+        UserError, match="no .*gone, a source of .*: if it has moved, say where .*--source=DIR"
+    ):
+        label.propose(config, "no model", data, root / "p.csv", [root / "texts", tmp_path / "gone"])
+    with pytest.raises(UserError, match="has 2 sources and 1 are named"):
+        label.propose(config, "no model", data, root / "p.csv", [root])
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    class Broken:
+        def prefer(self, questions, one, other):
+            return np.full(len(questions), np.nan, np.float32)
+
+    with pytest.raises(UserError, match="scores are not finite"):
+        propose.ask(Broken(), ["A cat."], taxonomy.WISA)
 
 
 # --- Labels of one's own ---------------------------------------------------------------------------
@@ -687,6 +915,12 @@ def test_own_labels_become_a_data_set(prepared, own, tmp_path, capsys):
     assert not found["clip1"][0].any() and found["clip1"][1].shape == (0, 72)
 
 
+def npy_header(shape):
+    """A .npy file that claims to have this shape."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 @pytest.mark.parametrize(
     "name, arrays, why",
     [
@@ -706,11 +940,18 @@ def test_own_labels_become_a_data_set(prepared, own, tmp_path, capsys):
         ("clip1.npz", dict(shares=np.ones((72, 1)), names=["rain"]), "names .'rain'., which are none of"),
         ("clip0.npy", None, "the clip has another file: clip0.npy, clip0.npz"),
         ("clip1.npz", b"PK no zip", "clip1.npz: no readable .npz file"),
+        ("clip1.npz", dict(shares=np.zeros((72, 0)), names=[]), "names no category"),
+        ("clip1.NPZ", dict(shares=np.ones((72, 3))), r"expected \(3, 4, 6, 17\)"),
+        ("clip1.npz", dict(shares=np.zeros((3, 6, 4, 17))), r"are \(3, 6, 4, 17\): the clip has 3 x 4 x 6"),
+        ("clip1.npz", dict(shares=np.array([{}])), "holds Python objects, .*: write arrays of numbers with"),
+        ("clip1.npy", npy_header("(10000000000, 1000)"), "clip1.npy: no readable .npy file"),  # of 40 TB
+        ("clip1.npy", npy_header("[[["), "clip1.npy: no readable .npy file"),
     ],
 )
 def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys, name, arrays, why):
     if isinstance(arrays, dict):
-        np.savez(own / name, **arrays)
+        with (own / name).open("wb") as file:
+            np.savez(file, **arrays)
     else:
         (own / name).write_bytes(arrays or b"")
     with pytest.raises(UserError, match="1 of . files of .*own are wrong, as listed; nothing was written"):
@@ -723,3 +964,35 @@ def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys,
 def test_a_folder_without_own_labels(prepared, tmp_path):
     with pytest.raises(UserError, match="no labels in .*none: --import names a folder with a file ID.npz"):
         label.import_labels(get_config(), tmp_path / "none", prepared[1], tmp_path / "labels")
+
+
+def test_what_own_labels_leave_open_is_listed(prepared, own, tmp_path, capsys):
+    """Files of another kind, a link to nowhere, a file of zeros, and what macOS leaves."""
+    np.savez(own / "clip1.npz", shares=np.zeros((72, 17)))
+    (own / "clip2.npy").rename(own / "clip2.NPY")
+    (own / "clip3.pt").write_bytes(b"x")
+    (own / "clip5.npz").symlink_to(tmp_path / "nowhere")
+    (own / "._clip0.npz").write_bytes(b"Mac OS X")
+    label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
+    printed = capsys.readouterr().out
+    assert "own: 4 files are right\n" in printed and "labels of 4 of 7 clips" in printed
+    assert "files left out, which are not labels: 3\n  ._clip0.npz\n  clip3.pt\n  clip5.npz\n" in printed
+    assert "files that label no category, with shares of 0 alone: 1\n  clip1\n" in printed
+    assert read_labels(tmp_path / "labels", prepared[1])["clip2"][0].any()
+
+
+def test_own_labels_have_names_in_any_unicode_form(tmp_path):
+    np.save(tmp_path / "e\u0301te\u0301.npy", np.zeros((72, 17)))  # as macOS writes it
+    assert list(own_labels.find(tmp_path, ["\u00e9t\u00e9"])[0]) == ["\u00e9t\u00e9"]
+
+
+def test_names_of_own_labels_may_be_bytes(tmp_path):
+    np.savez(tmp_path / "a.npz", shares=np.ones((72, 1)), names=[b"melting"])
+    present, _ = own_labels.read(tmp_path / "a.npz", (3, 4, 6), taxonomy.WISA)
+    np.testing.assert_array_equal(present, taxonomy.multi_hot(["melting"]))
+
+
+def test_a_folder_of_labels_of_another_kind(prepared, tmp_path):
+    (tmp_path / "clip0.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="no labels in .*, which holds clip0.pt: --import names a folder"):
+        label.import_labels(get_config(), tmp_path, prepared[1], tmp_path / "labels")

@@ -153,6 +153,26 @@ def test_tokens_are_those_of_generate(ours, reference):
         assert answer.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def test_preferred_answers_are_those_of_the_whole_model(ours, reference):
+    """Questions without a video and of several lengths at once, against one forward pass each."""
+    model, tokenizer = reference
+    questions = (
+        "Is it?",
+        "Does the video show a rather long thing in the air? Answer Yes or No.",
+        "The end?",
+    )
+    yes, no = (tokenizer(word).input_ids[0] for word in ("Yes", "No"))
+    expected = []
+    for question in questions:
+        message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        with torch.inference_mode():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+        expected.append(float(logits[yes] - logits[no]))
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(ours.prefer(questions, "Yes", "No"), expected, rtol=0, atol=TOLERANCE)
+
+
 def test_patches_are_those_of_the_public_image_processor():
     """Of one still frame, shown twice; resizing is left out, both sides being multiples of 28."""
     frame = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)

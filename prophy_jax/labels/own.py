@@ -14,8 +14,7 @@ for each k; rows and columns cut the frame evenly.
 N = T h w tokens, E categories, P of them present.
 """
 
-import zipfile
-import zlib
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,15 +26,28 @@ from prophy_jax.run.errors import UserError
 ENDINGS = (".npz", ".npy")
 
 
-def find(folder: str | Path) -> dict[str, list[Path]]:
-    """Id -> its files, of which there should be one. Raises UserError when there is no file at all."""
+def find(folder: str | Path, ids: Iterable[str]) -> tuple[dict[str, list[Path]], list[str]]:
+    """Id -> its files, of which there should be one; and what else is in the folder, relative to it.
+
+    `ids` are those of the clips: a file whose name differs in its Unicode form alone is found. Raises
+    UserError when there is no label at all.
+    """
     found: dict[str, list[Path]] = {}
+    others: list[str] = []
+    forms = {unicodedata.normalize("NFC", name): name for name in ids}
     for path in sorted(Path(folder).rglob("*")):
-        if path.suffix in ENDINGS and path.is_file():
-            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+        own = path.relative_to(folder)
+        if path.suffix.lower() in ENDINGS and path.is_file() and not own.name.startswith("._"):
+            name = own.with_suffix("").as_posix()
+            found.setdefault(forms.get(unicodedata.normalize("NFC", name), name), []).append(path)
+        elif path.suffix.lower() in ENDINGS or not path.is_dir():
+            others.append(own.as_posix())
     if not found:
-        raise UserError(f"no labels in {folder}: --import names a folder with a file ID.npz for each clip")
-    return found
+        holds = f", which holds {others[0]}" if others else ""
+        raise UserError(
+            f"no labels in {folder}{holds}: --import names a folder with a file ID.npz for each clip"
+        )
+    return found, others
 
 
 def read(path: Path, grid: Iterable[int], known: Taxonomy) -> tuple[np.ndarray, np.ndarray]:
@@ -59,13 +71,18 @@ def read(path: Path, grid: Iterable[int], known: Taxonomy) -> tuple[np.ndarray, 
         else:
             with loaded:
                 arrays = dict(loaded)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"no readable {path.suffix} file ({error})") from error
+    except Exception as error:  # numpy and zipfile let many kinds pass from a damaged file
+        pickled = "it holds Python objects, which are not read" if "pickle" in str(error) else error
+        raise ValueError(
+            f"no readable {path.suffix} file ({pickled}): write arrays of numbers with numpy.savez"
+        ) from error
     if strange := sorted(arrays.keys() - {"shares", "present", "names"}):
         raise ValueError(f"has arrays {strange}: expected shares, and if you like present and names")
     if "shares" not in arrays:
         raise ValueError("has no array shares")
-    names = [str(name) for name in arrays.get("names", np.array(known.names)).reshape(-1)]
+    names = arrays.get("names", np.array(known.names)).reshape(-1).astype(str).tolist()
+    if not names:
+        raise ValueError("names no category")
     if unknown := [name for name in names if name not in known.index]:
         raise ValueError(f"names {unknown}, which are none of the categories {list(known.names)}")
     if len(set(names)) < len(names):

@@ -238,6 +238,28 @@ class Vlm:
             answers[clip].append(Answer(self._tokenizer.decode(tokens[row]).strip(), maps[row]))
         return answers
 
+    @torch.inference_mode()
+    def prefer(self, questions: Sequence[str], one: str, other: str) -> np.ndarray:
+        """(R,) float32: for each question, without a video, the logit of `one` less that of `other`.
+
+        Of words of several tokens, that of the first one.
+        """
+        rows = [self._message([{"type": "text", "text": question}]) for question in questions]
+        longest = max(map(len, rows))
+        ids = [row + [0] * (longest - len(row)) for row in rows]  # attention is causal: no mask is needed
+        output = self._model.model.language_model(
+            inputs_embeds=self._embed(ids),
+            position_ids=torch.arange(longest, device=self._model.device).expand(3, len(rows), -1),
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state  # (R, longest, D)
+        last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+        logits = self._model.lm_head(hidden[torch.arange(len(rows), device=hidden.device), last]).float()
+        first, second = (
+            self._tokenizer(word, add_special_tokens=False).input_ids[0] for word in (one, other)
+        )
+        return (logits[:, first] - logits[:, second]).cpu().numpy()
+
     def memory(self, grid: Sequence[int], clips: int, rows: int, new_tokens: int) -> dict[str, int]:
         """Estimated bytes for `clips` at once with `rows` questions each: weights, cache, peak."""
         text = self._model.config.text_config
@@ -254,14 +276,7 @@ class Vlm:
 
     def _prompt(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the place of the video."""
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=self._template,
-        )
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        ids = self._message([{"type": "video"}, {"type": "text", "text": question}])
         if ids.count(self._video) != 1:
             raise UserError(
                 f"the chat template of {self._tokenizer.name_or_path} gives {ids.count(self._video)} video "
@@ -269,6 +284,16 @@ class Vlm:
             )
         at = ids.index(self._video)
         return ids[:at], ids[at + 1 :]
+
+    def _message(self, content: list[dict[str, str]]) -> list[int]:
+        """Token ids of one message, up to where its answer begins."""
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=self._template,
+        )
+        return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def _positions(self, before: list[int], after: list[int], grid, seconds: float) -> Tensor:
         """(3, length) temporal, row and column positions of a whole prompt."""

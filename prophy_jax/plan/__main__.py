@@ -68,7 +68,7 @@ if __name__ == "__main__":
 
     flags.DEFINE_string("topology", None, "Chips: v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, h100:8.")
     flags.DEFINE_string("mesh", None, "Sizes of data, fsdp and context, such as 16,1,4.")
-    flags.DEFINE_string("mode", "train", "train or sample.")
+    flags.DEFINE_string("mode", "train", "What is planned: train or sample.")
     flags.DEFINE_bool("search", False, "Try meshes, clips a device and remat.")
     flags.DEFINE_string("json", None, "A file for the figures.")
     cli.run(main, __doc__)

@@ -103,6 +103,8 @@ def _help(description: str) -> str:
     """The description of a command, its flags, and the keys of its configuration with what they mean."""
     from prophy_jax.run.config_help import MEANINGS
 
+    for name in flags.FLAGS:  # absl adds to those that can be repeated, after the full stop, that they can
+        flags.FLAGS[name].help = flags.FLAGS[name].help.partition(";\n")[0]
     shared = ("config", "print_config", "verify", "distributed")  # defined here, for all commands
     common = [f"  --{name}: {flags.FLAGS[name].help}" for name in shared if name in flags.FLAGS]
     own = flags.FLAGS.main_module_help()
