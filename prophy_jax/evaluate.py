@@ -1,10 +1,11 @@
-"""Measures a finished run on held-out clips.
+"""Measures a run on held-out clips.
 
     python -m prophy_jax.evaluate --config=configs/wan.py:demo --workdir=runs/demo [--out=DIR]
 
 Give the configuration, and the overrides, of the training run. Writes OUT/metrics.json and OUT/report.html,
-one file that needs nothing else; OUT is WORKDIR unless given. The clips are those of the test split, or of
-the validation split where there is no test split. Any run of prophy_jax.train can be measured:
+one file that needs nothing else; OUT is WORKDIR unless given. --workdir=DIR/checkpoints/N measures that
+checkpoint, to DIR/step_N; so is the last one of a run that has not ended. The clips are those of the test
+split, or of the validation split where there is no test split. Any run of prophy_jax.train can be measured:
 
     diffusion loss   on the validation split too
     clips            sampled from held-out prompts
@@ -17,6 +18,7 @@ M clips, T h w latent grid.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +53,8 @@ def check_run(config: Any, workdir: str) -> None:
 def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     """Measures the run in `workdir` and writes `out`/metrics.json and `out`/report.html.
 
-    Returns what metrics.json holds. Raises UserError on an unfinished run or missing data.
+    A run that is not finished, or WORKDIR/checkpoints/N in place of a run, is measured as it was saved then.
+    Returns what metrics.json holds. Raises UserError on a run without checkpoints, or missing data.
     """
     from tqdm import tqdm
 
@@ -62,14 +65,15 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     from prophy_jax.run import checkpoints, encoders, metrics, optim
 
     # 1. The run and the clips.
-    check_run(config, workdir)
+    run = re.sub(r"/checkpoints/\d+/?$", "", workdir)  # that a checkpoint is of
+    check_run(config, run)
     batch_size = build.microbatch(config)  # fits the mesh
     mesh = build.build_mesh(config.mesh, batch_size)
     model, objective = build.build_model(config, mesh), build.build_objective(config)
     layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
     trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
-    places = {"backbone": config.backbone_params} | {name: os.path.join(workdir, name) for name in trained}
-    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={workdir}"
+    finish = f"train it: python -m prophy_jax.train --config=... --workdir={run}"
+    places = {"backbone": config.backbone_params, **checkpoints.find_parts(workdir, finish)}
     steps = [checkpoints.read_manifest(places[name], finish).get("step") for name in trained]
     data = build.check_data(config, model, build.build_losses(config, model))
     split = "test" if "test" in data["counts"] else "val"
@@ -133,7 +137,7 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         name: measures.show(model.parts[name], clips, clips[name], captions, decode, grid)
         for name, measures in own.items()
     }
-    curves = {(added or "the backbone").capitalize(): metrics.read_metrics(workdir)}
+    curves = {(added or "the backbone").capitalize(): metrics.read_metrics(run)}
     if config.backbone_params:
         curves["The backbone, before"] = metrics.read_metrics(os.path.dirname(config.backbone_params))
     results = _plain(results)
@@ -159,7 +163,7 @@ def main(config: Any) -> None:
     workdir = flags.FLAGS.workdir
     if not workdir:
         raise UserError("name the run to measure: --workdir=DIR")
-    out = flags.FLAGS.out or workdir
+    out = flags.FLAGS.out or re.sub(r"/checkpoints/(\d+)/?$", r"/step_\1", workdir)
     evaluate(config, workdir, out)
     print(f"wrote {os.path.join(out, 'metrics.json')} and {os.path.join(out, 'report.html')}")
 
@@ -167,6 +171,6 @@ def main(config: Any) -> None:
 if __name__ == "__main__":
     from prophy_jax.run import cli
 
-    flags.DEFINE_string("workdir", None, "Folder of the run, which has finished.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, or of a checkpoint of it.")
     flags.DEFINE_string("out", None, "Folder to write metrics.json and report.html to; default: the run's.")
     cli.run(main, __doc__)

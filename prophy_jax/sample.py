@@ -50,12 +50,21 @@ def use_checkpoint(config, folder: str) -> None:
     Sizes are those that the manifests of the folder say. Raises UserError where they are of another kind of
     model than the configuration describes.
     """
+    from prophy_jax.run import checkpoints
+
     if os.path.isdir(os.path.join(folder, "transformer")):
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
         names = ("backbone", "codec", "text_encoder")
     else:
+        if os.path.isdir(os.path.join(folder, "checkpoints")) or os.path.isdir(os.path.join(folder, "state")):
+            found = checkpoints.find_parts(folder)
+            if "backbone" not in found:
+                raise UserError(
+                    f"--checkpoint={folder} trained no backbone, but {sorted(found)}: name the weights"
+                )
+            folder = found["backbone"]
         config.backbone_params = folder
         names = ("backbone",)
     for name in names:
@@ -72,7 +81,7 @@ def take_sizes(config: Any, name: str) -> None:
     from prophy_jax.run import checkpoints
 
     folder = config[f"{name}_params"]
-    if not os.path.exists(os.path.join(folder, "manifest.json")):
+    if not checkpoints.holds_params(folder):
         return  # reading the parameters says so
     stored = checkpoints.read_manifest(folder, checkpoints.name_folder(config.backbone_remedy, folder)).get(
         "model"
@@ -111,22 +120,21 @@ def take_sizes(config: Any, name: str) -> None:
 def find_parts(config: Any, folders: list[str]) -> dict[str, str]:
     """Part -> folder of its trained parameters, as the manifests of the folders say.
 
-    Raises UserError on a folder that is of no part of the configuration, or of one that is given twice.
+    A folder may be of one part, a run, or a checkpoint of a run; these also have the backbone if it was
+    trained. Raises UserError on a folder that is of no part of the configuration, and on a part given twice.
     """
     from prophy_jax.run import checkpoints
 
     found: dict[str, str] = {}
     for folder in folders:
-        manifest = checkpoints.read_manifest(
-            folder, "name WORKDIR/branch of a finished run of prophy_jax.train"
-        )
-        name = manifest.get("part", "")
-        if name not in (config.parts or {}):
-            known = sorted(config.parts or {})
-            raise UserError(f"--branch={folder} is of the part {name!r}; config.parts names {known}")
-        if name in found:
-            raise UserError(f"--branch names the part {name!r} twice: {found[name]} and {folder}")
-        found[name] = folder
+        parts = checkpoints.find_parts(folder, "name a run of prophy_jax.train, or WORKDIR/branch of one")
+        for name, place in parts.items():
+            if name not in (config.parts or {}) and (name != "backbone" or len(parts) == 1):
+                known = sorted(config.parts or {})
+                raise UserError(f"--branch={folder} is of the part {name!r}; config.parts names {known}")
+            if name in found:
+                raise UserError(f"--branch names the part {name!r} twice: {found[name]} and {place}")
+            found[name] = place
     return found
 
 
@@ -186,13 +194,13 @@ def main(config: Any) -> None:
     prompts = read_prompts(options.prompt, options.prompts)
     folders = find_parts(config, options.branch)
     config.parts = {name: spec for name, spec in config.parts.items() if name in folders}
-    if options.checkpoint:
-        use_checkpoint(config, options.checkpoint)
+    if checkpoint := options.checkpoint or folders.get("backbone"):
+        use_checkpoint(config, checkpoint)
     mesh = build.build_mesh(config.mesh, devices=jax.local_devices())  # each process samples its own share
     model, objective = build.build_model(config, mesh), build.build_objective(config)
     if more := sorted({*model.fields} - {"text", "text_mask"}):
         raise UserError(f"these parts read {more}, which a prompt alone does not have")
-    if not folders and (options.overlay or options.baseline):
+    if not config.parts and (options.overlay or options.baseline):
         raise UserError("--overlay and --baseline are about a trained part: name one with --branch=DIR")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = options.batch or ways
@@ -219,7 +227,7 @@ def main(config: Any) -> None:
         if hasattr(part, "sha256"):
             references[f"{name}_sha256"] = part.sha256
             for folder in folders.values():
-                if os.path.exists(folder):
+                if folder and checkpoints.holds_params(folder):
                     made_with = checkpoints.read_manifest(folder, "")
                     build.check_same(name, part.sha256, config[workdir.FOLDERS[name]], made_with, folder)
 

@@ -205,6 +205,7 @@ def train(config: Any, workdir: str) -> bool:
         manifest = build.check_data(config, model, chosen)
         build.check_validation(config, manifest)
         references |= build.find_references(config, manifest)
+        categories = list(taxonomy.of(config).names)
         if distributed.is_first():
             build.warn_of_idle_losses(config, model, chosen)
             optim.warn_of_unused_rates(config.optimizer)
@@ -232,7 +233,7 @@ def train(config: Any, workdir: str) -> bool:
         del trainable
         first = distributed.is_first()  # the one that prints and writes
         with distributed.all_or_none():
-            if first and (changed := folders.claim_run(workdir, config, references)):
+            if first and (changed := folders.claim_run(workdir, config, references, categories)):
                 print(f"{workdir} goes on with other settings, noted in its config.json: {changed}")
         with distributed.all_or_none():
             distributed.wait_for_file(os.path.join(workdir, "config.json"))
@@ -320,12 +321,9 @@ def train(config: Any, workdir: str) -> bool:
             return False
         own, trained = folders.config_as_json(config), optim.merge(state.ema, frozen)
         for name in sorted(state.ema, key=lambda name: name != "backbone"):  # parts name their backbone
-            spec = own["backbone"]
+            about = checkpoints.describe_part(own, name, step, references)
             if name != "backbone":
-                spec = {"backbone": spec, name: own["parts"][name]}
-            about = {"part": name, "model": spec, "step": step, **references}
-            if name != "backbone":
-                about["categories"] = list(taxonomy.of(config).names)
+                about["categories"] = categories
             digest = checkpoints.save_params(os.path.join(workdir, name), trained[name], about)
             if name == "backbone":
                 references["backbone_sha256"] = digest

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from prophy_jax import build, train
 from prophy_jax.prepare import prepare
@@ -181,6 +183,35 @@ def test_a_finished_run_is_extended(uninterrupted, tmp_path, tiny_data):
         and f"goes on with other settings, noted in its config.json: steps was 5, is {STEPS}" in output
     )
     assert hashes(workdir) == hashes(uninterrupted)
+
+
+def test_parameters_are_read_from_a_checkpoint_of_a_run(uninterrupted, tmp_path):
+    def load(folder):
+        shapes = checkpoints.read_manifest(folder, "")["shapes"]
+        wanted = {path: jax.ShapeDtypeStruct(shape, kind) for path, (shape, kind) in shapes.items()}
+        return checkpoints.load_params(folder, unflatten_dict(wanted, sep="/"), "")
+
+    ended = checkpoints.find_parts(uninterrupted)
+    assert ended == {part: f"{uninterrupted}/{part}" for part in ("backbone", "branch")}
+    run = str(tmp_path / "run")
+    shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("backbone", "branch"))
+    found = checkpoints.find_parts(run)
+    assert found == {part: f"{run}/checkpoints/{STEPS}/ema/{part}" for part in ended}
+    assert found == checkpoints.find_parts(f"{run}/checkpoints/{STEPS}/")
+    for part, folder in found.items():
+        assert checkpoints.tree_hash(load(folder)) == checkpoints.read_manifest(ended[part], "")["sha256"]
+        # What the manifest of the finished run says is said of these too, but for the hashes.
+        said, own = checkpoints.read_manifest(ended[part], ""), checkpoints.read_manifest(folder, "")
+        for key in said.keys() - {"sha256", "backbone_sha256", "files", "checksum"}:
+            assert own[key] == said[key], key
+    raw = load(f"{run}/checkpoints/{STEPS}/params/branch")
+    assert checkpoints.tree_hash(raw) != checkpoints.tree_hash(load(found["branch"]))
+    with pytest.raises(UserError, match="has no ema of 'lora'"):
+        checkpoints.read_manifest(f"{run}/checkpoints/{STEPS}/ema/lora", "")
+    data = max((tmp_path / "run/checkpoints" / str(STEPS) / "state").rglob("d/*"), key=os.path.getsize)
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"{data.name} is damaged"):
+        load(found["branch"])
 
 
 def test_metrics_and_files_of_a_finished_run(uninterrupted):

@@ -4,7 +4,9 @@ A training checkpoint holds the train state (trainable parameters, EMA, optimize
 the data iterator and the configuration. The frozen backbone is not copied into it: the configuration
 names it, and its hash is checked.
 
-A parameter tree is a folder with an Orbax tree and `manifest.json` (hash, shapes, where it came from).
+A parameter tree is a folder with an Orbax tree and `manifest.json` (hash, shapes, where it came from). The
+parameters in a training checkpoint can be read as if they were one, WORKDIR/checkpoints/N/ema/PART or
+.../params/PART.
 
 Both have checksums of their files, which are compared while they are loaded.
 """
@@ -28,7 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prophy_jax.run import checksums, distributed, parallel
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import put_in_place, read_json, write_atomically
+from prophy_jax.run.workdir import put_in_place, read_json, read_run, write_atomically
 
 SLICE_BYTES = 2**24
 CHECKSUMS = "checksums.json"  # of a training checkpoint
@@ -104,7 +106,7 @@ class TrainCheckpoints:
         folder = os.path.join(self.folder, str(step))
         others = [other for other in self._manager.all_steps() if other != step]
         remedy = f"delete {folder} to resume from " + (f"step {max(others)}" if others else "the beginning")
-        with self._verifying(folder, remedy):
+        with _verifying(folder, _read_checksums(folder, remedy), remedy):
             check_shapes(_saved_shapes(os.path.join(folder, "state")), state, folder)
             restored = self._manager.restore(
                 step,
@@ -116,13 +118,20 @@ class TrainCheckpoints:
         data.set_state(restored["data"])
         return restored["state"]
 
-    def _verifying(self, folder: str, remedy: str) -> contextlib.AbstractContextManager[None]:
-        path = os.path.join(folder, CHECKSUMS)
-        return _verifying(folder, read_json(path, remedy) if os.path.exists(path) else None, remedy)
-
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.close()
+
+
+def _read_checksums(step_folder: str, remedy: str) -> dict[str, Any] | None:
+    path = os.path.join(step_folder, CHECKSUMS)
+    return read_json(path, remedy) if os.path.exists(path) else None
+
+
+def verify_checkpoint(step_folder: str, remedy: str) -> None:
+    """Compares the checksums of a training checkpoint. Raises UserError that names damaged files."""
+    with _verifying(step_folder, _read_checksums(step_folder, remedy), remedy, together=False):
+        pass
 
 
 @contextlib.contextmanager
@@ -152,7 +161,7 @@ def _paths(tree: Any) -> dict[str, Any]:
 def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            tree = checkpointer.metadata(folder).item_metadata.tree
+            tree = checkpointer.metadata(os.path.abspath(folder)).item_metadata.tree
         except (FileNotFoundError, ValueError, AttributeError) as error:
             raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
@@ -267,8 +276,87 @@ def name_folder(remedy: str, folder: str | None) -> str:
     return re.sub(r"(--(?:dst|workdir))=\S+", lambda found: f"{found[1]}={root}", remedy) if root else remedy
 
 
+def find_parts(folder: str, remedy: str = "name another folder") -> dict[str, str]:
+    """Part -> folder of its parameters, for a folder of parameters, a training run or one of its checkpoints.
+
+    Of a run those that it wrote at its end, unless there is a later checkpoint; of a checkpoint the averaged
+    ones (EMA). Raises UserError when there are none.
+    """
+    folder = folder.rstrip("/")
+    if in_checkpoint(folder) or os.path.exists(os.path.join(folder, "manifest.json")):
+        return {read_manifest(folder, remedy).get("part", ""): folder}
+    if os.path.isdir(os.path.join(folder, "state")):
+        names = {
+            path.split("/")[1] for path in _saved_shapes(os.path.join(folder, "state")) if path[:4] == "ema/"
+        }
+        return {name: os.path.join(folder, "ema", name) for name in sorted(names)}
+    checkpoints = os.path.join(folder, "checkpoints")
+    steps = (
+        [int(name) for name in os.listdir(checkpoints) if name.isdigit()]
+        if os.path.isdir(checkpoints)
+        else []
+    )
+    ended = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "manifest.json"))):
+        manifest = read_manifest(os.path.dirname(path), remedy)
+        if manifest.get("step", -1) >= max(steps, default=0):
+            ended[manifest.get("part", "")] = os.path.dirname(path)
+    if not ended and not steps:
+        raise UserError(f"no parameters in {folder}: {remedy}")
+    return ended or find_parts(os.path.join(checkpoints, str(max(steps))), remedy)
+
+
+def holds_params(folder: str) -> bool:
+    """Whether this is a folder of parameters, or names some in a training checkpoint."""
+    return bool(in_checkpoint(folder)) or os.path.exists(os.path.join(folder, "manifest.json"))
+
+
+def in_checkpoint(folder: str) -> re.Match | None:
+    """(folder of the checkpoint, "ema" or "params", part) of a folder that names parameters in one."""
+    found = re.fullmatch(r"(.*/checkpoints/\d+)/(ema|params)/(\w+)", folder.rstrip("/"))
+    return found if found and os.path.isdir(os.path.join(found[1], "state")) else None
+
+
+def _describe_in_checkpoint(folder: str) -> dict[str, Any]:
+    """What the manifest of these parameters would say if they had one."""
+    step_folder, kind, part = in_checkpoint(folder).groups()
+    run = read_run(os.path.dirname(os.path.dirname(step_folder)))
+    saved, prefix = _saved_shapes(os.path.join(step_folder, "state")), f"{kind}/{part}/"
+    shapes = {path.removeprefix(prefix): entry for path, entry in saved.items() if path.startswith(prefix)}
+    if not shapes:
+        raise UserError(f"{step_folder} has no {kind} of {part!r}: name another part")
+    about = {
+        **describe_part(run["config"], part, int(os.path.basename(step_folder)), run["references"]),
+        **({"categories": run["categories"]} if "categories" in run and part != "backbone" else {}),
+        "sha256": hashlib.sha256(f"{_sum_of(step_folder)} {kind} {part}".encode()).hexdigest(),
+        "shapes": {path: [list(shape), dtype] for path, (shape, dtype) in shapes.items()},
+    }
+    if part != "backbone" and any(path.startswith(f"{kind}/backbone/") for path in saved):
+        trained = hashlib.sha256(f"{_sum_of(step_folder)} {kind} backbone".encode()).hexdigest()
+        about["backbone_sha256"] = trained
+    return about
+
+
+def _sum_of(step_folder: str) -> str:
+    """Tells the content of a checkpoint."""
+    path = os.path.join(step_folder, CHECKSUMS)
+    return checksums.hash_file(path) if os.path.exists(path) else os.path.abspath(step_folder)
+
+
+def describe_part(
+    config: Mapping[str, Any], part: str, step: int, references: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the manifest of trained parameters says of where they came from; `config` in JSON types."""
+    spec = config["backbone"]
+    if part != "backbone":
+        spec = {"backbone": spec, part: config["parts"][part]}
+    return {"part": part, "model": spec, "step": step, **references}
+
+
 def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     """The manifest of a parameter tree. Raises UserError with `remedy` when there is none."""
+    if in_checkpoint(folder):
+        return _describe_in_checkpoint(folder)
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
@@ -308,9 +396,13 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     other bytes than were written, or holds NaN or infinity.
     """
     listed = check_params(folder, wanted, remedy).get("files")
+    root, place, path = folder, "tree", ()
+    if within := in_checkpoint(folder):
+        root, place, path = within[1], "state", within.groups()[1:]
+        listed = _read_checksums(root, remedy)
     # Orbax would read all leaves at once and hold them twice: let it read the largest and little more.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     # Orbax would take the devices that wrote a leaf, which may not be there.
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = parallel.placed(wanted, jax.tree.map(lambda leaf: leaf.sharding or default, wanted))
@@ -321,14 +413,20 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
             primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
         )
-    verifying = _verifying(folder, listed, remedy or "name another folder", together=not alone)
+    for name in reversed(path):
+        wanted = {name: wanted}
+    verifying = _verifying(root, listed, remedy or "name another folder", together=not alone)
     with verifying, ocp.Checkpointer(handler, **options) as checkpointer:
-        place = os.path.join(os.path.abspath(folder), "tree")
+        place = os.path.join(os.path.abspath(root), place)
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=bool(path))
         try:
-            tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
+            tree = checkpointer.restore(place, args=arguments)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{place} is damaged ({reason}): {remedy or 'name another folder'}") from error
+    for name in path:
+        tree = tree[name]
     tree = unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
     _refuse_not_finite(tree, folder, remedy)
     return tree

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -195,8 +195,10 @@ def claim(
     return stored
 
 
-def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, str]) -> str:
-    """Claims the folder of a training run: WORKDIR/config.json, {"config", "references", "history"}.
+def claim_run(
+    workdir: str | os.PathLike, config: Any, references: Mapping[str, str], categories: Sequence[str] = ()
+) -> str:
+    """Claims the folder of a training run: WORKDIR/config.json, {"config", "references", ...}.
 
     What may change when a run resumes does change there, and "history" has a line that says so for each time:
     {"step": of the checkpoint that was there, "changed": as `differences` gives it}.
@@ -206,6 +208,7 @@ def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, 
         config: the whole configuration.
         references: hashes of what the run reads, {"NAME_sha256": ...}, where NAME is one of `FOLDERS` or a
             side data set. Their folders may be others when the run resumes; their content may not.
+        categories: names of what the parts tell apart.
 
     Returns:
         What changed this time; "" for nothing.
@@ -240,7 +243,7 @@ def claim_run(workdir: str | os.PathLike, config: Any, references: Mapping[str, 
         return {**stored, "references": stored["references"] | own["references"]}
 
     now: list[str] = []
-    own = {"config": config_as_json(config), "references": dict(references)}
+    own = {"config": config_as_json(config), "references": dict(references), "categories": list(categories)}
     claim(workdir, "config.json", own, "--workdir", compare, add)
     return "".join(now)
 
