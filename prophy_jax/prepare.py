@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -165,6 +166,8 @@ def list_clips(
         source = draw_sandbox(data)
         return source, split_clips(source.clips, 0.0, data.seed)
     source = read_sources(paths, data.categories, validation, known)
+    for line in source.report.unused:
+        print(f"warning: {line}", file=sys.stderr)
     own = [clip for clip in source.clips if clip.source < len(paths)]
     clips = choose(own, data.subset or None, data.seed)
     clips += [clip for clip in source.clips if clip.source >= len(paths)]

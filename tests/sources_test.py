@@ -189,13 +189,13 @@ def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         sources.read_sources(tmp_path)
     (tmp_path / "videos").mkdir()
-    with pytest.raises(UserError, match="has no .json, .csv or .jsonl file"):
+    with pytest.raises(UserError, match="has no .json, .csv, .tsv or .jsonl file"):
         sources.read_sources(tmp_path)
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.csv").write_text("")
     with pytest.raises(UserError, match=r"several files of captions \(a.json, b.csv\); name one"):
         sources.read_sources(tmp_path)
-    with pytest.raises(UserError, match="clip.mp4 is not a .json, .csv or .jsonl"):
+    with pytest.raises(UserError, match="clip.mp4 is not a .json, .csv, .tsv or .jsonl"):
         sources.read_sources(write_files(tmp_path, {"clip.mp4": b"1"}) / "clip.mp4")
 
 
@@ -343,7 +343,14 @@ def test_jsonl(tmp_path):
         ("a.csv", b'video,"cap"tion\na.mp4,A\n', "is not a CSV file .line 1 of a.csv has a wrong quote"),
         ("a.csv", b"video,caption\na.mp4,A, B\n", "line 2 of a.csv has more cells than columns, 3 of 2"),
         ("a.csv", b"video\nb.mp4\n", "no column for the caption: .*text; found video"),
-        ("a.csv", b"video;caption\nb.mp4;A\n", "no column for the video"),
+        (
+            "a.csv",
+            b"vidoe,prompt\nb.mp4,A\n",
+            r"no column for the video: .*found vidoe .did you mean video\?., p",
+        ),
+        ("a.csv", b"video;captoin\nb.mp4;A\n", r"found video, captoin .did you mean caption\?.$"),
+        ("a.tsv", b"video\tcaption\na.mp4\tA\tB\n", "line 2 .* cells than columns, 3 of 2.*texts with tabs"),
+        ("a.json", b'{"a.mp4": 1}', "is not a JSON list of records; .* or an object of captions"),
         ("a.csv", b'video,caption\na.mp4,"never closed\n', "is not a CSV file"),
         ("a.csv", b"video,caption\na.mp4,\xff\xfe\n", "is not a CSV file .*utf-8"),
         ("a.csv", b"", "lists no records"),
@@ -367,6 +374,76 @@ def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
     half = '[{"video_name": "a.mp4", "captions": "half \\ud83d of a pair"}]'  # valid JSON all the same
     (tmp_path / "wisa-80k.json").write_text(half)
     assert sources.read_sources(tmp_path).clips[0].caption == "half ? of a pair"
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "before"),
+    [
+        ("a.csv", ";", ""),
+        ("a.csv", "\t", ""),
+        ("a.tsv", "\t", "\n"),
+        ("a.csv", ";", "sep=;\r\n"),
+        ("a.csv", ",", "sep=,\n"),
+    ],
+)
+def test_the_header_says_what_separates_cells(tmp_path, name, separator, before):
+    rows = [["video", "caption", "category"], ["a.mp4", '"A cat, then a dog; \t"', "melting"], ["b.mp4", "B"]]
+    rows.append(["b.mp4", "B", "", "lost"])
+    text = before + "\n".join(separator.join(row) for row in rows)
+    source = sources.read_sources(write_files(tmp_path, {name: text.encode(), "a.mp4": b"1", "b.mp4": b"2"}))
+    assert [clip.caption for clip in source.clips] == ["A cat, then a dog;", "B"]
+    assert source.clips[0].category.sum() == 1 and not source.report.unused
+    [(where, problem)] = source.report.skipped
+    assert where == f"line {4 + before.count(chr(10))} of {name}" and "4 of 3: put quotes" in problem
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    rows = [
+        ["video", "caption", "Idd", "catgory", "fps", "type", ""],
+        ["a.mp4", "A", "x", "melting", "8", "t", ""],
+    ]
+    source = sources.read_sources(plain(tmp_path, rows, {"a.mp4": b"1"}))
+    assert source.report.unused == [
+        f"columns of {tmp_path / 'clips.csv'} that are not read: Idd (did you mean id?), catgory (did you "
+        "mean category?), type"
+    ]
+    assert ids(source) == ["a"]
+
+
+def test_which_captions_are_used_is_said(tmp_path):
+    rows = [["video", "caption"], ["a.mp4", "A"]]
+    source = sources.read_sources(
+        plain(tmp_path, rows, {"a.mp4": b"1", "a.txt": b"Another.", "videos.txt": b"a.mp4"})
+    )
+    assert source.clips[0].caption == "A"
+    assert source.report.unused == [
+        f"the captions are those of {tmp_path / 'clips.csv'}, not of videos.txt and .txt files beside videos "
+        "(1): move it elsewhere to use the others"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a.mp4": "A", "b.mp4": "B"},
+        {"a.mp4": {"caption": "A", "tags": ""}, "b.mp4": {"caption": "B"}},
+        [{"video": "a.mp4", "caption": "A"}, {"video": "b.mp4", "caption": "B"}],
+    ],
+)
+def test_captions_in_one_json_file(tmp_path, content):
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "captions.json": json.dumps(content).encode()})
+    assert [(clip.id, clip.caption) for clip in sources.read_sources(tmp_path).clips] == [
+        ("a", "A"),
+        ("b", "B"),
+    ]
+
+
+def test_json_files_about_single_videos_are_no_table(tmp_path):
+    files = {f"{name}.{kind}": f"{name} {kind}".encode() for name in "ab" for kind in ("mp4", "txt", "json")}
+    assert [clip.caption for clip in sources.read_sources(write_files(tmp_path, files)).clips] == [
+        "a txt",
+        "b txt",
+    ]
 
 
 # ---- rows that are wrong ------------------------------------------------------------------------
@@ -403,6 +480,28 @@ def test_a_wrong_row_of_a_csv_is_listed_and_the_others_are_used(tmp_path):
     assert "0xe9) that is not utf-8" in problems["line 8 of clips.csv"]
     assert problems["g"] == "no caption: line 9 of clips.csv"
     assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
+    """The count of cells fits, but the cell begins as a text goes on after a comma, and is no category."""
+    lines = [
+        "video,caption,category",
+        "a.mp4,a red ball, bouncing on the floor",
+        "b.mp4,a ball, collision",
+        "c.mp4,a ball, ",
+    ]
+    lines += ["d.mp4, a ball, rainbow", "e.mp4,a ball,rainbow", "f.mp4,a ball, none"]
+    videos = {f"{name}.mp4": name.encode() for name in "abcdef"}
+    source = sources.read_sources(write_files(tmp_path, videos | {"clips.csv": "\n".join(lines).encode()}))
+    assert ids(source) == list("bcdef")
+    assert source.report.skipped == [
+        (
+            "a",
+            "cut caption: line 2 of clips.csv has 'bouncing on the floor' where a category should be: put "
+            "quotes around the caption",
+        )
+    ]
+    assert source.report.unknown_labels == {'category: "rainbow"': 2}
 
 
 def test_a_wrong_record_of_json_is_listed_and_the_others_are_used(tmp_path):

@@ -2,9 +2,9 @@
 
     FOLDER/wisa-80k.json   [{"video_name": "a.mp4", "captions": "...", "label": "Melting",
                              "physical_annotation": {"q0": "...", "q1": "...", "q2": "..."}}, ...]
-    FOLDER/clips.csv       video,caption,category,id,split      the last three are optional
+    FOLDER/clips.csv       video,caption,category,id,split      the last three are optional; .tsv too
     FOLDER/clips.jsonl     {"video": "a.mp4", "caption": "...", "category": ["melting"]}
-    FOLDER/clips.json      [{"video": "a.mp4", "caption": "..."}, ...]
+    FOLDER/clips.json      [{"video": "a.mp4", "caption": "..."}, ...], or {"a.mp4": "...", ...}
     FOLDER/videos.txt      one name a line, and FOLDER/prompts.txt with the captions in the same order
     FOLDER/a.mp4           with its caption in FOLDER/a.txt
 
@@ -15,6 +15,7 @@ others are used. docs/data.md shows an example of each form.
 
 import codecs
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
-from prophy_jax.data.sources.video_files import VideoFolder
+from prophy_jax.data.sources.video_files import IMAGES, VIDEOS, VideoFolder
 from prophy_jax.run.errors import UserError
 
 # Names that tables use for a column, in any case; the first one present counts.
@@ -35,6 +36,17 @@ VIDEO = (
 CAPTION = ("caption", "captions", "prompt", "text")
 CATEGORY = ("category", "label")
 SPLIT = ("split",)
+_KNOWN = (
+    *VIDEO,
+    *CAPTION,
+    *CATEGORY,
+    *SPLIT,
+    "id",
+    "duration",
+    "fps",
+    "width",
+    "height",
+)  # the last: statistics
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
@@ -44,7 +56,8 @@ SPLITS = {
 # Files of lines: names of videos, and their captions in the same order.
 NAME_LINES = ("videos.txt", "video.txt")
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
-_SHOWN = 20  # columns that a message names
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_SHOWN = 20  # columns or files that a message names
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
 Record = dict[str, Any]
@@ -89,27 +102,55 @@ def find_annotations(source: str | Path) -> Path:
     source = Path(source)
     if source.is_file():
         if source.suffix.lower() not in READERS and source.name.lower() not in NAME_LINES:
-            raise UserError(
-                f"{source} is not a .json, .csv or .jsonl file that lists clips, nor {NAME_LINES[0]}"
-            )
+            raise UserError(f"{source} is not a {_ENDINGS} file that lists clips, nor {NAME_LINES[0]}")
         return source
     if not source.is_dir():
         raise UserError(f"no file or folder {source}; --source must name a folder of videos and captions")
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     found = [path for path in files if path.suffix.lower() in READERS]
+    if len(found) > 1:  # some programs write a.json, with what they know of the video, beside each a.mp4
+        stems = {path.stem for path in files if path.suffix.lower() in VIDEOS + IMAGES}
+        found = [path for path in found if path.suffix.lower() != ".json" or path.stem not in stems]
     found = found or [path for path in files if path.name.lower() in NAME_LINES]
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+        names = _list([path.name for path in found])
         raise UserError(f"{source} has several files of captions ({names}); name one: {found[0]}")
     if found:
         return found[0]
     if any(text for _, text in VideoFolder(source, source).captioned()):
         return source
-    what = "has no .json, .csv or .jsonl file" if any(source.iterdir()) else "is empty"
+    what = f"has no {_ENDINGS} file of all clips" if any(source.iterdir()) else "is empty"
     raise UserError(
         f"{source} {what}; expected captions (wisa-80k.json, clips.csv, or a.txt beside each a.mp4) and "
         "videos"
     )
+
+
+def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Iterable[Row]) -> list[str]:
+    """What an annotation file and the folder of its videos say that is not read: a line for each kind.
+
+    Args:
+        path: the file, or a folder of captions beside videos.
+        videos: those of the source.
+        kind: what its records mean.
+        rows: the records.
+    """
+    if path.is_dir():
+        return []
+    lines = []
+    names = {} if kind.own_names else dict.fromkeys(name for row in rows for name in row.record if name)
+    if unknown := [_with_nearest(name) for name in names if name.strip().lower() not in _KNOWN]:
+        lines.append(f"columns of {path} that are not read: {_list(unknown)}")
+    others = [file.name for file in path.parent.iterdir() if file.name.lower() in NAME_LINES]
+    others = [name for name in sorted(others) if name != path.name]
+    if count := sum(text is not None for _, text in videos.captioned()):
+        others.append(f".txt files beside videos ({count})")
+    if others:
+        lines.append(
+            f"the captions are those of {path}, not of {' and '.join(others)}: move it elsewhere to use the "
+            "others"
+        )
+    return lines
 
 
 def folder(path: Path) -> Path:
@@ -163,13 +204,28 @@ def _decode(data: bytes, errors: str = "strict") -> str:
 
 def _read_json(path: Path) -> Iterable[Row]:
     records = json.loads(_decode(path.read_bytes()))
-    if not isinstance(records, list):
-        raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
-    if records and not any(isinstance(record, dict) for record in records):
-        raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
+    if isinstance(records, dict):
+        records = _of_object(records)
+    if not isinstance(records, list) or (records and not any(isinstance(one, dict) for one in records)):
+        raise UserError(
+            f"{path} is not a JSON list of records; expected [{{...}}, {{...}}], or an object of captions "
+            '{"a.mp4": "...", "b.mp4": "..."}'
+        )
     for number, record in enumerate(records):
         fits = isinstance(record, dict)
         yield Row(f"record {number}", record if fits else {}, "" if fits else "is not an object {...}")
+
+
+def _of_object(content: Record) -> list[Record] | None:
+    """The records of an object, by the names of videos, of captions or of records; None: it is another."""
+    columns = {name.strip().lower() for name in content}
+    if columns.intersection(VIDEO) and columns.intersection(CAPTION):
+        return [content]
+    if all(isinstance(value, str | None) for value in content.values()):
+        return [{"video": name, "caption": caption} for name, caption in content.items()]
+    if all(isinstance(value, dict) for value in content.values()):
+        return [{"video": name, **record} for name, record in content.items()]
+    return None
 
 
 def _read_csv(path: Path) -> Iterable[Row]:
@@ -184,15 +240,17 @@ def _read_csv(path: Path) -> Iterable[Row]:
 
 def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
     header: list[str] = []
-    first, done = 0, False
+    first, separator = _separator(lines)
+    done = False
     while not done:
         # Strict: an unclosed quote is an error, and does not swallow the rest of the file.
-        reader = csv.reader((lines[i] for i in range(first, len(lines))), strict=True)
+        rest = (lines[i] for i in range(first, len(lines)))
+        reader = csv.reader(rest, strict=True, delimiter=separator)
         begin = first
         while True:
             try:
                 cells = next(reader, None)
-                problem = _cells_problem(cells or [], header)
+                problem = _cells_problem(cells or [], header, separator)
             except csv.Error as error:
                 cells, problem = [], f"has a wrong quote ({error})"
             if cells is None:
@@ -215,14 +273,29 @@ def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
                 yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])))
 
 
-def _cells_problem(cells: Sequence[str], header: Sequence[str]) -> str:
+def _separator(lines: Sequence[str]) -> tuple[int, str]:
+    """The first line of a table, and what separates its cells: it gives the most known names of columns."""
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    line = lines[first].strip("\r\n") if lines else ""
+    if line.lower().startswith("sep=") and line[4:] in SEPARATORS:  # for Excel
+        return first + 1, line[4:]
+    headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS}
+
+    def known(separator: str) -> tuple[int, int]:
+        return sum(name.strip().lower() in _KNOWN for name in headers[separator]), len(headers[separator])
+
+    return 0, max(SEPARATORS, key=known)
+
+
+def _cells_problem(cells: Sequence[str], header: Sequence[str], separator: str) -> str:
     """What is wrong with a row, "" if nothing is; of the header, `header` is empty."""
     odd = next((c for cell in cells for c in cell if "\ud800" <= c <= "\udfff"), "")
     if odd:
         return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8"
     if header and any(cell.strip() for cell in cells[len(header) :]):
         return (
-            f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with commas"
+            f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with "
+            f"{SEPARATORS[separator]}"
         )
     return ""
 
@@ -277,8 +350,10 @@ def _read_beside(folder: Path) -> Iterable[Row]:
 READERS: dict[str, tuple[str, Callable[[Path], Iterable[Row]]]] = {
     ".json": ("JSON", _read_json),
     ".csv": ("CSV", _read_csv),
+    ".tsv": ("TSV", _read_csv),
     ".jsonl": ("JSONL", _read_jsonl),
 }
+_ENDINGS = ".json, .csv, .tsv or .jsonl"
 
 
 # --- Records ---------------------------------------------------------------------------------------
@@ -337,10 +412,36 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
         if not found.intersection(names)
     ]
     if missing:
-        more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-        raise UserError(
-            f"{path} has {', and '.join(missing)}; found {', '.join(columns[:_SHOWN]) or 'none'}{more}"
-        )
+        unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
+        raise UserError(f"{path} has {', and '.join(missing)}; found {_list(unread) or 'none'}")
+
+
+def _with_nearest(column: str) -> str:
+    """A column that is not known, with the known name that is spelled most like it, if one is."""
+    nearest = difflib.get_close_matches(column.strip().lower(), _KNOWN, 1, 0.75)
+    return f"{column} (did you mean {nearest[0]}?)" if nearest else column
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def may_be_cut(path: Path, record: Record) -> bool:
+    """Whether the category of a table's row may be the rest of a caption: `a.mp4,A cat jumps, then lands`.
+
+    So it looks where the cell behind the caption begins with a space, and the caption and the header do not.
+    Whoever knows the categories can tell.
+    """
+    cells = [(name, str(value or "")) for name, value in record.items() if name is not None]
+    return READERS.get(path.suffix.lower(), ("", None))[1] is _read_csv and any(
+        before.strip().lower() in CAPTION
+        and name.strip().lower() in CATEGORY
+        and value.startswith(" ")
+        and not caption.startswith(" ")
+        and not name.startswith(" ")
+        for (before, caption), (name, value) in itertools.pairwise(cells)
+    )
 
 
 def _text(value: Any) -> str:

@@ -89,6 +89,7 @@ class Report:
         examples: the same keys -> id of the first such clip.
         unannotated: ids of clips used that nothing was said about; their category vector is zero.
         label_differs: ids of WISA clips whose `label` is a category but not among their answers.
+        unused: what the sources say that is not read, a line for each kind.
     """
 
     records: int = 0
@@ -97,6 +98,7 @@ class Report:
     examples: dict[str, str] = field(default_factory=dict)
     unannotated: list[str] = field(default_factory=list)
     label_differs: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -262,10 +264,11 @@ def read_sources(
         raise UserError(f'categories must be "answers" or "label", not {categories!r}')
     training = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [annotations.find_annotations(path) for path in (*training, *validation)]
-    listed = [_locate(path) for path in files]
+    report = Report()
+    listed = [_locate(path, known, report) for path in files]
     keys = content_keys(found for source in listed for _, _, found in source if isinstance(found, VideoFile))
 
-    report = Report(records=sum(map(len, listed)))
+    report.records = sum(map(len, listed))
     clips: list[Clip] = []
     videos: dict[tuple[int, str], VideoFile] = {}
     used: dict[tuple, tuple[str, VideoFile]] = {}  # content -> id, video
@@ -365,11 +368,12 @@ def _ranked(clips: Sequence[Clip], salt: str) -> list[Clip]:
     return sorted(clips, key=lambda clip: hashlib.sha256(f"{salt} {clip.id}".encode()).digest())
 
 
-def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
+def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entry, VideoFile | str]]:
     """Each row of an annotation file: where it is, its entry, and its video or why it has none."""
     found_format, rows = annotations.read_annotations(path)
     root = annotations.folder(path)
     folder = VideoFolder(root, root / found_format.videos)
+    report.unused += annotations.describe_unused(path, folder, found_format, rows)
     located: list[tuple[str, Entry, VideoFile | str]] = []
     for row in rows:
         entry = found_format.parse(row.record)
@@ -381,6 +385,11 @@ def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
             found = f"no caption: {row.where}"
         elif entry.split.lower() not in annotations.SPLITS:
             found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
+        elif annotations.may_be_cut(path, row.record) and _is_no_category(entry.labels["category"], known):
+            found = (
+                f"cut caption: {row.where} has {entry.labels['category']!r} where a category should be: put "
+                "quotes around the caption"
+            )
         else:
             try:
                 found = folder.find(entry.video)
@@ -396,6 +405,12 @@ def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
             + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )
     return located
+
+
+def _is_no_category(text: str, known: Taxonomy) -> bool:
+    """Whether something is said, and nothing of it is understood."""
+    named, unknown = known.parse_labels(text)
+    return bool(unknown) and not named
 
 
 def _category(
