@@ -100,7 +100,7 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is not one."""
-    return workdir.read_json(path, "download it again")
+    return dict(workdir.read_json(path, "download it again"))
 
 
 def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:

@@ -213,7 +213,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
         if not isinstance(manifest.get(key), dict):
             raise UserError(f"{config.data.dir}/manifest.json is damaged (no {key}): prepare the data again")
     own = workdir.run_identity(config, "data")
-    own["data"] = {key: own["data"][key] for key in manifest["video"]}
+    own["data"] = {key: own["data"].get(key) for key in manifest["video"]}
     was = {"data": manifest["video"], **{key: manifest[key] for key in own if key != "data"}}
     if different := workdir.differences(was, own):
         raise UserError(

@@ -345,6 +345,17 @@ def test_the_work_of_a_run_with_another_dtype_is_discarded(tmp_path, params, cap
     assert contents(dst) == contents(convert(src, tmp_path / "straight", "--dtype=bfloat16"))
 
 
+@pytest.mark.parametrize("line", [b"{oops", b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_journal_begins_anew(tmp_path, params, capsys, line):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    partial = tmp_path / "dst" / "transformer.partial"
+    partial.mkdir(parents=True)
+    (partial / stream.JOURNAL).write_bytes(b"{}\n" + line + b"\n")
+    dst = convert(src, tmp_path / "dst")
+    assert "discarding" in capsys.readouterr().out
+    assert contents(dst) == contents(convert(src, tmp_path / "straight"))
+
+
 def test_chunks_that_a_power_cut_lost_are_written_again(tmp_path, params, monkeypatch):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     dst = tmp_path / "dst"

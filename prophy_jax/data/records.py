@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from google.protobuf import json_format
 
 import prophy_jax
 from prophy_jax.data import batch
@@ -32,6 +31,24 @@ from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
+# Of what types the manifest's values are that are read again, where it has them; see `workdir.parse_json`.
+_MANIFEST = {
+    "schema_version": int,
+    "fingerprint": str,
+    "data_fingerprint": str,
+    "sources": [str],
+    "counts": {str: int},
+    "categories": [str],
+    "buckets": {str: {"counts": {str: int}, "latent_shape": [int], "token_grid": [int]}},
+    "video": {"fps": int | float, "frames": int, "height": int, "width": int},
+    "max_upscale": int | float,
+    "codec": dict,
+    "text_encoder": dict,
+    "text_length": int,
+    "text_dim": int,
+    "plan": dict,
+    "unreadable": [list],
+}
 _SHOWN = 20  # entries of a list that are printed; the manifest has all of them
 _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a process 1,024
 
@@ -75,11 +92,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             f"no training data at {data_dir}; make it with: "
             f"python -m prophy_jax.prepare --config=... --out={data_dir}"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; prepare the data again") from error
+    manifest = workdir.read_json(path, "make the data again", _MANIFEST)
+    version = manifest["schema_version"]
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
@@ -165,7 +179,7 @@ def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.Dataset
     folder = Path(data_dir) / name / bucket
     try:
         return tfds.builder_from_directory(folder).info
-    except (OSError, ValueError, TypeError, json_format.Error) as error:
+    except Exception as error:  # TFDS and Protocol Buffers let many kinds pass from damaged files
         raise UserError(f"{folder} is missing or damaged; make the data again") from error
 
 
