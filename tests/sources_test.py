@@ -676,6 +676,23 @@ def test_a_rate_that_is_none_is_refused(fps):
         list_buckets(data)
 
 
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"height": 0}, "9, 0, 32"),
+        ({"frames": -3}, "-3, 32, 32"),
+        ({"buckets": ((9, 32),)}, "9, 32"),
+        ({"buckets": (9, 32, 32)}, "9,"),
+        ({"buckets": ((9, 32, 0),)}, "9, 32, 0"),
+        ({"buckets": ((9, "32", 32),)}, "9, '32', 32"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(changes, shown):
+    data = ConfigDict(dict(frames=9, height=32, width=32, fps=8, buckets=()) | changes)
+    with pytest.raises(UserError, match=rf"^\({shown}\) is no size of clips: config.data.frames"):
+        list_buckets(data)
+
+
 def test_duplicates_in_folders_zips_and_sources(tmp_path):
     one = wisa(
         tmp_path / "one", [record(f"{name}.mp4") for name in "abcd"], {"a.mp4": b"same", "b.mp4": b"b"}

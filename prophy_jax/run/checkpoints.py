@@ -27,6 +27,13 @@ from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import put_in_place, read_json, write_atomically
 
 SLICE_BYTES = 2**24
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # Orbax raises them on damaged files
 
 
 @functools.cache
@@ -107,7 +114,7 @@ def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             tree = checkpointer.metadata(folder).item_metadata.tree
-        except (FileNotFoundError, ValueError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
 
@@ -273,7 +280,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         place = os.path.join(os.path.abspath(folder), "tree")
         try:
             tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{place} is damaged ({reason}): {remedy or 'name another folder'}") from error
     tree = unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
