@@ -725,6 +725,16 @@ def test_files_that_are_added_to_a_model_are_named(tmp_path, name):
         assert re.search("is a (LoRA|LyCORIS) and not a whole model: merge it", fails(src, tmp_path))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn])
+def test_a_text_encoder_with_its_tokenizer_inside_is_named(tmp_path, params, dtype):
+    tensors = state_dicts.write(params["text_encoder"], table_of("text_encoder", "diffusers"))
+    tensors = {name: np.asarray(tensor).astype(dtype) for name, tensor in tensors.items()}
+    file = tmp_path / "umt5_xxl.safetensors"
+    save_file(tensors | {"spiece_model": np.zeros(9, np.uint8)}, file)
+    for src in (file, tmp_path):
+        assert f"{file} is a text encoder as ComfyUI has it" in fails(src, tmp_path)
+
+
 def test_quantised_files_of_other_programs_are_named(tmp_path):
     file = tmp_path / "wan2.1-t2v-1.3b-Q4_K_M.gguf"
     file.write_bytes(b"GGUF" + bytes(20))
