@@ -350,6 +350,9 @@ def test_jsonl(tmp_path):
         ),
         ("a.csv", b"video;captoin\nb.mp4;A\n", r"found video, captoin .did you mean caption\?.$"),
         ("a.tsv", b"video\tcaption\na.mp4\tA\tB\n", "line 2 .* cells than columns, 3 of 2.*texts with tabs"),
+        ("a.csv", b"a.mp4,A\nb.mp4,B\n", "found a.mp4, A; the first line of a table must name its columns$"),
+        ("a.json", b'{"video": ["a.mp4"], "caption": ["A"]}', "is not a JSON list of records"),
+        ("a.json", b'{"a.mp4": "A", "a.mp4": "B"}', "is not a JSON file .it has the key 'a.mp4' twice"),
         ("a.json", b'{"a.mp4": 1}', "is not a JSON list of records; .* or an object of captions"),
         ("a.csv", b'video,caption\na.mp4,"never closed\n', "is not a CSV file"),
         ("a.csv", b"video,caption\na.mp4,\xff\xfe\n", "is not a CSV file .*utf-8"),
@@ -428,21 +431,23 @@ def test_which_captions_are_used_is_said(tmp_path):
         {"a.mp4": "A", "b.mp4": "B"},
         {"a.mp4": {"caption": "A", "tags": ""}, "b.mp4": {"caption": "B"}},
         [{"video": "a.mp4", "caption": "A"}, {"video": "b.mp4", "caption": "B"}],
+        '{"video": "a.mp4", "caption": "A"}\n{"video": "b.mp4", "caption": "B"}',  # JSONL all the same
     ],
 )
 def test_captions_in_one_json_file(tmp_path, content):
-    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "captions.json": json.dumps(content).encode()})
+    text = content if isinstance(content, str) else json.dumps(content)
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "captions.json": text.encode()})
     assert [(clip.id, clip.caption) for clip in sources.read_sources(tmp_path).clips] == [
         ("a", "A"),
         ("b", "B"),
     ]
 
 
-def test_json_files_about_single_videos_are_no_table(tmp_path):
-    files = {f"{name}.{kind}": f"{name} {kind}".encode() for name in "ab" for kind in ("mp4", "txt", "json")}
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_json_files_about_single_videos_are_no_table(tmp_path, names):
+    files = {f"{name}.{kind}": f"{name} {kind}".encode() for name in names for kind in ("mp4", "txt", "json")}
     assert [clip.caption for clip in sources.read_sources(write_files(tmp_path, files)).clips] == [
-        "a txt",
-        "b txt",
+        f"{name} txt" for name in names
     ]
 
 
@@ -502,6 +507,28 @@ def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
         )
     ]
     assert source.report.unknown_labels == {'category: "rainbow"': 2}
+
+
+@pytest.mark.parametrize("caption", ["nan", "None", "NULL", "\u200b", "\ufeff \u2060", "\u00a0"])
+def test_what_programs_write_for_no_caption_is_none(tmp_path, caption):
+    rows = [
+        ["video", "caption"],
+        ["a.mp4", caption],
+        ["b.mp4", "None of the balls fall."],
+        ["c.mp4", "\U0001f525"],
+    ]
+    source = sources.read_sources(plain(tmp_path, rows, {f"{k}.mp4": k.encode() for k in "abc"}))
+    assert ids(source) == ["b", "c"]
+    [(name, reason)] = source.report.skipped
+    assert name == "a" and reason.startswith("no caption: line 2 of clips.csv")
+
+
+def test_keys_that_are_there_twice(tmp_path):
+    lines = ['{"video": "a.mp4", "caption": "A", "caption": "B"}', '{"video": "b.mp4", "caption": "B"}']
+    for name, text in {"c.jsonl": "\n".join(lines), "c.json": f"[{', '.join(lines)}]"}.items():
+        root = write_files(tmp_path / name, {"a.mp4": b"1", "b.mp4": b"2", name: text.encode()})
+        source = sources.read_sources(root)
+        assert ids(source) == ["b"] and source.report.skipped[0][1] == "has the key 'caption' twice"
 
 
 def test_a_wrong_record_of_json_is_listed_and_the_others_are_used(tmp_path):

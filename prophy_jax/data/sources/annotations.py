@@ -108,9 +108,13 @@ def find_annotations(source: str | Path) -> Path:
         raise UserError(f"no file or folder {source}; --source must name a folder of videos and captions")
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     found = [path for path in files if path.suffix.lower() in READERS]
-    if len(found) > 1:  # some programs write a.json, with what they know of the video, beside each a.mp4
-        stems = {path.stem for path in files if path.suffix.lower() in VIDEOS + IMAGES}
-        found = [path for path in found if path.suffix.lower() != ".json" or path.stem not in stems]
+    # Some programs write a.json, with what they know of the video, beside each a.mp4 and a.txt.
+    videos, texts = (
+        {path.stem for path in files if path.suffix.lower() in kinds}
+        for kinds in (VIDEOS + IMAGES, (".txt",))
+    )
+    about = videos if len(found) > 1 else videos & texts
+    found = [path for path in found if path.suffix.lower() != ".json" or path.stem not in about]
     found = found or [path for path in files if path.name.lower() in NAME_LINES]
     if len(found) > 1:
         names = _list([path.name for path in found])
@@ -202,26 +206,60 @@ def _decode(data: bytes, errors: str = "strict") -> str:
     return data.decode("utf-16") if wide else data.decode("utf-8-sig", errors)
 
 
+class _Twice(str):
+    """Stands for an object that has this key twice: which of the values is meant is not known."""
+
+
+def _parse(text: str) -> Any:
+    """JSON, in which objects may be `_Twice`. Raises ValueError or RecursionError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Record | _Twice:
+        record = dict(pairs)
+        if len(record) == len(pairs):
+            return next((value for value in record.values() if isinstance(value, _Twice)), record)
+        return _Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _row(where: str, record: Any) -> Row:
+    if isinstance(record, dict):
+        return Row(where, record)
+    twice = isinstance(record, _Twice)
+    return Row(where, {}, f"has the key {str(record)!r} twice" if twice else "is not an object {...}")
+
+
 def _read_json(path: Path) -> Iterable[Row]:
-    records = json.loads(_decode(path.read_bytes()))
+    text = _decode(path.read_bytes())
+    try:
+        records = _parse(text)
+    except ValueError:
+        # Objects line by line are JSONL, whatever the ending says.
+        if not text.lstrip().startswith("{") or len(rows := list(_read_jsonl(path))) < 2:
+            raise
+        if rows[0].problem:
+            raise
+        return rows
+    if isinstance(records, _Twice):
+        raise ValueError(f"it has the key {str(records)!r} twice")
     if isinstance(records, dict):
         records = _of_object(records)
-    if not isinstance(records, list) or (records and not any(isinstance(one, dict) for one in records)):
+    if not isinstance(records, list) or (
+        records and not any(isinstance(one, dict | _Twice) for one in records)
+    ):
         raise UserError(
             f"{path} is not a JSON list of records; expected [{{...}}, {{...}}], or an object of captions "
             '{"a.mp4": "...", "b.mp4": "..."}'
         )
-    for number, record in enumerate(records):
-        fits = isinstance(record, dict)
-        yield Row(f"record {number}", record if fits else {}, "" if fits else "is not an object {...}")
+    return [_row(f"record {number}", record) for number, record in enumerate(records)]
 
 
 def _of_object(content: Record) -> list[Record] | None:
     """The records of an object, by the names of videos, of captions or of records; None: it is another."""
     columns = {name.strip().lower() for name in content}
     if columns.intersection(VIDEO) and columns.intersection(CAPTION):
-        return [content]
-    if all(isinstance(value, str | None) for value in content.values()):
+        return [content] if _parse_row(content).video else None
+    if any(isinstance(value, str) for value in content.values()):
         return [{"video": name, "caption": caption} for name, caption in content.items()]
     if all(isinstance(value, dict) for value in content.values()):
         return [{"video": name, **record} for name, record in content.items()]
@@ -309,12 +347,9 @@ def _read_jsonl(path: Path) -> Iterable[Row]:
             continue
         where = f"line {number} of {path.name}"
         try:
-            record = json.loads(line.decode())
+            yield _row(where, _parse(line.decode()))
         except (ValueError, RecursionError) as error:
             yield Row(where, {}, f"is not JSON ({error})")
-            continue
-        fits = isinstance(record, dict)
-        yield Row(where, record if fits else {}, "" if fits else "is not an object {...}")
 
 
 def _read_lines(path: Path) -> Iterable[Row]:
@@ -413,7 +448,11 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
     ]
     if missing:
         unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
-        raise UserError(f"{path} has {', and '.join(missing)}; found {_list(unread) or 'none'}")
+        bare = any(Path(name).suffix.lower() in VIDEOS for name in columns)
+        raise UserError(
+            f"{path} has {', and '.join(missing)}; found {_list(unread) or 'none'}"
+            + ("; the first line of a table must name its columns" if bare else "")
+        )
 
 
 def _with_nearest(column: str) -> str:
@@ -442,6 +481,12 @@ def may_be_cut(path: Path, record: Record) -> bool:
         and not name.startswith(" ")
         for (before, caption), (name, value) in itertools.pairwise(cells)
     )
+
+
+def says_something(caption: str) -> bool:
+    """Whether a caption is there: not only what cannot be seen, and not what programs write for none."""
+    seen = "".join(letter for letter in caption if letter.isprintable() and not letter.isspace())
+    return seen.lower() not in ("", "nan", "none", "null")
 
 
 def _text(value: Any) -> str:

@@ -14,6 +14,7 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 
 import hashlib
 import itertools
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run.errors import UserError
 
 T = TypeVar("T")
+_LABEL = 80  # characters of a label that is reported
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare
@@ -381,8 +383,8 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             found: VideoFile | str = row.problem
         elif not entry.video:
             found = "no video name"
-        elif not entry.caption:
-            found = f"no caption: {row.where}"
+        elif not annotations.says_something(entry.caption):
+            found = f"no caption: {row.where}" + (f" has {entry.caption!r}" if entry.caption else "")
         elif entry.split.lower() not in annotations.SPLITS:
             found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
         elif annotations.may_be_cut(path, row.record) and _is_no_category(entry.labels["category"], known):
@@ -421,7 +423,7 @@ def _category(
     for where, text in labels.items():
         named[where], unknown = known.parse_labels(text)
         for label in unknown:
-            key = f'{where}: "{label}"'
+            key = f'{where}: "{textwrap.shorten(label, _LABEL)}"'
             report.unknown_labels[key] += 1
             report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]
