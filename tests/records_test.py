@@ -466,6 +466,30 @@ def test_damaged_metadata(whole, tmp_path, name, text):
         records.open_dataset(tmp_path, "records", "9x16x16", "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dataset_info.json", lambda info: info["splits"][0].pop("shardLengths")),
+        ("dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["-1", "2", "2"])),
+        ("dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate="x")),
+        ("features.json", lambda info: info["featuresDict"]["features"].pop("id")),
+        (
+            "features.json",
+            lambda info: info["featuresDict"]["features"]["latents"]["tensor"]["shape"].clear(),
+        ),
+    ],
+)
+def test_metadata_of_something_else_is_one_line(whole, tmp_path, name, change):
+    folder = tmp_path / "records" / "9x16x16"
+    shutil.copytree(whole / "records" / "9x16x16", folder)
+    info = json.loads((folder / name).read_text())
+    change(info)
+    (folder / name).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="records/9x16x16.* make the data again"):
+        example = records.open_dataset(tmp_path, "records", "9x16x16", "train")[0]
+        example["id"], example["latents"]
+
+
 def test_damaged_records(whole, tmp_path):
     shutil.copytree(whole / "records", tmp_path / "records")
     path = tmp_path / "records" / "9x16x16" / "records-train.array_record-00001-of-00003"
@@ -546,6 +570,10 @@ def test_damaged_manifests_and_reports_are_one_line(tmp_path, whole, damage):
         ("video", {"fps": "8"}),
         ("categories", "melting"),
         ("fingerprint", 3),
+        ("text_dim", True),
+        ("skipped", [["a"]]),
+        ("buckets", {"5x16x16": {"counts": {}, "latent_shape": [2, 4, 4], "token_grid": [2, 2, 2]}}),
+        ("buckets", {"5x16x16": {"counts": {}, "latent_shape": [-2, 4, 4, 16], "token_grid": [2, 2, 2]}}),
     ],
 )
 def test_values_of_other_types_in_a_manifest_are_named(tmp_path, key, value):

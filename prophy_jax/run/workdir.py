@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -259,8 +260,8 @@ def read_json(path: str | os.PathLike, remedy: str, form: Any = dict) -> Stored:
 def parse_json(content: bytes, where: str, remedy: str, form: Any = dict) -> Stored:
     """The object in JSON. Raises UserError, with where it is and `remedy`, when it is damaged.
 
-    `form` says of which types it is: a type, [form] for a list, {"key": form} for an object that may have
-    these keys, {str: form} for one of any keys.
+    `form` says what it is: a type, a function that tells, [form] for a list, (form, form) for one of two,
+    {"key": form} for an object that may have these keys, {str: form} for one of any keys.
     """
     try:
         found = json.loads(content, object_hook=lambda own: Stored(own, where, remedy))
@@ -284,7 +285,9 @@ def _fits(value: Any, form: Any) -> bool:
         return isinstance(value, dict) and all(
             _fits(own, form.get(key, form.get(str, object))) for key, own in value.items()
         )
-    return isinstance(value, form)
+    if isinstance(form, tuple):
+        return isinstance(value, list) and len(value) == len(form) and all(map(_fits, value, form))
+    return isinstance(value, form) if isinstance(form, type | types.UnionType) else form(value)
 
 
 # --- Files that are whole or not there -------------------------------------------------------------
