@@ -184,7 +184,12 @@ def check_params(
         if name != "backbone" and stored:
             taxonomy.of(config).check(manifest, folders[name] or "")
             own_spec = workdir.identify_part(workdir.config_as_json(config)["parts"][name])
-            if different := workdir.differences(workdir.identify_part(stored), own_spec):
+            try:
+                different = workdir.differences(workdir.identify_part(stored), own_spec)
+            except (TypeError, AttributeError, ValueError) as error:
+                again = remedy(config, name, folders[name])
+                raise UserError(f"{folders[name]}/manifest.json is damaged ({error}): {again}") from error
+            if different:
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )

@@ -94,6 +94,8 @@ def test_every_kind_of_float_is_looked_at():
         '{"sha256": 1, "shapes": {}}',
         '{"sha256": "0", "shapes": {"a": 3}}',
         '{"sha256": "0", "shapes": {}, "model": []}',
+        '{"sha256": "0", "shapes": {}, "categories": [{}]}',
+        '{"sha256": "0", "shapes": {}, "backbone_sha256": 3}',
         "[" * 100_000,
     ],
 )
