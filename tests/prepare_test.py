@@ -18,7 +18,7 @@ from prophy_jax.data import loader, records, taxonomy
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import video
 from prophy_jax.models.text import hash_text
-from prophy_jax.prepare import prepare
+from prophy_jax.prepare import list_clips, prepare
 from prophy_jax.run import encoders
 from prophy_jax.run.errors import NotFinite, UserError
 from tests.commands import run_here
@@ -322,6 +322,16 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 
 # --- What changed since ----------------------------------------------------------------------------
+
+
+def test_what_a_source_says_and_nobody_reads_is_warned_of(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    (tmp_path / "clips.csv").write_text("video,caption,catgory\na.mp4,A ball falls.,collision\n")
+    list_clips(_config(tmp_path).data, [tmp_path])
+    warning = (
+        f"warning: columns of {tmp_path}/clips.csv that are not read: catgory (did you mean category?)\n"
+    )
+    assert capsys.readouterr().err == warning
 
 
 def test_only_what_changed_is_encoded_anew(tmp_path, capsys, monkeypatch):

@@ -199,6 +199,11 @@ def test_bad_folders(tmp_path):
         sources.read_sources(write_files(tmp_path, {"clip.mp4": b"1"}) / "clip.mp4")
 
 
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="cannot be read .File name too long"):
+        sources.read_sources(tmp_path / ("x" * 300))
+
+
 def test_no_video_at_all(tmp_path):
     wisa(tmp_path, [record("a.mp4"), record("b.mp4")], {"c.mp4": b"1"})
     with pytest.raises(
@@ -391,13 +396,13 @@ def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
 )
 def test_the_header_says_what_separates_cells(tmp_path, name, separator, before):
     rows = [["video", "caption", "category"], ["a.mp4", '"A cat, then a dog; \t"', "melting"], ["b.mp4", "B"]]
-    rows.append(["b.mp4", "B", "", "lost"])
+    rows += [["", " ", ""], ["b.mp4", "B", "", "lost"]]  # an empty row is none
     text = before + "\n".join(separator.join(row) for row in rows)
     source = sources.read_sources(write_files(tmp_path, {name: text.encode(), "a.mp4": b"1", "b.mp4": b"2"}))
     assert [clip.caption for clip in source.clips] == ["A cat, then a dog;", "B"]
     assert source.clips[0].category.sum() == 1 and not source.report.unused
     [(where, problem)] = source.report.skipped
-    assert where == f"line {4 + before.count(chr(10))} of {name}" and "4 of 3: put quotes" in problem
+    assert where == f"line {5 + before.count(chr(10))} of {name}" and "4 of 3: put quotes" in problem
 
 
 def test_columns_that_are_not_read_are_named(tmp_path):
@@ -482,6 +487,7 @@ def test_a_wrong_row_of_a_csv_is_listed_and_the_others_are_used(tmp_path):
     assert list(problems) == [*(f"line {number} of clips.csv" for number in (3, 4, 5, 8)), "g"]
     for number, problem in {3: "more cells than columns, 4 of 2", 4: "wrong quote", 5: "wrong quote"}.items():
         assert problem in problems[f"line {number} of clips.csv"]
+    assert problems["line 4 of clips.csv"].endswith(": write a quote inside quotes twice")
     assert "0xe9) that is not utf-8" in problems["line 8 of clips.csv"]
     assert problems["g"] == "no caption: line 9 of clips.csv"
     assert [clip for clip, _ in source.annotations()] == source.clips

@@ -100,6 +100,13 @@ def find_annotations(source: str | Path) -> Path:
         UserError: there is no such file or folder, or the folder has none or several.
     """
     source = Path(source)
+    try:
+        return _find_annotations(source)
+    except OSError as error:  # no permission, or a name that is too long
+        raise UserError(f"{source} cannot be read ({error.strerror})") from error
+
+
+def _find_annotations(source: Path) -> Path:
     if source.is_file():
         if source.suffix.lower() not in READERS and source.name.lower() not in NAME_LINES:
             raise UserError(f"{source} is not a {_ENDINGS} file that lists clips, nor {NAME_LINES[0]}")
@@ -290,7 +297,7 @@ def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
                 cells = next(reader, None)
                 problem = _cells_problem(cells or [], header, separator)
             except csv.Error as error:
-                cells, problem = [], f"has a wrong quote ({error})"
+                cells, problem = [], f"has a wrong quote ({error}): write a quote inside quotes twice"
             if cells is None:
                 done = True
                 break
@@ -307,7 +314,7 @@ def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
                 names = Counter(name.strip().lower() for name in header)
                 if twice := [name for name in names if name and names[name] > 1]:
                     raise ValueError(f"it has two columns {twice[0]!r}")
-            elif cells:
+            elif any(cell.strip() for cell in cells):
                 yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])))
 
 
