@@ -508,7 +508,7 @@ def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
     assert source.report.skipped == [
         (
             "a",
-            "cut caption: line 2 of clips.csv has 'bouncing on the floor' where a category should be: put "
+            "cut caption: line 2 of clips.csv has 'bouncing on the floor' where its category should be: put "
             "quotes around the caption",
         )
     ]
@@ -535,6 +535,23 @@ def test_keys_that_are_there_twice(tmp_path):
         root = write_files(tmp_path / name, {"a.mp4": b"1", "b.mp4": b"2", name: text.encode()})
         source = sources.read_sources(root)
         assert ids(source) == ["b"] and source.report.skipped[0][1] == "has the key 'caption' twice"
+
+
+def test_an_id_that_is_the_rest_of_a_caption(tmp_path):
+    text = "video,caption,id\na.mp4,a ball, it bounces\nb.mp4,a ball, 7\n"
+    source = sources.read_sources(
+        write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "c.csv": text.encode()})
+    )
+    assert ids(source) == ["7"]
+    assert source.report.skipped[0][1].startswith(
+        "cut caption: line 2 of c.csv has 'it bounces' where its id"
+    )
+
+
+def test_captions_where_names_should_be_make_no_endless_line(tmp_path):
+    rows = [["caption", "video", "label"], ["a.mp4", "word " * 9999, ""], ["A", "b.mp4", "x" * 9999]]
+    source = sources.read_sources(plain(tmp_path, rows, {"a.mp4": b"1", "b.mp4": b"2"}))
+    assert ids(source) == ["b"] and len(str(source.report)) < 2000
 
 
 def test_a_wrong_record_of_json_is_listed_and_the_others_are_used(tmp_path):

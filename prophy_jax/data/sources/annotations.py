@@ -473,21 +473,25 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def may_be_cut(path: Path, record: Record) -> bool:
-    """Whether the category of a table's row may be the rest of a caption: `a.mp4,A cat jumps, then lands`.
+def find_cut(path: Path, record: Record) -> tuple[str, str] | None:
+    """The column and the text of the cell that may be the rest of a caption: `A cat jumps, then lands`.
 
-    So it looks where the cell behind the caption begins with a space, and the caption and the header do not.
-    Whoever knows the categories can tell.
+    So it looks in the row of a table where the cell behind the caption begins with a space, and the caption
+    and the header do not. Whoever knows the categories can tell; an id is hardly ever several words.
     """
-    cells = [(name, str(value or "")) for name, value in record.items() if name is not None]
-    return READERS.get(path.suffix.lower(), ("", None))[1] is _read_csv and any(
-        before.strip().lower() in CAPTION
-        and name.strip().lower() in CATEGORY
-        and value.startswith(" ")
-        and not caption.startswith(" ")
-        and not name.startswith(" ")
-        for (before, caption), (name, value) in itertools.pairwise(cells)
-    )
+    if READERS.get(path.suffix.lower(), ("", None))[1] is not _read_csv:
+        return None
+    cells = [(name or "", str(value or "")) for name, value in record.items()]
+    for (before, caption), (name, value) in itertools.pairwise(cells):
+        column, text = name.strip().lower(), value.strip()
+        spaced = value.startswith(" ") and not caption.startswith(" ") and not name.startswith(" ")
+        if (
+            before.strip().lower() in CAPTION
+            and spaced
+            and (column in CATEGORY or column == "id" and " " in text)
+        ):
+            return column, text
+    return None
 
 
 def says_something(caption: str) -> bool:

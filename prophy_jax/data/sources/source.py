@@ -14,7 +14,6 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 
 import hashlib
 import itertools
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run.errors import UserError
 
 T = TypeVar("T")
-_LABEL = 80  # characters of a label that is reported
+_LONGEST = 200  # characters of a text that is reported
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare
@@ -297,7 +296,7 @@ def read_sources(
                 split = "val" if source >= first else annotations.SPLITS[entry.split.lower()]
                 clips.append(Clip(clip_id, entry.caption, category, source, found.name, split, number))
                 continue
-            report.skipped.append((clip_id, reason))
+            report.skipped.append((_short(clip_id), reason))
     clips.sort(key=lambda clip: clip.source)
     return CaptionedVideos(files, clips, videos, report)
 
@@ -387,26 +386,31 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             found = f"no caption: {row.where}" + (f" has {entry.caption!r}" if entry.caption else "")
         elif entry.split.lower() not in annotations.SPLITS:
             found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
-        elif annotations.may_be_cut(path, row.record) and _is_no_category(entry.labels["category"], known):
+        elif (cut := annotations.find_cut(path, row.record)) and _is_no_category(cut[1], known):
             found = (
-                f"cut caption: {row.where} has {entry.labels['category']!r} where a category should be: put "
-                "quotes around the caption"
+                f"cut caption: {row.where} has {_short(cut[1])!r} where its {cut[0]} should be: put quotes "
+                "around the caption"
             )
         else:
             try:
                 found = folder.find(entry.video)
             except UserError as error:
-                found = str(error)
+                found = _short(str(error))
         located.append((row.where, entry, found))
     if all(isinstance(found, str) for _, _, found in located):
         where, entry, reason = located[0]
         missing = str(reason).startswith("missing")
         raise UserError(
-            f"none of the {len(located)} records of {path} can be used (first, {entry.video or where}: "
-            f"{reason})"
+            f"none of the {len(located)} records of {path} can be used (first, "
+            f"{_short(entry.video or where)}: {reason})"
             + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )
     return located
+
+
+def _short(text: str) -> str:
+    """A text for a message, such as a caption that is where a name should be."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _is_no_category(text: str, known: Taxonomy) -> bool:
@@ -423,7 +427,7 @@ def _category(
     for where, text in labels.items():
         named[where], unknown = known.parse_labels(text)
         for label in unknown:
-            key = f'{where}: "{textwrap.shorten(label, _LABEL)}"'
+            key = f'{where}: "{_short(label)}"'
             report.unknown_labels[key] += 1
             report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]
