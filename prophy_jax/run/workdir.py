@@ -260,8 +260,8 @@ def read_json(path: str | os.PathLike, remedy: str, form: Any = dict) -> Stored:
 def parse_json(content: bytes, where: str, remedy: str, form: Any = dict) -> Stored:
     """The object in JSON. Raises UserError, with where it is and `remedy`, when it is damaged.
 
-    `form` says what it is: a type, a function that tells, [form] for a list, (form, form) for one of two,
-    {"key": form} for an object that may have these keys, {str: form} for one of any keys.
+    `form` says what it is: a type, a function that tells, [form] for a list, (form, form) for a list of two
+    values, {"key": form} for an object that may have these keys, {str: form} for one of any keys.
     """
     try:
         found = json.loads(content, object_hook=lambda own: Stored(own, where, remedy))

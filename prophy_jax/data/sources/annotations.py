@@ -36,17 +36,8 @@ VIDEO = (
 CAPTION = ("caption", "captions", "prompt", "text")
 CATEGORY = ("category", "label")
 SPLIT = ("split",)
-_KNOWN = (
-    *VIDEO,
-    *CAPTION,
-    *CATEGORY,
-    *SPLIT,
-    "id",
-    "duration",
-    "fps",
-    "width",
-    "height",
-)  # the last: statistics
+_STATED = ("duration", "fps", "width", "height")  # what statistics read
+_KNOWN = (*VIDEO, *CAPTION, *CATEGORY, *SPLIT, "id", *_STATED)
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
