@@ -127,6 +127,7 @@ def paper() -> ConfigDict:
         categories="answers",
         taxonomy="",
         subset=20_000,
+        weights=(),
         seed=0,
         val_share=0.01,
         shard=64,

@@ -211,6 +211,7 @@ def train(config: Any, workdir: str) -> None:
             side=config.data.side,
             fields=fields,
             place=place,  # ahead of the step that needs it
+            weights=config.data.get("weights", ()),
         )
         empty = loader.load_empty_text(config.data.dir)
 

@@ -119,6 +119,19 @@ def test_both_spellings_of_a_flag_are_one(given, wanted):
     assert parser.parse_args(["--dry-run"]).dry_run and parser.parse_args(["--dry_run"]).dry_run
 
 
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("--config.a=(1,) --config.b=2 --config.a=(3,)", "--config.b=2 --config.a=(3,)"),
+        ("--config.a (1,) --config.b 2 --config.a=(3,)", "--config.b 2 --config.a=(3,)"),
+        ("--config.a=(1,) --config.a (3,) --out=x", "--config.a (3,) --out=x"),
+        ("--config.a --config.a=False --source=x --source=y", "--config.a=False --source=x --source=y"),
+    ],
+)
+def test_an_override_given_twice_is_the_last_one(given, wanted):
+    assert cli.last_of_each(given.split()) == wanted.split()
+
+
 def test_help_names_the_shared_flags_and_every_key_that_the_commands_read():
     shown = subprocess.run(
         [sys.executable, "-m", "prophy_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True

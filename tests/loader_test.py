@@ -3,6 +3,7 @@
 B global batch, T h w latent grid, N tokens, L text length, D text width.
 """
 
+import functools
 import json
 import shutil
 import threading
@@ -186,6 +187,78 @@ def test_batches_of_one_clip(data_dir, split):
     counts = Counter(clip for clips in batches for clip in clips)
     assert set(map(len, batches)) == {1} and max(counts.values()) - min(counts.values()) <= 1
     assert len(counts) == sum(own[split] for own in COUNTS.values())
+
+
+# Source 0 has 6 wide and 3 tall clips, source 1 has 4 wide and 2 tall ones, source 2 is of another split.
+def _source(index: int) -> int:
+    return int(index % 5 in (1, 3))
+
+
+@pytest.fixture(scope="module")
+def of_two_sources(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources") / "data"
+    make_folder(folder, sources=["/own/a", "/own/b", "/own/val"])
+    rows = [
+        {
+            "source": _source(index) if split == "train" else 2,
+            "split": split,
+            "bucket": bucket,
+            "index": index,
+        }
+        for bucket, counts in COUNTS.items()
+        for split, count in counts.items()
+        for index in range(count)
+    ]
+    rows.append({"source": 1, "split": "train", "bucket": None, "index": None})  # it was skipped
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_sources_are_mixed_by_their_weights(of_two_sources, size):
+    clips = sum(_take(loader.make_loader(of_two_sources, "train", size, 0, weights=(3, 1)), 240 // size), [])
+    counts = Counter((_source(int(clip.split()[1])), WIDE in clip) for clip in clips)
+    # 3 : 1 by source; within a source by its clips in each bucket, here 2 : 1. To one batch of each stream.
+    for own, expected in {(0, True): 120, (0, False): 60, (1, True): 40, (1, False): 20}.items():
+        assert abs(counts[own] - expected) <= size
+    each = Counter(clips)
+    assert len(each) == 15 and max(each.values()) <= 22 and min(each.values()) >= 8
+    if size > 1:  # a batch is of one bucket, and of both sources
+        batches = [clips[start : start + size] for start in range(0, 240, size)]
+        mixed = [len({_source(int(clip.split()[1])) for clip in batch}) == 2 for batch in batches]
+        assert sum(mixed) > 50
+
+
+def test_a_source_of_weight_0_is_left_out(of_two_sources):
+    clips = sum(_take(loader.make_loader(of_two_sources, "train", 3, 0, weights=(0, 2)), 20), [])
+    assert {_source(int(clip.split()[1])) for clip in clips} == {1} and len(set(clips)) == 6
+
+
+def test_weighted_batches_resume_and_are_shared(of_two_sources):
+    make = functools.partial(loader.make_loader, of_two_sources, "train", 4, 0, weights=(1, 2.5))
+    whole = _take(make(), 9)
+    halves = [_take(make(rows=rows), 9) for rows in ([0, 1], [2, 3])]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+    stopped, again = make(), make()
+    _take(stopped, 4)
+    again.set_state(json.loads(json.dumps(stopped.get_state())))
+    assert _take(again, 5) == whole[4:]
+
+
+def test_weights_that_do_not_fit_are_refused(of_two_sources, unlabelled):
+    listed = "0 /own/a: 9 clips, 1 /own/b: 6 clips, 2 /own/val: 0 clips"
+    for weights, match in (
+        ((1,), f"weights=.1,.: give one number for each source; .*train', {listed}"),
+        ((1, 1, 1, 1), "give one number for each source"),
+        ((1, 1, 1), "source 2 has no clip; "),
+        ((0, 0), "no source is left"),
+    ):
+        with pytest.raises(UserError, match=match):
+            loader.make_loader(of_two_sources, "train", 2, 0, weights=weights)
+    with pytest.raises(UserError, match="does not say which source its clips are of"):
+        loader.make_loader(unlabelled, "train", 2, 0, weights=(1, 2))
+    with pytest.raises(UserError, match="has 6 records, fewer than the batch size 7"):
+        loader.make_loader(of_two_sources, "train", 7, 0, weights=(0, 1))
 
 
 def test_fields_that_are_zero_in_all_clips(data_dir, unlabelled):

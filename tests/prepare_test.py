@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,12 @@ def _config(folder: Path, **data) -> ConfigDict:
     return config
 
 
-def _wisa(root: Path, count: int, frames: int = 8, sizes=((48, 64),)) -> Path:
-    """A folder of `count` videos of one grey each, at 8 frames per second."""
+def _wisa(root: Path, count: int, frames: int = 8, sizes=((48, 64),), first: int = 0) -> Path:
+    """A folder of `count` videos of one grey each, from number `first`, at 8 frames per second."""
     (root / "videos").mkdir(parents=True)
     annotation = {"q0": "collision", "q1": "none", "q2": "rainbow"}
     listed = []
-    for index in range(count):
+    for index in range(first, first + count):
         name = f"clip{index}.mp4"
         grey = np.full((frames, *sizes[index % len(sizes)], 3), 20 * index % 256, np.uint8)
         video.write_mp4(root / "videos" / name, grey, fps=8)
@@ -249,6 +250,17 @@ def test_buckets_of_aspect_and_length(tmp_path):
         for batch in loader.make_loader(tmp_path / "out", "train", 1, 0, repeat=False)
     }
     assert shapes == {(3, 6, 8, 16), (2, 8, 6, 16)}
+
+
+def test_training_takes_sources_by_their_weights(tmp_path):
+    few, many = _wisa(tmp_path / "few", 2), _wisa(tmp_path / "many", 8, first=2)
+    config = _config(tmp_path / "out", val_share=0.0)
+    prepare(config, [few, many])
+    config.data.weights = (1, 1)
+    data = loader.make_loader(config.data.dir, "train", 4, 0, weights=config.data.weights)
+    ids = np.concatenate([next(data)["id"] for _ in range(4)])
+    assert Counter(ids.tolist()) == {clip: 4 if clip in ("clip0", "clip1") else 1 for clip in set(ids)}
+    assert len(set(ids)) == 10
 
 
 def test_bad_videos_are_skipped_and_listed(tmp_path, capsys):

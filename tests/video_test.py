@@ -1,6 +1,8 @@
 """Video files in and out: rates, sizes, colours, odd formats and damaged files, all made here."""
 
 import io
+import os
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -10,6 +12,7 @@ from PIL import Image, ImageOps
 
 from prophy_jax.data.sources import video
 from prophy_jax.run.errors import UserError
+from tests.conftest import ROOT
 from tests.videos import read_clip, read_video
 
 av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
@@ -94,6 +97,23 @@ def test_odd_sizes_are_padded_by_their_edge(tmp_path):
     back = read_video(tmp_path / "clip.mp4")[0]
     assert back.shape == (3, 48, 64, 3)
     assert abs(int(back[1, -1, -1, 0]) - 200) <= LEVELS and back[1, 5, -1, 0] <= LEVELS
+
+
+def test_equal_frames_are_equal_files_whatever_the_memory_held(tmp_path):
+    """Memory as glibc hands it out: fresh, or filled with one byte; AVX-512 told them apart."""
+    code = """
+import sys, numpy as np
+from prophy_jax.data.sources import video
+cells = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+for name in ("a", "b"):
+    video.write_mp4(sys.argv[1] + name + ".mp4", cells.repeat(4, 1).repeat(4, 2), 8)
+"""
+    heap = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824"}  # no fresh pages, which are zero
+    for fill in ("0", "85", "170"):
+        environment = {**os.environ, **heap, "MALLOC_PERTURB_": fill}
+        command = [sys.executable, "-c", code, str(tmp_path / fill)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1 and len(list(tmp_path.iterdir())) == 6
 
 
 def test_writing_replaces_whole_and_leaves_nothing_else(tmp_path):

@@ -1,7 +1,8 @@
 """Reads prepared records as batches: deterministic, shared between processes, resumable to the batch.
 
 Each batch is of one bucket (size and length of video). The records of a bucket are an endless stream,
-shuffled anew each epoch and cut into global batches; buckets take turns in proportion to their clips. Global
+shuffled anew each epoch and cut into global batches; buckets take turns in proportion to their clips. Where
+the sources of the data have weights, so do the streams that each bucket is mixed from, one a source. Global
 batch k follows from k and the seed alone, and each process reads those of its rows that its devices hold. So
 row r is the same record for any number of processes, and a run may resume on another number of them.
 
@@ -9,6 +10,7 @@ B global batch, b rows of one process, L text length, D text width.
 """
 
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from prophy_jax.data import batch, records, taxonomy
+from prophy_jax.data import batch, job, records, taxonomy
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
@@ -29,6 +31,9 @@ _EPOCHS = 10**9  # of a stream that never ends: Grain cannot mix streams of endl
 
 class _Bucket:
     """The records of one bucket and split, joined with side data sets by position.
+
+    Attributes:
+        name: of the bucket.
 
     Args:
         folders: data set -> its folder; the records come first.
@@ -43,6 +48,7 @@ class _Bucket:
         bucket: str,
         sizes: batch.Sizes,
     ) -> None:
+        self.name = bucket
         self._folders = folders
         self._fields = {name: batch.FIELDS[name] for name in fields}
         self._shapes = {name: field.shape(sizes) for name, field in self._fields.items()}
@@ -115,6 +121,7 @@ def make_loader(
     side: Mapping[str, str | Path] | None = None,
     fields: Sequence[str] | None = None,
     place: Callable[[dict[str, np.ndarray]], Any] | None = None,
+    weights: Sequence[float] = (),
 ) -> grain.DatasetIterator:
     """An iterator over one split, with this process's rows of each batch.
 
@@ -140,40 +147,90 @@ def make_loader(
         fields: names of the arrays to read; None reads all that are there.
         place: turns a batch into what the iterator gives, such as arrays on devices. It runs in one thread,
             two batches ahead.
+        weights: how many of the clips read come from each source of the data, in their order and relative to
+            one another; a source of weight 0 is left out. (): in proportion to their clips. Only with
+            `repeat`.
 
     Raises:
         UserError: no data there, no such split, a side data set of other data (also while reading), a field
-            that is not there, damaged files (while reading), or B is larger than a split that repeats.
+            that is not there, damaged files (while reading), B is larger than a split that repeats, or
+            weights that do not fit the sources.
     """
     buckets = _open_buckets(data_dir, split, side or {}, fields)
-    count = sum(len(bucket) for bucket in buckets)
+    streams = [[(1.0 * len(bucket), np.arange(len(bucket)))] for bucket in buckets]
+    if len(weights):
+        streams = _weigh(data_dir, split, [bucket.name for bucket in buckets], weights)
+    count = sum(len(indices) for stream in streams for _, indices in stream)
     if repeat and count < batch_size:
         raise UserError(
             f"split {split!r} of {data_dir} has {count} records, fewer than the batch size {batch_size}; "
             "lower the batch size or prepare more clips"
         )
-    parts = []
-    for bucket in buckets:
-        indices = grain.MapDataset.range(len(bucket)).seed(seed)
-        if shuffle:
-            indices = indices.shuffle()
-        if repeat:
-            indices = indices.repeat(_EPOCHS, reseed_each_epoch=True)
-        # Global batches of indices.
-        batches = indices.batch(batch_size)
+    parts, shares = [], []
+    for bucket, stream in zip(buckets, streams, strict=True):
+        if not stream:
+            continue
+        sources = []
+        for _, own in stream:
+            indices = grain.MapDataset.source(own).seed(seed)
+            if shuffle:
+                indices = indices.shuffle()
+            if repeat:
+                indices = indices.repeat(_EPOCHS, reseed_each_epoch=True)
+            sources.append(indices)
+        shares.append(sum(share for share, _ in stream))
+        if len(sources) > 1:
+            sources = [grain.MapDataset.mix(sources, weights=[share / shares[-1] for share, _ in stream])]
+        batches = sources[0].batch(batch_size)  # global batches of indices
         if rows is not None:  # only they are read
             batches = batches.map(lambda whole: whole[np.asarray(rows)])
         parts.append(batches.map(bucket.read))
-    if repeat:
-        dataset = grain.MapDataset.mix(parts, weights=[len(bucket) for bucket in buckets])
-    else:
-        dataset = grain.MapDataset.concatenate(parts)
-    batches = dataset.to_iter_dataset(_READ)
+    mixed = grain.MapDataset.mix(parts, weights=shares) if repeat else grain.MapDataset.concatenate(parts)
+    batches = mixed.to_iter_dataset(_READ)
     if place is not None:
         batches = grain.experimental.ThreadPrefetchIterDataset(
             batches.map(place), prefetch_buffer_size=_PLACED_AHEAD
         )
     return iter(batches)
+
+
+def _weigh(
+    data_dir: str | Path, split: str, buckets: Sequence[str], weights: Sequence[float]
+) -> list[list[tuple[float, np.ndarray]]]:
+    """For each bucket the streams that it is mixed from: a share of all clips read, and indices of records.
+
+    What comes from one source is spread over its buckets in proportion to its clips there.
+    """
+    what = f"config.data.weights={tuple(weights)}"
+    rows = [row for row in job.read_clips(data_dir) if row["split"] == split and row["bucket"] is not None]
+    if not rows:
+        raise UserError(
+            f"{data_dir} does not say which source its clips are of, so that {what} cannot be applied: it is "
+            "of the sandbox, or of an earlier version; prepare it again from sources, or leave weights empty"
+        )
+    counts = Counter(row["source"] for row in rows)
+    paths = records.read_manifest(data_dir)["sources"]
+    found = ", ".join(f"{number} {path}: {counts[number]} clips" for number, path in enumerate(paths))
+    found = f"the sources of {data_dir} are, in split {split!r}, {found}"
+    if not max(counts) < len(weights) <= len(paths):
+        raise UserError(f"{what}: give one number for each source; {found}")
+    unused = [number for number, weight in enumerate(weights) if weight and not counts[number]]
+    if unused or not any(weights):
+        which = f"source {unused[0]} has no clip" if unused else "no source is left"
+        raise UserError(f"{what}: {which}; {found}")
+    streams: list[list[tuple[float, np.ndarray]]] = []
+    for bucket in buckets:
+        own: dict[int, list[int]] = {}
+        for row in rows:
+            if row["bucket"] == bucket and weights[row["source"]]:
+                own.setdefault(row["source"], []).append(row["index"])
+        streams.append(
+            [
+                (weights[source] * len(own[source]) / counts[source], np.array(own[source]))
+                for source in sorted(own)
+            ]
+        )
+    return streams
 
 
 def read_once(data: Any, split: str, batch_size: int, fields: Sequence[str]) -> grain.DatasetIterator:

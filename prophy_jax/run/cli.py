@@ -171,10 +171,29 @@ def _load_alone() -> Any:
         sys.argv = whole
 
 
+def last_of_each(words: Sequence[str]) -> list[str]:
+    """Words of a command line with each --config.KEY once, as it was given last.
+
+    A sequence that is given twice would hold the items of both, and other values only the last.
+    """
+    kept: list[str] = []
+    seen = set()
+    for i in reversed(range(len(words))):
+        name, equals, _ = words[i].partition("=")
+        if re.match("--?config[.]", name):
+            if name.lstrip("-") in seen:
+                if not equals and i + 1 < len(words) and kept and not words[i + 1].startswith("--"):
+                    kept.pop()  # its value
+                continue
+            seen.add(name.lstrip("-"))
+        kept.append(words[i])
+    return kept[::-1]
+
+
 def _parse() -> Any:
     _find_configuration()
     names = [f"--{off}{name}" for name in flags.FLAGS for off in ("", "no")]
-    sys.argv[1:] = respell(sys.argv[1:], names)
+    sys.argv[1:] = last_of_each(respell(sys.argv[1:], names))
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
         config = flags.FLAGS.config

@@ -23,6 +23,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.fps": (0.01, 10_000),
     "label_check.fps": (0.01, 10_000),
     "data.buckets": (1, INT32),
+    "data.weights": (0, 1e9),
     "data.max_upscale": (0.01, math.inf),
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
@@ -45,7 +46,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def check(config: Any) -> None:
-    """Raises UserError on NaN, on a number out of its limits, and on buckets of another form."""
+    """Raises UserError on NaN, on a number out of its limits, and on buckets and weights of another form."""
     from prophy_jax.run.config_help import list_keys
 
     for key, value in list_keys(config):
@@ -61,6 +62,12 @@ def check(config: Any) -> None:
         raise UserError(
             f"config.data.buckets={_short(buckets)}: list (frames, height, width), each in brackets of its "
             "own, such as --config.data.buckets='((49, 480, 832),)'"
+        )
+    weights = config.get("data", {}).get("weights", ())
+    if any(not isinstance(one, int | float) or isinstance(one, bool) for one in weights):
+        raise UserError(
+            f"config.data.weights={_short(weights)}: list one number for each source, such as "
+            "--config.data.weights='(3, 1)'"
         )
 
 

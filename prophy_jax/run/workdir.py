@@ -63,8 +63,9 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
             [pattern, (rates.get(rate) or None) if isinstance(rate, str) else rate]
             for pattern, rate in optimizer["groups"]
         ]
-    if not config.get("data", {}).get("taxonomy", True):
-        del config["data"]["taxonomy"]  # the default, and earlier versions had no other
+    for key in ("taxonomy", "weights"):
+        if not config.get("data", {}).get(key, True):
+            del config["data"][key]  # the default, and earlier versions had no other
     keys, without = IDENTITY[scope]
     chosen: dict[str, Any] = config if keys == ("",) else {}
     for key in keys:
