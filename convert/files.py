@@ -100,7 +100,7 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is not one."""
-    return workdir.read_json(path, "download it again")
+    return dict(workdir.read_json(path, "download it again"))
 
 
 def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
@@ -158,6 +158,11 @@ def _safetensors(path: Path) -> list[Tensor]:
             found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
     except SafetensorError as error:
         raise _broken(path, str(error)) from error
+    if any(name.endswith("spiece_model") for name in found):
+        raise UserError(
+            f"{path} is a text encoder as ComfyUI has it, with the tokenizer as a tensor (spiece_model): "
+            "give the folders text_encoder and tokenizer of the model's own download instead"
+        )
     return [
         Tensor(name, _dtype(path, name, dtype), shape, path, functools.partial(_load_safetensors, path, name))
         for name, (dtype, shape) in found.items()

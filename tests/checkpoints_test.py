@@ -94,6 +94,8 @@ def test_every_kind_of_float_is_looked_at():
         '{"sha256": 1, "shapes": {}}',
         '{"sha256": "0", "shapes": {"a": 3}}',
         '{"sha256": "0", "shapes": {}, "model": []}',
+        '{"sha256": "0", "shapes": {}, "categories": [{}]}',
+        '{"sha256": "0", "shapes": {}, "backbone_sha256": 3}',
         "[" * 100_000,
     ],
 )
@@ -104,7 +106,7 @@ def test_a_damaged_manifest_is_one_line(tmp_path, content):
         checkpoints.check_params(str(tmp_path), like({"a": jnp.ones(3)}), "convert it")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"tree_metadata": []}'])
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"tree_metadata": []}', "[" * 100_000, "7" * 5000])
 def test_a_damaged_tree_is_one_line(tmp_path, content):
     folder = str(tmp_path / "tree")
     checkpoints.save_params(folder, TREE, {})
@@ -127,3 +129,21 @@ def test_hash_sees_values_shapes_dtypes_and_names():
         {"b": np.zeros(4, np.float32)},
     ):
         assert checkpoints.tree_hash(other) != base
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"tree_metadata": {"a": 3}}', "[" * 100_000, "7" * 5000]
+)
+def test_a_damaged_checkpoint_of_a_run_is_one_line(tmp_path, content):
+    class Data:
+        def get_state(self):
+            return {}
+
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=1)
+    saved.save(1, {"a": jnp.ones(3)}, Data(), {})
+    saved.close()
+    (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").write_text(content)
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=1)
+    with pytest.raises(UserError, match="checkpoints/1/state is not a whole checkpoint; delete it"):
+        saved.restore(1, like({"a": jnp.ones(3)}), Data())
+    saved.close()

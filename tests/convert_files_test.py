@@ -345,6 +345,17 @@ def test_the_work_of_a_run_with_another_dtype_is_discarded(tmp_path, params, cap
     assert contents(dst) == contents(convert(src, tmp_path / "straight", "--dtype=bfloat16"))
 
 
+@pytest.mark.parametrize("line", [b"{oops", b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_journal_begins_anew(tmp_path, params, capsys, line):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    partial = tmp_path / "dst" / "transformer.partial"
+    partial.mkdir(parents=True)
+    (partial / stream.JOURNAL).write_bytes(b"{}\n" + line + b"\n")
+    dst = convert(src, tmp_path / "dst")
+    assert "discarding" in capsys.readouterr().out
+    assert contents(dst) == contents(convert(src, tmp_path / "straight"))
+
+
 def test_chunks_that_a_power_cut_lost_are_written_again(tmp_path, params, monkeypatch):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     dst = tmp_path / "dst"
@@ -712,6 +723,16 @@ def test_files_that_are_added_to_a_model_are_named(tmp_path, name):
     save_file({name: np.zeros((4, 4), np.float32)}, file)
     for src in (file, tmp_path):
         assert re.search("is a (LoRA|LyCORIS) and not a whole model: merge it", fails(src, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn])
+def test_a_text_encoder_with_its_tokenizer_inside_is_named(tmp_path, params, dtype):
+    tensors = state_dicts.write(params["text_encoder"], table_of("text_encoder", "diffusers"))
+    tensors = {name: np.asarray(tensor).astype(dtype) for name, tensor in tensors.items()}
+    file = tmp_path / "umt5_xxl.safetensors"
+    save_file(tensors | {"spiece_model": np.zeros(9, np.uint8)}, file)
+    for src in (file, tmp_path):
+        assert f"{file} is a text encoder as ComfyUI has it" in fails(src, tmp_path)
 
 
 def test_quantised_files_of_other_programs_are_named(tmp_path):

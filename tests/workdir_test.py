@@ -134,6 +134,28 @@ def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):
         workdir.read_run(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"config": {}, "references": 3}',
+        '{"config": {"losses": 5}, "references": {}}',
+        '{"config": {"parts": [1]}, "references": {}}',
+        '{"config": {"parts": {"branch": {"refinement": 3}}}, "references": {}}',
+        '{"config": {"optimizer": {"learning_rates": {"a": 1}, "groups": [3]}}, "references": {}}',
+        '{"config": {"data": {"side": []}, "optimizer": []}, "references": {}}',
+        '{"config": {"seed": ' + "7" * 5000 + '}, "references": {}}',
+    ],
+)
+def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for use in (workdir.read_run, lambda folder: workdir.claim_run(folder, get_config("tiny"), {})):
+        with pytest.raises(UserError, match="config.json .*: name another --workdir"):
+            use(tmp_path)
+
+
 # --- Claiming a folder -------------------------------------------------------------------------------
 
 

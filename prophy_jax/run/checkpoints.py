@@ -27,6 +27,20 @@ from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import put_in_place, read_json, write_atomically
 
 SLICE_BYTES = 2**24
+# What the values of a manifest are that are read again; see `workdir.parse_json`.
+_MANIFEST = {
+    **{key: str for key in ("sha256", "part", "backbone_sha256")},
+    "shapes": {str: ([int], str)},
+    "model": dict,
+    "categories": [str],
+}
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # Orbax raises them on damaged files
 
 
 @functools.cache
@@ -107,7 +121,7 @@ def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             tree = checkpointer.metadata(folder).item_metadata.tree
-        except (FileNotFoundError, ValueError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
 
@@ -223,22 +237,10 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
-    manifest = read_json(path, remedy or "name another folder")
-    kinds = {"sha256": str, "shapes": dict, "model": dict, "part": str}
-    whole = {"sha256", "shapes"} <= manifest.keys() and all(
-        isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
-    )
-    if not whole or not all(map(_is_entry, manifest["shapes"].values())):
+    manifest = read_json(path, remedy or "name another folder", _MANIFEST)
+    if not {"sha256", "shapes"} <= manifest.keys():
         raise UserError(f"{path} is of no parameters: {remedy or 'name another folder'}")
     return manifest
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether this is what a manifest says of a parameter: [shape, dtype]."""
-    match entry:
-        case [list(shape), str()]:
-            return all(isinstance(side, int) for side in shape)
-    return False
 
 
 def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         place = os.path.join(os.path.abspath(folder), "tree")
         try:
             tree = checkpointer.restore(place, args=ocp.args.StandardRestore(wanted))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{place} is damaged ({reason}): {remedy or 'name another folder'}") from error
     tree = unflatten_dict(flatten_dict(tree, sep="/"), sep="/")
