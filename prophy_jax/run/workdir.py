@@ -64,6 +64,8 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
         ]
     if not config.get("data", {}).get("taxonomy", True):
         del config["data"]["taxonomy"]  # the default, and earlier versions had no other
+    if not config.get("codec", {}).get("encode_whole", True):
+        del config["codec"]["encode_whole"]  # likewise
     keys, without = IDENTITY[scope]
     chosen: dict[str, Any] = config if keys == ("",) else {}
     for key in keys:
