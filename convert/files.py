@@ -247,8 +247,6 @@ class _StateDictUnpickler(pickle.Unpickler):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda view, *_: view
         if module == "torch" and name.endswith("Storage"):
             return _StorageType(name)
         raise _Forbidden(f"{module}.{name}")
@@ -332,7 +330,7 @@ def _state_dict(path: Path, data: bytes) -> dict[str, _View]:
     except _Forbidden as error:
         if re.search("_rebuild_(tensor_v3|qtensor|wrapper_subclass)|quant", str(error)):
             raise UserError(
-                f"{path} has weights of a type such as float8 or int8 ({error}): give unquantised ones"
+                f"{path} needs {error}, for weights of a type such as float8 or int8: give unquantised ones"
             ) from error
         raise UserError(
             f"{path} is not a plain state dict: it needs {error}, and code of a file is never run; "
