@@ -448,7 +448,7 @@ def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Map
 
 def _channels(patch: lv.Shape) -> int:
     """Input channels of a patch embedding: a convolution, or a linear layer of 2 x 2 x 2 latents."""
-    return patch[1] if len(patch) == 4 else patch[-1] // 8
+    return patch[1] if len(patch) == 4 else sum(patch[-1:]) // 8
 
 
 MODEL = command.Model(

@@ -653,6 +653,14 @@ def test_models_that_are_given_an_image_or_a_control_are_refused(tmp_path, layou
     assert f"has {inputs} input channels for 16 of the video" in fails(src, tmp_path)
 
 
+def test_tensors_without_an_axis_are_one_line(tmp_path):
+    src = save_diffusers(tmp_path / "src", ["transformer"])
+    odd = {name: np.zeros((), np.float32) for name in ("patch_embed.proj.weight", "proj_out.weight")}
+    tensors = dict(random_tensors("transformer")) | odd
+    save_file(tensors, src / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert "patch_embed.proj.weight is (), not (48, 16, 2, 2)" in fails(src, tmp_path)
+
+
 @pytest.mark.parametrize("part", SPECS)
 def test_a_part_that_is_there_in_both_layouts_is_refused(tmp_path, part):
     src = save_sat(save_diffusers(tmp_path / "src", [part]), [part])
