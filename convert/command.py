@@ -433,6 +433,8 @@ def _choose(model: Model, parts: list[str], dst: Path, made: bool, src: Path, wh
             continue
         _refuse_existing(dst, part)
         yield from _files(source)
+        if source.config.is_file() and source.config.stat().st_size:  # It is fetched before the weights.
+            model.refuse(str(source.config), {}, files.read_json(source.config))
         beside = model.find(src, model.parts[part].beside) if model.parts[part].beside else None
         if beside and not source.config.is_file():
             yield from [beside.config] if beside.config.is_file() else _files(beside)
