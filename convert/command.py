@@ -344,15 +344,17 @@ def _find_parts(model: Model, src: Path, wanted: str) -> tuple[Path, list[str]]:
         if wanted in parts:
             return src, [wanted]
         alone = [file for file in sorted(src.iterdir()) if file.suffix.lower() in _WEIGHTS]
+        quantised = [*src.glob("*.gguf"), *src.glob("*/*.gguf")]
         if parts and wanted == "all":
             for part in model.parts:
                 if part not in parts:
+                    files.tensors(quantised)  # which says what they are
                     print(f"no {part}: {_missing(model, src, part)}")
             return src, parts
         if parts or len(alone) != 1:
             wants = model.parts if wanted == "all" else [wanted]
             missing = "; ".join(_missing(model, src, part) for part in wants)
-            for file in [*alone, *src.glob("*.gguf"), *src.glob("*/*.gguf")]:  # It may be a known kind.
+            for file in [*alone, *quantised]:  # It may be a known kind of file.
                 model.refuse(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
             inside = (folder for folder in sorted(src.iterdir()) if folder.is_dir())
             if found := next((one for one in inside if any(model.find(one, part) for part in wants)), None):

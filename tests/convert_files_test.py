@@ -749,6 +749,9 @@ def test_a_gguf_in_the_folder_of_a_part_is_named(tmp_path, params):
     weights = src / "transformer" / "diffusion_pytorch_model.safetensors"
     file = weights.rename(weights.with_name("wan2.1-t2v-1.3b-Q4_K_M.GGUF".lower()))
     assert f"{file} is a gguf file" in fails(src, tmp_path)
+    save(params, src, "diffusers", ["vae"])  # which alone would look like success
+    assert f"{file} is a gguf file" in fails(src, tmp_path)
+    assert os.listdir(convert(src, tmp_path / "dst", "--component=vae")) == ["vae"]
 
 
 @pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "wan_vae.SAFETENSORS"])
