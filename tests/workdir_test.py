@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from configs import cogvideox
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 from tests.conftest import get_config
@@ -109,6 +110,17 @@ def test_the_number_of_categories_was_once_said_of_the_branch():
     own.data.taxonomy = "own.toml"
     before, after = (workdir.run_identity(config, "train") for config in (old, own))
     assert workdir.differences(before, after) == "data.taxonomy was None, is own.toml"
+
+
+def test_data_from_before_clips_could_be_encoded_whole_were_encoded_in_pieces():
+    own = cogvideox.get_config("")
+    old = own.copy_and_resolve_references()
+    del old.codec.encode_whole
+    before = workdir.run_identity(old, "data")
+    assert workdir.run_identity(own, "data") == before  # a plan of prepare is compared exactly
+    own.codec.encode_whole = True
+    after = workdir.run_identity(own, "data")
+    assert workdir.differences(before, after) == "codec.encode_whole was None, is True"
 
 
 def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):

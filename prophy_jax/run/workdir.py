@@ -63,9 +63,10 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
             [pattern, (rates.get(rate) or None) if isinstance(rate, str) else rate]
             for pattern, rate in optimizer["groups"]
         ]
-    for key in ("taxonomy", "weights"):
-        if not config.get("data", {}).get(key, True):
-            del config["data"][key]  # the default, and earlier versions had no other
+    # What is the default of a key is not in configurations of earlier versions.
+    for table, key in (("data", "taxonomy"), ("data", "weights"), ("codec", "encode_whole")):
+        if not config.get(table, {}).get(key, True):
+            del config[table][key]
     keys, without = IDENTITY[scope]
     chosen: dict[str, Any] = config if keys == ("",) else {}
     for key in keys:
