@@ -68,16 +68,15 @@ $(LATEST)/.installed: requirements.txt pyproject.toml
 	$(LATEST)/bin/python -m pip install -q --no-deps --upgrade --target $(LATEST)/tpu "$$($(LATEST)/bin/python -c '$(LIBTPU)')"
 	touch $@
 
-# On Python 3.11, the lowest that is supported. uv resolves to the lowest versions; nothing else is newer than asked.
+# On Python 3.11, the lowest that is supported: of each package that requirements.txt names, its lower bound.
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python $(PYTEST)
 
 $(LOWEST)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install -q uv
-	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct \
-		-r requirements.txt "pytest>=8" "pytest-xdist>=3.6"
+	sed -n 's/^\([^#>]*\)>=\([^, ]*\).*/\1==\2/p' requirements.txt > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt "pytest>=8" "pytest-xdist>=3.6"
 	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 

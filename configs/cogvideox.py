@@ -38,7 +38,13 @@ def paper() -> ConfigDict:
     config = wan.paper()
     public(config, "cogvideox-5b", "CogVideoX-5b")
     config.backbone = dict(module="cogvideox", variant="5b", dtype="bfloat16", remat="self_attention")
-    config.codec = dict(module="cogvideox_vae", dtype="float32", tile=placeholder(tuple), scaling_factor=0.7)
+    config.codec = dict(
+        module="cogvideox_vae",
+        dtype="float32",
+        tile=placeholder(tuple),
+        encode_whole=False,
+        scaling_factor=0.7,
+    )
     config.text_encoder = dict(
         module="t5", variant="t5-v1.1-xxl", dtype="bfloat16", length=226, padding="encoded"
     )

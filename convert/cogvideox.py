@@ -380,13 +380,16 @@ _SAT_TEXT = "t5-v1_1-xxl"
 def _find(src: Path, part: str) -> command.Source | None:
     folder = src / part
     weights, tokenizer = files.find(folder, command.STEMS[part]), src / "tokenizer"
-    if not weights and part == "transformer":
-        weights = _find_sat_transformer(src)
-    elif not weights and part == "vae":
-        weights = [file for file in (src / "vae" / "3d-vae.pt", src / "3d-vae.pt") if file.is_file()][:1]
-    elif not weights:
+    if part == "transformer":
+        sat = _find_sat_transformer(src)
+    elif part == "vae":
+        sat = [file for file in (src / "vae" / "3d-vae.pt", src / "3d-vae.pt") if file.is_file()][:1]
+    else:
+        sat = files.find(src / _SAT_TEXT, command.STEMS[part])
+    command.refuse_both(part, weights, sat)
+    if sat and part == "text_encoder":
         folder = tokenizer = src / _SAT_TEXT
-        weights = files.find(folder, command.STEMS[part])
+    weights = weights or sat
     return command.Source(weights, folder / "config.json", tokenizer) if weights else None
 
 
@@ -431,11 +434,21 @@ def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Map
     found = wide or next(filter(re.compile(learned).search, shapes), None)
     if found:
         raise UserError(f"{where} is an image-to-video model (it has {found} {shapes[found]}): give a T2V")
+    patch = next((shape for name, shape in shapes.items() if re.search(inputs, name)), ())
+    last = r"(^proj_out|\.mixins\.final_layer\.linear)\.weight$"
+    head = next((shape for name, shape in shapes.items() if re.search(last, name)), ())
+    if patch and head:
+        outputs = head[0] // max(1, patch[2] * patch[3] if len(patch) == 4 else 8)
+        if _channels(patch) != outputs:
+            raise UserError(
+                f"{where} has {_channels(patch)} input channels for {outputs} of the video, as a model that "
+                "is given an image or a control: give a T2V"
+            )
 
 
 def _channels(patch: lv.Shape) -> int:
     """Input channels of a patch embedding: a convolution, or a linear layer of 2 x 2 x 2 latents."""
-    return patch[1] if len(patch) == 4 else patch[-1] // 8
+    return patch[1] if len(patch) == 4 else sum(patch[-1:]) // 8
 
 
 MODEL = command.Model(

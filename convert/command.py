@@ -39,7 +39,9 @@ from prophy_jax.run.errors import UserError, one_line_errors
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 # What finds the names of a LoRA's tensors, and what messages say of it.
 _LORA = {
-    r"(^|[._])lora([._]|$)": "a LoRA and not a whole model: merge it into its base model first",
+    r"(^|[._])lora([._]|$)|\.diff(_b)?$|\.matrix_[AB]\.": (
+        "a LoRA and not a whole model: merge it into its base model first"
+    ),
     r"(^|[._])(lycoris|hada|lokr|glora|boft|ia3|oft_(blocks|diag)|dora_scale)([._]|$)": (
         "a LyCORIS and not a whole model: merge it into its base model first"
     ),
@@ -114,6 +116,12 @@ def refuse_names(where: str, names: Collection[str], others: Mapping[str, str]) 
             raise UserError(f"{where} is {what} (it has {found})")
 
 
+def refuse_both(part: str, weights: list[Path], others: list[Path]) -> None:
+    """Raises UserError when a download has a part in two layouts: they may be of two models."""
+    if weights and others:
+        raise UserError(f"the {part} is there twice, {weights[0]} and {others[0]}: leave one of them there")
+
+
 @dataclasses.dataclass(frozen=True)
 class Component:
     """A part that was found, recognised and checked, ready to be streamed."""
@@ -156,12 +164,22 @@ def open_component(
         raise UserError(f"{where} holds no tensor of a {model.name} {part}: is it the right file?")
     tensors, copies = _set_copies_apart(tensors)
     known = _configure(model, str(source.config), lambda: kind.of_json(fields)) if fields else {}
+    if known.get("num_layers", 0) > len(all_shapes):  # or its table of names would fill the memory
+        raise UserError(
+            f"{source.config} has {known['num_layers']} layers, {where} {len(all_shapes)} tensors"
+        )
     if known:
         sizes, table = _configure(model, str(source.config), lambda: _build(kind, naming, known))
     elif naming in kind.of_shapes:
         read, root = kind.of_shapes[naming], src if src.is_dir() else src.parent
         sizes, table = _configure(model, where, lambda: _build(kind, naming, read(all_shapes, root)))
     else:
+        known_names = all_shapes.keys() & lv.tensor_shapes(tables[naming]).keys()
+        if 2 * len(known_names) < len(all_shapes):
+            raise UserError(
+                f"{where} has {len(all_shapes)} tensors, of which {len(known_names)} have names of a "
+                f"{model.name} {part}: is it the right file?"
+            )
         raise UserError(f"{source.config} is missing: download it too")
     if kind.unused:
         tensors = [tensor for tensor in tensors if not kind.unused.search(tensor.name)]
@@ -318,19 +336,31 @@ def _find_parts(model: Model, src: Path, wanted: str) -> tuple[Path, list[str]]:
     _refuse_more(model, src)
     if src.is_dir():
         parts = [part for part in model.parts if model.find(src, part)]
+        whole, name = src.resolve().parent, src.resolve().name
+        if len(parts) < 2 and name in model.parts and model.find(whole, name):  # a part of a download
+            if wanted not in ("all", name):
+                raise UserError(
+                    f"{src} is a {name}: leave out --component={wanted}, or give the folder of that"
+                )
+            return whole, [name]
         if wanted in parts:
             return src, [wanted]
-        alone = [file for file in sorted(src.iterdir()) if file.suffix in _WEIGHTS]
+        alone = [file for file in sorted(src.iterdir()) if file.suffix.lower() in _WEIGHTS]
+        quantised = [*src.glob("*.gguf"), *src.glob("*/*.gguf")]
         if parts and wanted == "all":
             for part in model.parts:
                 if part not in parts:
+                    files.tensors(quantised)  # which says what they are
                     print(f"no {part}: {_missing(model, src, part)}")
             return src, parts
         if parts or len(alone) != 1:
             wants = model.parts if wanted == "all" else [wanted]
             missing = "; ".join(_missing(model, src, part) for part in wants)
-            for file in [*alone, *src.glob("*.gguf")]:  # It may be a known kind of file.
+            for file in [*alone, *quantised]:  # It may be a known kind of file.
                 model.refuse(str(file), {t.name: t.shape for t in files.tensors([file])}, {})
+            inside = (folder for folder in sorted(src.iterdir()) if folder.is_dir())
+            if found := next((one for one in inside if any(model.find(one, part) for part in wants)), None):
+                raise UserError(f"no {model.name} weights in {src}, but in {found}: give --src={found}")
             raise UserError(f"no {model.name} weights: {missing}")
         src = alone[0]
         _refuse_more(model, src)
@@ -342,7 +372,9 @@ def _find_parts(model: Model, src: Path, wanted: str) -> tuple[Path, list[str]]:
 
 def _part_of(model: Model, file: Path) -> str:
     """Which part of the model a file holds, by the names in it."""
-    shapes = {tensor.name: tensor.shape for tensor in files.tensors([file])}
+    unused = [kind.unused.pattern for kind in model.parts.values() if kind.unused]
+    found = files.tensors([file], re.compile("|".join(unused)) if unused else None)
+    shapes = {tensor.name: tensor.shape for tensor in found}
     model.refuse(str(file), shapes, {})
     shared = {}
     for part, kind in model.parts.items():
@@ -405,6 +437,8 @@ def _choose(model: Model, parts: list[str], dst: Path, made: bool, src: Path, wh
             continue
         _refuse_existing(dst, part)
         yield from _files(source)
+        if source.config.is_file() and source.config.stat().st_size:  # It is fetched before the weights.
+            model.refuse(str(source.config), {}, files.read_json(source.config))
         beside = model.find(src, model.parts[part].beside) if model.parts[part].beside else None
         if beside and not source.config.is_file():
             yield from [beside.config] if beside.config.is_file() else _files(beside)

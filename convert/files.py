@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import os
 import pickle
@@ -86,8 +87,8 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
 
     Args:
         paths: What `find` returns, or any files; a suffix that is not .safetensors or .json means .pth.
-        unused: Finds the names of tensors that nobody will read. In a .pth they may also be integers; those
-            are left out.
+        unused: Finds the names of tensors that nobody will read. They may also be integers; those are left
+            out.
 
     Raises:
         UserError: a file is missing, cut short or something else, or does not hold what its index says.
@@ -95,6 +96,12 @@ def tensors(paths: list[Path], unused: re.Pattern | None = None) -> list[Tensor]
     found = []
     for path in paths:
         found += _sharded(path) if path.suffix == ".json" else _tensors(path, unused)
+    names: dict[Path, set[str]] = collections.defaultdict(set)
+    for tensor in found:
+        names[tensor.file].add(tensor.name)
+    for file, other in itertools.pairwise(names):
+        if names[file] == names[other]:
+            raise UserError(f"{file} and {other} have the same tensors: leave one of them there")
     return found
 
 
@@ -125,14 +132,30 @@ def check(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is not one."""
-    return workdir.read_json(path, "download it again")
+    return dict(workdir.read_json(path, "download it again"))
+
+
+# What a file that is no weights begins with, and what to say of it.
+_NOT_WEIGHTS = {
+    b"GGUF": "a gguf file, of quantised weights: give .safetensors that are not",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull in its folder",
+    b"<": "a web page and no weights: download it again, signed in where the page asks for it",
+}
 
 
 def _tensors(path: Path, unused: re.Pattern | None = None) -> list[Tensor]:
-    if path.suffix == ".gguf":
-        raise UserError(f"{path} is a gguf file, of quantised weights: give .safetensors that are not")
+    """What a file begins with says what it is; its name, only of what is in neither format."""
     try:
-        return _safetensors(path) if path.suffix == ".safetensors" else _pth(path, unused)
+        with open(path, "rb") as file:
+            start = file.read(64)
+        what = next((what for magic, what in _NOT_WEIGHTS.items() if start.startswith(magic)), None)
+        if what or path.suffix.lower() == ".gguf":
+            raise UserError(f"{path} is {what or _NOT_WEIGHTS[b'GGUF']}")
+        if not any(start):
+            raise _broken(path, "it begins with zeros" if start else "it is empty")
+        zipped, header = start.startswith(b"PK"), start[8:9] == b"{"
+        named = path.suffix.lower() == ".safetensors"
+        return _safetensors(path, unused) if header or (named and not zipped) else _pth(path, unused)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -176,16 +199,22 @@ def _dtype(path: Path, name: str, dtype: str) -> np.dtype:
     return _DTYPES[dtype]
 
 
-def _safetensors(path: Path) -> list[Tensor]:
+def _safetensors(path: Path, unused: re.Pattern | None) -> list[Tensor]:
     try:
         with safe_open(path, "np") as file:
             views = {name: file.get_slice(name) for name in list(file.keys())}
             found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
     except SafetensorError as error:
         raise _broken(path, str(error)) from error
+    if any(name.endswith("spiece_model") for name in found):
+        raise UserError(
+            f"{path} is a text encoder as ComfyUI has it, with the tokenizer as a tensor (spiece_model): "
+            "give the folders text_encoder and tokenizer of the model's own download instead"
+        )
     return [
         Tensor(name, _dtype(path, name, dtype), shape, path, functools.partial(_load_safetensors, path, name))
         for name, (dtype, shape) in found.items()
+        if dtype in _DTYPES or not (unused and unused.search(name))
     ]
 
 
@@ -329,6 +358,10 @@ def _state_dict(path: Path, data: bytes) -> dict[str, _View]:
     try:
         content = _StateDictUnpickler(io.BytesIO(data)).load()
     except _Forbidden as error:
+        if re.search("_rebuild_(tensor_v3|qtensor|wrapper_subclass)|quant", str(error)):
+            raise UserError(
+                f"{path} needs {error}, for weights of a type such as float8 or int8: give unquantised ones"
+            ) from error
         raise UserError(
             f"{path} is not a plain state dict: it needs {error}, and code of a file is never run; "
             "save model.state_dict() instead"

@@ -172,17 +172,22 @@ class _Journal:
         self._file.seek(0)
         data = self._file.read()
         data = data[: data.rfind(b"\n") + 1]  # The last line may be cut off.
-        lines = [json.loads(line) for line in data.splitlines()]
+        try:
+            lines = [json.loads(line) for line in data.splitlines()]
+            done = {line["name"]: line["digests"] for line in lines[1:]}
+        except (ValueError, RecursionError, TypeError, KeyError):
+            lines, done = [None], {}
         self.fresh = lines[:1] != [identity]
         if self.fresh:
             if lines:
                 progress.write(
-                    f"discarding {partial}: an earlier run began it from other files or with another --dtype"
+                    f"discarding {partial}: an earlier run began it from other files or with another "
+                    f"--dtype, or its {JOURNAL} is damaged"
                 )
             _clear(partial)
         self._file.truncate(0 if self.fresh else len(data))
         self._identity = identity
-        self.done = {} if self.fresh else {line["name"]: line["digests"] for line in lines[1:]}
+        self.done = {} if self.fresh else done
 
     def begin(self) -> None:
         self._append(self._identity)

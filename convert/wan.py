@@ -306,6 +306,7 @@ PARTS = {
         leaves=t5.leaves,
         of_json=t5.sizes_of_json,
         of_shapes={"official": lambda shapes, _: t5.sizes_of_shapes(shapes)},
+        unused=re.compile("^spiece_model$"),  # the tokenizer, which ComfyUI's files have among the weights
     ),
 }
 # Stems of the weight files in the folder of all official files.
@@ -318,11 +319,11 @@ OFFICIAL = {
 
 def _find(src: Path, part: str) -> command.Source | None:
     folder = src / part
-    if folder.is_dir():
-        weights, config = files.find(folder, command.STEMS[part]), folder / "config.json"
-    else:
-        weights = files.find(src, OFFICIAL[part])
-        config = src / "config.json" if part == "transformer" else folder / "config.json"
+    weights, config = files.find(folder, command.STEMS[part]), folder / "config.json"
+    official = files.find(src, OFFICIAL[part])
+    command.refuse_both(part, weights, official)
+    if official:
+        weights, config = official, src / "config.json" if part == "transformer" else config
     tokenizer = src / "tokenizer" if (src / "text_encoder").is_dir() else src / "google" / "umt5-xxl"
     return command.Source(weights, config, tokenizer) if weights else None
 
@@ -345,23 +346,21 @@ def _refuse_other_models(where: str, shapes: Mapping[str, lv.Shape], fields: Map
     name = fields.get("_class_name", _CLASSES[0])
     if name not in _CLASSES:
         raise UserError(f"{where} is a {name}: give a Wan2.1-T2V")
+    patch = shapes.get("patch_embedding.weight", (0, 16))
+    head = next((shapes[name] for name in ("head.head.weight", "proj_out.weight") if name in shapes), ())
+    outputs = head[0] // max(1, math.prod(patch[2:])) if head and len(patch) == 5 else 0
     kind = fields.get("model_type", "t2v")
+    if outputs == 48 or kind == "ti2v" or shapes.get("conv2.weight", ())[:1] == (48,):
+        raise UserError(f"{where}: Wan2.2 is not supported (48 channels): give a Wan2.1-T2V")
     if kind not in ("t2v", "umt5", "t5"):
         raise UserError(f"{where} is a model of type {kind}: give a Wan2.1-T2V")
-    patch, (rows, *_) = (
-        shapes.get("patch_embedding.weight", (0, 16)),
-        next((shapes[name] for name in ("head.head.weight", "proj_out.weight") if name in shapes), (0,)),
-    )
     if fields.get("image_dim") is not None or patch[1:2] == (36,):
         raise UserError(f"{where} is an image-to-video model (36 input channels): give a Wan2.1-T2V")
-    outputs = rows // math.prod(patch[2:]) if len(patch) == 5 else 0
     if outputs and patch[1] != outputs:
         raise UserError(
             f"{where} has {patch[1]} input channels for {outputs} of the video, as a model that is given "
             "an image or a control: give a Wan2.1-T2V"
         )
-    if outputs == 48:
-        raise UserError(f"{where}: Wan2.2 is not supported (48 channels): give a Wan2.1-T2V")
 
 
 _CLASSES = ("WanTransformer3DModel", "WanModel", "AutoencoderKLWan")

@@ -185,7 +185,12 @@ def check_params(
         if name != "backbone" and stored:
             taxonomy.of(config).check(manifest, folders[name] or "")
             own_spec = workdir.identify_part(workdir.config_as_json(config)["parts"][name])
-            if different := workdir.differences(workdir.identify_part(stored), own_spec):
+            try:
+                different = workdir.differences(workdir.identify_part(stored), own_spec)
+            except (TypeError, AttributeError, ValueError) as error:
+                again = remedy(config, name, folders[name])
+                raise UserError(f"{folders[name]}/manifest.json is damaged ({error}): {again}") from error
+            if different:
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )
@@ -214,7 +219,7 @@ def check_data(config: ConfigDict, model: Model, chosen: losses.Chosen) -> dict[
         if not isinstance(manifest.get(key), dict):
             raise UserError(f"{config.data.dir}/manifest.json is damaged (no {key}): prepare the data again")
     own = workdir.run_identity(config, "data")
-    own["data"] = {key: own["data"][key] for key in manifest["video"]}
+    own["data"] = {key: own["data"].get(key) for key in manifest["video"]}
     was = {"data": manifest["video"], **{key: manifest[key] for key in own if key != "data"}}
     if different := workdir.differences(was, own):
         raise UserError(

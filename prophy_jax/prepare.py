@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,11 +52,12 @@ from prophy_jax.data.sources.source import (
 from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run import cli
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import NotFinite, UserError
 from prophy_jax.run.workdir import run_identity
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
 KEPT = 0.6  # clips that keep less of their picture are listed
+NOT_FINITE = "the encoder gave values that are not finite"  # why a clip is skipped
 OPENED = 200  # clips that a dry run looks into
 THREADS = 8  # that decode; FFmpeg decodes each video with several threads of its own
 
@@ -165,6 +167,8 @@ def list_clips(
         source = draw_sandbox(data)
         return source, split_clips(source.clips, 0.0, data.seed)
     source = read_sources(paths, data.categories, validation, known)
+    for line in source.report.unused:
+        print(f"warning: {line}", file=sys.stderr)
     own = [clip for clip in source.clips if clip.source < len(paths)]
     clips = choose(own, data.subset or None, data.seed)
     clips += [clip for clip in source.clips if clip.source >= len(paths)]
@@ -174,11 +178,18 @@ def list_clips(
 def list_buckets(data: ConfigDict) -> list[Bucket]:
     """The main size of `data`, then its further `buckets`, (frames, height, width) each.
 
-    Raises UserError on a rate that is not above 0.
+    Raises UserError on a rate that is not above 0, and on what is no size.
     """
     if not 0 < data.fps < math.inf:
         raise UserError(f"config.data.fps is {data.fps}; give frames per second above 0, such as 16")
     main = Bucket(data.frames, data.height, data.width)
+    for bucket in (main, *data.buckets):
+        size = tuple(bucket) if isinstance(bucket, Sequence) else (bucket,)
+        if len(size) != 3 or not all(isinstance(own, int) and own > 0 for own in size):
+            raise UserError(
+                f"{size} is no size of clips: config.data.frames, height and width must be whole numbers "
+                "above 0, and each of config.data.buckets three of them, such as (81, 480, 832)"
+            )
     return list(dict.fromkeys([main, *(Bucket(*bucket) for bucket in data.buckets)]))
 
 
@@ -359,19 +370,27 @@ def record_shard(
                 for row, own in zip(fresh, encoded, strict=True):
                     latents[row] = own
             captions = [sample.caption or clip.caption for clip, sample in batch]
+            wrong: list[int] = []  # rows of captions that the encoder makes NaN or infinity of
             if any(sample.text is None for _, sample in batch):
-                text, mask = text_encoder(captions)
+                try:
+                    text, mask = text_encoder(captions)
+                except NotFinite as error:
+                    wrong = error.rows
+                    text, mask = text_encoder(["" if n in wrong else own for n, own in enumerate(captions)])
         for row, (clip, sample) in enumerate(batch):
-            lost = text_encoder.words_lost(captions[row])
-            if lost:
-                captions_cut[clip.id] = lost
+            written = None
             if sample.text is not None:
                 rows = sample.text
             else:
                 rows = (text[row], mask[row]) if padding else (text[row][mask[row]], None)
-            moments = moments + write_record(
-                shard, clip, sample, captions[row], latents[row], *rows, sizes[bucket]
-            )
+            if sample.text is not None or row not in wrong:
+                written = write_record(shard, clip, sample, captions[row], latents[row], *rows, sizes[bucket])
+            if written is None:
+                skipped.append([clip.id, NOT_FINITE])
+                continue
+            moments = moments + written
+            if lost := text_encoder.words_lost(captions[row]):
+                captions_cut[clip.id] = lost
 
     for clip, sample in clips:
         if isinstance(sample, str):
@@ -394,16 +413,16 @@ def write_record(
     text: np.ndarray,
     text_mask: np.ndarray | None,
     sizes: Sizes,
-) -> np.ndarray:
+) -> np.ndarray | None:
     """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16).
 
-    text (n, D); text_mask (n,) where its rows are not all words.
+    text (n, D); text_mask (n,) where its rows are not all words. Where a number is not finite in float16,
+    nothing is written, and None is returned.
     """
-    stored = latents.astype(np.float16), text.astype(np.float16)
+    with np.errstate(over="ignore"):
+        stored = latents.astype(np.float16), text.astype(np.float16)
     if not all(np.isfinite(array).all() for array in stored):
-        raise UserError(
-            f"clip {clip.id}: the encoders gave values that are not finite; fix their weights or dtype"
-        )
+        return None
     category = clip.category if sample.category is None else sample.category
     shard.write(
         f"records/{sample.bucket}",
@@ -564,7 +583,13 @@ def describe(
                 places |= dict.fromkeys(report["ids"][dataset], Bucket.parse(bucket))
     if not buckets:
         clips = sum(len(report["skipped"]) for report in reports)
-        raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}")
+        remedy = ""
+        if any(reason == NOT_FINITE for _, reason in skipped):
+            remedy = (
+                "; --config.codec.dtype=float32, --config.text_encoder.dtype=float32 or other weights "
+                "(config.codec_params, config.text_encoder_params) may help"
+            )
+        raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}{remedy}")
 
     text, mask = text_encoder([""])
     sizes, padding = measure_text(grids, text_encoder, known)

@@ -96,6 +96,8 @@ def test_every_kind_of_float_is_looked_at():
         '{"sha256": 1, "shapes": {}}',
         '{"sha256": "0", "shapes": {"a": 3}}',
         '{"sha256": "0", "shapes": {}, "model": []}',
+        '{"sha256": "0", "shapes": {}, "categories": [{}]}',
+        '{"sha256": "0", "shapes": {}, "backbone_sha256": 3}',
         "[" * 100_000,
     ],
 )
@@ -106,7 +108,7 @@ def test_a_damaged_manifest_is_one_line(tmp_path, content):
         checkpoints.check_params(str(tmp_path), like({"a": jnp.ones(3)}), "convert it")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"tree_metadata": []}'])
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"tree_metadata": []}', "[" * 100_000, "7" * 5000])
 def test_a_damaged_tree_is_one_line(tmp_path, content):
     folder = str(tmp_path / "tree")
     checkpoints.save_params(folder, TREE, {})
@@ -224,3 +226,17 @@ def test_verification_can_be_switched_off_and_folders_of_earlier_versions_load(t
     (folder / "manifest.json").write_text(json.dumps(manifest))
     checkpoints.load_params(str(folder), like(TREE), "")
     assert "has no checksums, it is of an earlier version" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"tree_metadata": {"a": 3}}', "[" * 100_000, "7" * 5000]
+)
+def test_a_damaged_checkpoint_of_a_run_is_one_line(tmp_path, content):
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=1)
+    saved.save(1, {"a": jnp.ones(3)}, Position(), {})
+    saved.close()
+    (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").write_text(content)
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=1)
+    with pytest.raises(UserError, match="state/_METADATA is damaged.*: delete .*/1 to resume from the beg"):
+        saved.restore(1, like({"a": jnp.ones(3)}), Position())
+    saved.close()

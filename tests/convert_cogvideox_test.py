@@ -635,6 +635,38 @@ def test_image_to_video_models_of_sat_are_refused(tmp_path, name, shape):
     assert f"is an image-to-video model (it has model.diffusion_model.{name}" in fails(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("inputs", [33, 48])
+@pytest.mark.parametrize("variant", ["5b", "1.5"])
+@pytest.mark.parametrize("layout", ["diffusers", "sat"])
+def test_models_that_are_given_an_image_or_a_control_are_refused(tmp_path, layout, variant, inputs):
+    """Whatever their number of channels is: nothing would feed them."""
+    wide = {"patch_embed.proj.weight": np.zeros((48, inputs, 2, 2) if variant == "5b" else (48, 8 * inputs))}
+    tensors = dict(random_tensors("transformer", variant)) | {k: v.astype("f4") for k, v in wide.items()}
+    if layout == "sat":
+        src = tmp_path / "src"
+        save_pt(src / SAT_TRANSFORMER, to_sat(tensors), lambda tensors: {"module": tensors})
+    else:
+        src = save_diffusers(tmp_path / "src", ["transformer"], variant)
+        where = src / "transformer" / "config.json"
+        where.write_text(json.dumps(json.loads(where.read_text()) | {"in_channels": inputs}))
+        save_file(tensors, src / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert f"has {inputs} input channels for 16 of the video" in fails(src, tmp_path)
+
+
+def test_tensors_without_an_axis_are_one_line(tmp_path):
+    src = save_diffusers(tmp_path / "src", ["transformer"])
+    odd = {name: np.zeros((), np.float32) for name in ("patch_embed.proj.weight", "proj_out.weight")}
+    tensors = dict(random_tensors("transformer")) | odd
+    save_file(tensors, src / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert "patch_embed.proj.weight is (), not (48, 16, 2, 2)" in fails(src, tmp_path)
+
+
+@pytest.mark.parametrize("part", SPECS)
+def test_a_part_that_is_there_in_both_layouts_is_refused(tmp_path, part):
+    src = save_sat(save_diffusers(tmp_path / "src", [part]), [part])
+    assert f"the {part} is there twice, {src}" in fails(src, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [

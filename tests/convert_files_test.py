@@ -349,6 +349,17 @@ def test_the_work_of_a_run_with_another_dtype_is_discarded(tmp_path, params, cap
     assert contents(dst) == contents(convert(src, tmp_path / "straight", "--dtype=bfloat16"))
 
 
+@pytest.mark.parametrize("line", [b"{oops", b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_journal_begins_anew(tmp_path, params, capsys, line):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    partial = tmp_path / "dst" / "transformer.partial"
+    partial.mkdir(parents=True)
+    (partial / stream.JOURNAL).write_bytes(b"{}\n" + line + b"\n")
+    dst = convert(src, tmp_path / "dst")
+    assert "discarding" in capsys.readouterr().out
+    assert contents(dst) == contents(convert(src, tmp_path / "straight"))
+
+
 def test_chunks_that_a_power_cut_lost_are_written_again(tmp_path, params, monkeypatch):
     src = save(params, tmp_path / "src", "official", ["transformer"])
     dst = tmp_path / "dst"
@@ -718,11 +729,158 @@ def test_files_that_are_added_to_a_model_are_named(tmp_path, name):
         assert re.search("is a (LoRA|LyCORIS) and not a whole model: merge it", fails(src, tmp_path))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn])
+def test_a_text_encoder_with_its_tokenizer_inside_is_named(tmp_path, params, dtype):
+    tensors = state_dicts.write(params["text_encoder"], table_of("text_encoder", "diffusers"))
+    tensors = {name: np.asarray(tensor).astype(dtype) for name, tensor in tensors.items()}
+    file = tmp_path / "umt5_xxl.safetensors"
+    save_file(tensors | {"spiece_model": np.zeros(9, np.uint8)}, file)
+    for src in (file, tmp_path):
+        assert f"{file} is a text encoder as ComfyUI has it" in fails(src, tmp_path)
+
+
 def test_quantised_files_of_other_programs_are_named(tmp_path):
     file = tmp_path / "wan2.1-t2v-1.3b-Q4_K_M.gguf"
     file.write_bytes(b"GGUF" + bytes(20))
     for src in (file, tmp_path):
         assert f"{file} is a gguf file" in fails(src, tmp_path)
+
+
+NOT_WEIGHTS = {
+    "gguf": (b"GGUF\3" + bytes(90), "is a gguf file, of quantised weights"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "is a pointer of Git LFS"),
+    "page": (b"<!DOCTYPE html><html>" + b"x" * 90, "is a web page and no weights"),
+    "zeros": (bytes(5000), "it begins with zeros): download it again"),
+    "empty": (b"", "it is empty): download it again"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WEIGHTS)
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
+)
+def test_a_file_that_is_no_weights_is_named_whatever_it_is_called(tmp_path, kind, name):
+    content, message = NOT_WEIGHTS[kind]
+    for file in (tmp_path / "src" / name, tmp_path / "pth" / "Wan2.1_VAE.pth"):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+        for src in (file, file.parent):
+            error = fails(src, tmp_path)
+            assert message in error and str(file) in error and "\n" not in error
+
+
+def test_a_gguf_in_the_folder_of_a_part_is_named(tmp_path, params):
+    src = save(params, tmp_path / "src", "diffusers", ["transformer"])
+    weights = src / "transformer" / "diffusion_pytorch_model.safetensors"
+    file = weights.rename(weights.with_name("wan2.1-t2v-1.3b-Q4_K_M.GGUF".lower()))
+    assert f"{file} is a gguf file" in fails(src, tmp_path)
+    save(params, src, "diffusers", ["vae"])  # which alone would look like success
+    assert f"{file} is a gguf file" in fails(src, tmp_path)
+    assert os.listdir(convert(src, tmp_path / "dst", "--component=vae")) == ["vae"]
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "wan_vae.SAFETENSORS"])
+def test_what_a_file_holds_says_how_it_is_read(tmp_path, params, name):
+    """Not its suffix, which people change."""
+    save_file(state_dicts.write(params["vae"], table_of("vae", "official")), tmp_path / name)
+    assert_same(load(convert(tmp_path, tmp_path / "dst") / "vae"), params["vae"])
+
+
+def test_a_part_that_is_there_twice_is_refused(tmp_path, params):
+    src = tmp_path / "src"
+    for layout in ("official", "diffusers"):
+        save(params, src, layout, ["transformer"])
+    first = src / "transformer" / "diffusion_pytorch_model.safetensors"
+    error = fails(src, tmp_path)
+    assert f"the transformer is there twice, {first} and {src / first.name}: leave one" in error
+    (src / first.name).unlink()
+    copy = shutil.copy(first, first.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    convert(src, tmp_path / "new", "--dry_run")  # The one of the public name.
+    first.rename(first.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    error = fails(src, tmp_path)
+    assert f"{copy} have the same tensors: leave one of them there" in error
+
+
+def test_an_empty_folder_of_a_part_does_not_hide_official_files(tmp_path, params):
+    src = save(params, tmp_path / "src", "official", ["transformer", "vae"])
+    (src / "transformer").mkdir()
+    assert sorted(os.listdir(convert(src, tmp_path / "dst"))) == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize("part", SPECS)
+def test_the_folder_of_one_part_is_taken(tmp_path, params, part):
+    src = save(params, tmp_path / "src", "diffusers", shards=2)
+    assert os.listdir(convert(src / part, tmp_path / "dst")) == [part]
+    assert_same(load(tmp_path / "dst" / part), params[part])
+    other = next(one for one in SPECS if one != part)
+    message = f"is a {part}: leave out --component={other}"
+    with pytest.raises(UserError, match=message):
+        convert(src / part, tmp_path / "new", f"--component={other}")
+
+
+def test_the_folder_around_a_download_says_where_it_is(tmp_path, params):
+    src = save(params, tmp_path / "src" / "Wan2.1-T2V-1.3B", "official", ["transformer"])
+    assert f"no Wan2.1 weights in {src.parent}, but in {src}: give --src={src}" in fails(src.parent, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["diffusion_model.blocks.0.ffn.0.diff_b", "blocks.0.ffn.0.diff", "x.query_key_value.matrix_A.0"],
+)
+def test_differences_to_a_model_are_a_lora(tmp_path, name):
+    save_file({name: np.zeros(4, np.float32)}, tmp_path / "style.safetensors")
+    assert f"is a LoRA and not a whole model: merge it into its base model first (it has {name})" in fails(
+        tmp_path, tmp_path
+    )
+
+
+def test_a_tokenizer_among_the_weights_is_left_out(tmp_path, params):
+    """As in ComfyUI's files of the text encoder; in integers, which weights never are."""
+    src = save(params, tmp_path / "src", "official", ["text_encoder"])
+    file = src / "models_t5_umt5-xxl-enc-bf16.safetensors"
+    resave(file, lambda arrays: arrays | {"spiece_model": np.zeros(9, np.uint8)})
+    assert_same(load(convert(src, tmp_path / "dst") / "text_encoder"), params["text_encoder"])
+    lone = file.rename(src / "umt5_xxl_fp16.safetensors")
+    assert_same(load(convert(lone, tmp_path / "new") / "text_encoder"), params["text_encoder"])
+
+
+def test_a_model_that_shares_few_names_is_not_told_to_bring_its_configuration(tmp_path):
+    names = ("proj_out.weight", "proj_out.bias", *(f"transformer_blocks.{i}.norm1.linear" for i in range(9)))
+    save_file({name: np.zeros(4, np.float32) for name in names}, tmp_path / "other.safetensors")
+    assert "has 11 tensors, of which 2 have names of a Wan2.1 transformer" in fails(tmp_path, tmp_path)
+
+
+def test_a_configuration_of_more_layers_than_tensors_is_refused_at_once(tmp_path, params):
+    src = save(params, tmp_path / "src", "diffusers", ["transformer"])
+    where = src / "transformer" / "config.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {"num_layers": 10**12}))
+    assert f"{where} has 1000000000000 layers, " in fails(src, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields"),
+    [
+        (
+            {"patch_embedding.weight": (48, 48, 1, 2, 2), "head.head.weight": (192, 48)},
+            {"model_type": "ti2v"},
+        ),
+        ({}, {"model_type": "ti2v"}),
+        ({"conv2.weight": (48, 48, 1, 1, 1)}, {}),  # of its VAE, which may have any file name
+    ],
+)
+def test_wan_2_2_of_5b_is_named_whatever_its_folder_is_called(tmp_path, params, tensors, fields):
+    src = save(params, tmp_path / "src", "official", ["transformer"])
+    (src / "config.json").write_text(json.dumps(CONFIG_JSON["official"]["transformer"] | fields))
+    odd = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    resave(src / "diffusion_pytorch_model.safetensors", lambda arrays: arrays | odd)
+    assert "Wan2.2 is not supported (48 channels)" in fails(src, tmp_path)
+
+
+@pytest.mark.parametrize("function", ["_rebuild_tensor_v3", "_rebuild_qtensor"])
+def test_types_that_only_torch_has_are_named(tmp_path, function):
+    write_pth(tmp_path / "Wan2.1_VAE.pth", f"ctorch._utils\n{function}\n(tR.".encode())
+    message = fails(tmp_path, tmp_path)
+    assert f"needs torch._utils.{function}, for weights of a type such as float8 or int8: give" in message
 
 
 def test_an_image_to_video_model_is_recognised_by_its_input_channels(tmp_path, params):

@@ -249,7 +249,10 @@ def bias(make):
         (bias(lambda: torch.zeros(64)[::2]), "conv1.bias is not contiguous"),
         (bias(lambda: torch.zeros(32, dtype=torch.float64)), "conv1.bias is of type DoubleStorage"),
         (bias(lambda: torch.zeros(32, dtype=torch.int64)), "conv1.bias is of type LongStorage"),
-        (bias(lambda: torch.zeros(32).to(torch.float8_e4m3fn)), "needs torch"),
+        (
+            bias(lambda: torch.zeros(32).to(torch.float8_e4m3fn)),
+            "needs torch._utils._rebuild_tensor_v3, for weights of a type such as float8",
+        ),
         (bias(lambda: torch.zeros(33)), "conv1.bias is (33,), not (32,)"),
         (lambda state: {**state, "encoder.conv1.bias": state["decoder.conv1.bias"]}, "share memory"),
         (lambda state: {**state, "extra": torch.zeros(2)}, "unknown extra"),

@@ -344,6 +344,15 @@ def test_another_model_is_refused_before_its_weights_are_fetched(server, wan, in
     assert NAME in line and "give a Wan2.1-T2V" in line and not weights_of(server.fetched)
 
 
+def test_another_model_is_refused_by_its_configuration_alone(server, wan):
+    """That of VACE, whose repository has no other sign of it before the tensors."""
+    file = next(server.folders[NAME].rglob("transformer/config.json"), server.folders[NAME] / "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "vace"}))
+    line = fails()
+    assert f"{NAME}/" in line and "config.json is a model of type vace: give a Wan2.1-T2V" in line
+    assert not weights_of(server.fetched)
+
+
 @only_diffusers
 def test_the_name_of_another_model_is_refused(server, wan):
     offer(server, server.folders[NAME], "Wan-AI/Wan2.2-T2V-A14B")

@@ -539,7 +539,19 @@ def write_config(folder, **values):
     [
         (shutil.rmtree, "is not a folder"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not .* so it is damaged"),
+        (
+            lambda folder: (folder / "config.json").write_text("[" * 100_000),
+            "config.json is not .* it is damaged",
+        ),
+        (
+            lambda folder: (folder / "chat_template.json").write_text("{"),
+            "chat_template.json is not a readable",
+        ),
+        (
+            lambda folder: (folder / "chat_template.json").write_text("{}"),
+            "lacks 'chat_template': download it",
+        ),
         (lambda folder: write_config(folder, model_type="qwen2_vl"), "of type qwen2_vl; give a Qwen2.5-VL"),
         (lambda folder: write_config(folder, vision_config={"patch_size": 16}), "patch_size is 16"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be opened"),

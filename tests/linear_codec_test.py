@@ -105,12 +105,19 @@ def test_tables_match_the_sandbox():
         ((5, 16, 12, 3), np.uint8),
         ((5, 16, 16, 4), np.uint8),
         ((16, 16, 3), np.uint8),
+        ((5, 0, 16, 3), np.uint8),
         ((5, 16, 16, 3), np.float32),
     ],
 )
 def test_wrong_frames_raise(codec, shape, dtype):
     with pytest.raises(UserError, match="linear codec"):
         codec.encode(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("size", [(5, 0, 16), (5, 16, -8), (-3, 16, 16), (0, 16, 16)])
+def test_sizes_that_are_none_raise(codec, size):
+    with pytest.raises(UserError, match="linear codec: .* all above 0, got "):
+        codec.latent_shape(*size)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -429,6 +429,14 @@ def test_damaged_file_is_named(data_dir, tmp_path):
 # --- Fields ------------------------------------------------------------------------------------------
 
 
+def test_records_of_other_sizes_than_the_manifest_says_are_named(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"text_dim": 7}))
+    with pytest.raises(UserError, match="record .* of .*data does not fit its manifest.json .*; make 'rec"):
+        next(iter(loader.make_loader(tmp_path / "data", "train", 2, 0)))
+
+
 def test_fields_are_of_the_shapes_that_are_compiled_for(data_dir):
     batch = next(loader.make_loader(data_dir, "val", 3, seed=0))
     expected = contract.shapes(contract.FIELDS, SIZES[WIDE], 3)

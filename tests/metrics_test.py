@@ -72,6 +72,15 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
 
 
+@pytest.mark.parametrize("line", [b"{oops", b"\xff", b"[1]", b"[" * 100_000, b"7" * 5000])
+def test_a_damaged_line_is_left_out(tmp_path, line):
+    write(str(tmp_path), 0, [0, 5])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    write(str(tmp_path), 5, [10])
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
+
+
 def test_a_resumed_run_continues_its_run_of_wandb(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install prophy_jax[wandb]")
     monkeypatch.setenv("WANDB_MODE", "offline")

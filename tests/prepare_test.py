@@ -19,9 +19,9 @@ from prophy_jax.data import loader, records, taxonomy
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import video
 from prophy_jax.models.text import hash_text
-from prophy_jax.prepare import prepare
+from prophy_jax.prepare import list_clips, prepare
 from prophy_jax.run import encoders
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import NotFinite, UserError
 from tests.commands import run_here
 from tests.conftest import ROOT, get_config
 
@@ -336,6 +336,16 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 # --- What changed since ----------------------------------------------------------------------------
 
 
+def test_what_a_source_says_and_nobody_reads_is_warned_of(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    (tmp_path / "clips.csv").write_text("video,caption,catgory\na.mp4,A ball falls.,collision\n")
+    list_clips(_config(tmp_path).data, [tmp_path])
+    warning = (
+        f"warning: columns of {tmp_path}/clips.csv that are not read: catgory (did you mean category?)\n"
+    )
+    assert capsys.readouterr().err == warning
+
+
 def test_only_what_changed_is_encoded_anew(tmp_path, capsys, monkeypatch):
     """A video replaced under its name, a caption changed, a clip added and one removed."""
     source = _wisa(tmp_path / "wisa", 8)
@@ -519,10 +529,44 @@ def test_folder_of_another_configuration_is_kept(sandbox_dir):
     assert _bytes(sandbox_dir) == before
 
 
+class _TextEncoder(hash_text.HashText):
+    """Makes NaN of captions that hold a 2."""
+
+    def __call__(self, texts):
+        text, mask = super().__call__(texts)
+        if wrong := [row for row, own in enumerate(texts) if "2" in own]:
+            raise NotFinite("the text encoder makes NaN", wrong)
+        return text, mask
+
+
+def test_clips_that_the_encoders_make_nan_of_are_skipped(tmp_path, monkeypatch, capsys):
+    source, encode = _wisa(tmp_path / "wisa", 5), _Codec.encode
+
+    def encode_badly(self, frames):
+        latents = encode(self, frames)
+        grey = frames[:, 0, 0, 0, 0].astype(int)  # (b,), 20 times the number of the clip, about
+        latents[abs(grey - 20) < 5] = np.nan
+        latents[abs(grey - 60) < 5] = 1e5  # more than float16 holds
+        return latents
+
+    monkeypatch.setattr(_Codec, "encode", encode_badly)
+    monkeypatch.setattr(hash_text, "HashText", _TextEncoder)
+    manifest = prepare(_config(tmp_path, val_share=0), [source], tmp_path / "out")
+    reason = "the encoder gave values that are not finite"
+    assert sorted(manifest["skipped"]) == [[f"clip{k}", reason] for k in (1, 2, 3)]
+    assert f"clip1: {reason}" in capsys.readouterr().out
+    found = {clip["id"].decode(): clip for clip in _read(tmp_path / "out", "train")}
+    assert sorted(found) == ["clip0", "clip4"] and np.isfinite(manifest["latent_mean"]).all()
+    text, _ = hash_text.HashText(16, 8)(["Number 4."])
+    np.testing.assert_array_equal(found["clip4"]["text"], text[0, :3].astype(np.float16))
+
+
 def test_encoder_that_gives_nan(tmp_path, monkeypatch):
     source = _wisa(tmp_path / "wisa", 2)
     monkeypatch.setattr(_Codec, "encode", lambda self, frames: np.full((len(frames), 2, 8, 8, 16), np.nan))
-    with pytest.raises(UserError, match="clip clip.: the encoders gave values that are not finite"):
+    with pytest.raises(
+        UserError, match="none of the 2 .*encoder gave values that are not finite; --config.codec"
+    ):
         prepare(_config(tmp_path), [source], tmp_path / "out")
 
 

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from prophy_jax.data import records
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, parse_process
+from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
@@ -32,6 +32,7 @@ FEATURES = {
     "records/9x16x16": records.features("records", SIZES),
     "alignment/5x16x16": records.features("alignment", SIZES),
 }
+HUGE = '{"version": ' + "7" * 5000 + "}"  # a number that Python does not read
 SHARDS = {"train": 5, "val": 1}
 PLAN = {"data": {"fps": 8, "frames": 5}, "seed": 0}
 
@@ -438,7 +439,22 @@ def test_unknown_split_and_missing_files(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"a": 1}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"a": 1}',
+        "null",
+        "[" * 100_000,
+        '{"splits": [{"name": 7}]}',
+        '{"name": []}',
+        HUGE,
+    ],
+)
 def test_damaged_metadata(whole, tmp_path, name, text):
     folder = tmp_path / "records" / "9x16x16"
     shutil.copytree(whole / "records" / "9x16x16", folder)
@@ -448,6 +464,30 @@ def test_damaged_metadata(whole, tmp_path, name, text):
         (folder / name).write_text(text)
     with pytest.raises(UserError, match="9x16x16 is missing or damaged; make the data again"):
         records.open_dataset(tmp_path, "records", "9x16x16", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dataset_info.json", lambda info: info["splits"][0].pop("shardLengths")),
+        ("dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["-1", "2", "2"])),
+        ("dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate="x")),
+        ("features.json", lambda info: info["featuresDict"]["features"].pop("id")),
+        (
+            "features.json",
+            lambda info: info["featuresDict"]["features"]["latents"]["tensor"]["shape"].clear(),
+        ),
+    ],
+)
+def test_metadata_of_something_else_is_one_line(whole, tmp_path, name, change):
+    folder = tmp_path / "records" / "9x16x16"
+    shutil.copytree(whole / "records" / "9x16x16", folder)
+    info = json.loads((folder / name).read_text())
+    change(info)
+    (folder / name).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="records/9x16x16.* make the data again"):
+        example = records.open_dataset(tmp_path, "records", "9x16x16", "train")[0]
+        example["id"], example["latents"]
 
 
 def test_damaged_records(whole, tmp_path):
@@ -483,6 +523,74 @@ def test_manifest(tmp_path):
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is damaged"):
         records.read_manifest(tmp_path)
+
+
+DAMAGE = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\0",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    HUGE.encode(),
+    b"{}",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_manifests_and_reports_are_one_line(tmp_path, whole, damage):
+    folder = tmp_path / "out"
+    job = Job(folder, PLAN, {"train": 1})
+    with job.shard("train", 0) as shard:
+        _fill(shard, "train", 0)
+    (folder / "work" / "train-00000.json").write_bytes(damage)
+    with pytest.raises(
+        UserError, match="train-00000.json.*damaged.*: delete it and run the same command again"
+    ):
+        job.finish(_describe)
+    assert not (folder / "manifest.json").exists()
+    (folder / "manifest.json").write_bytes(damage)
+    with pytest.raises(UserError, match="manifest.json.*damaged.*make the data again"):
+        records.read_manifest(folder)
+    (folder / "clips.jsonl").write_bytes(damage + b"\n")
+    with pytest.raises(UserError, match="line 1 of .*clips.jsonl.*damaged.*make the data again, or delete"):
+        [row["id"] for row in read_clips(folder)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("buckets", []),
+        ("buckets", {"5x16x16": 3}),
+        ("buckets", {"5x16x16": {"counts": {"train": 1}, "latent_shape": "2x4"}}),
+        ("counts", {"train": "many"}),
+        ("text_length", None),
+        ("video", {"fps": "8"}),
+        ("categories", "melting"),
+        ("fingerprint", 3),
+        ("text_dim", True),
+        ("skipped", [["a"]]),
+        ("buckets", {"5x16x16": {"counts": {}, "latent_shape": [2, 4, 4], "token_grid": [2, 2, 2]}}),
+        ("buckets", {"5x16x16": {"counts": {}, "latent_shape": [-2, 4, 4, 16], "token_grid": [2, 2, 2]}}),
+    ],
+)
+def test_values_of_other_types_in_a_manifest_are_named(tmp_path, key, value):
+    records.write_manifest(tmp_path, {"text_length": 8, "text_dim": 8, "fingerprint": "0", key: value})
+    with pytest.raises(UserError, match=f"manifest.json is damaged, '{key}' is not what it should be: make"):
+        records.read_manifest(tmp_path)
+
+
+def test_what_a_manifest_lacks_is_named(tmp_path):
+    records.write_manifest(tmp_path, {"buckets": {"5x16x16": {"counts": {}}}})
+    manifest = records.read_manifest(tmp_path)
+    with pytest.raises(
+        UserError, match="manifest.json is damaged, it lacks 'latent_shape': make the data again"
+    ):
+        Sizes.of(manifest, "5x16x16")
+    with pytest.raises(UserError, match="lacks 'fingerprint'"):
+        manifest["fingerprint"]
 
 
 def test_process():

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -234,6 +235,14 @@ def test_a_branch_of_another_backbone_is_refused(weights, tmp_path):
         build.check_params(config, layout, {"backbone": other, "branch": branch})
     hashes = build.check_params(config, layout, {"backbone": backbone, "branch": branch})
     assert set(hashes) == {"backbone_sha256", "branch_sha256"}
+    damaged = tmp_path / "branch"
+    shutil.copytree(branch, damaged)
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    for stored in ("x", {"refinement": 3}):
+        content = json.dumps(manifest | {"model": {"branch": stored}})
+        (damaged / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="branch/manifest.json is damaged .*: name WORKDIR/branch"):
+            build.check_params(config, layout, {"backbone": backbone, "branch": str(damaged)})
 
 
 def test_folders_are_of_the_parts_that_the_configuration_names(weights):

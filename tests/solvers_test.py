@@ -12,13 +12,14 @@ from prophy_jax.diffusion import flow, guided, solvers, v_prediction
 from prophy_jax.run.errors import UserError
 
 NAMES = ("unipc", "unipc-diffusers", "dpm++", "euler", "euler-diffusers")
-V_NAMES = ("ddim", "cogvideox-dpm")  # of v-prediction
+V_NAMES = ("ddim", "cogvideox-dpm")  # of v-prediction, on the grid of diffusers
+SAT_NAMES = ("ddim-sat", "cogvideox-dpm-sat")  # on that of the reference code
 START = np.array([1.0, -0.5, 2.0], np.float32)
 
 
 def choose(name, num_steps, shift):
     """The solver of the family that has it, as a configuration names it."""
-    if name in V_NAMES:
+    if name in V_NAMES + SAT_NAMES:
         return v_prediction.VPrediction(shift).solver(name, num_steps)
     return flow.FlowMatching().solver(name, num_steps, shift)
 
@@ -210,7 +211,7 @@ def test_ddim_is_the_textbook_step():
     np.testing.assert_allclose(sample(table, toy_velocity, START), x, rtol=0, atol=2e-6)  # 20 steps
 
 
-@pytest.mark.parametrize("name", V_NAMES)
+@pytest.mark.parametrize("name", V_NAMES + SAT_NAMES)
 def test_one_step_of_v_prediction_is_minus_the_first_prediction(name):
     end = sample(choose(name, 1, 1.0), toy_velocity, START)
     np.testing.assert_allclose(end, -toy_velocity(START, 999.0), atol=5e-7)  # float32 rounding
@@ -232,6 +233,50 @@ def test_v_prediction_reaches_a_point_mass_from_any_noise(name, num_steps):
         np.testing.assert_allclose(end, np.full(3, 0.3), atol=2e-6)  # float32 rounding
     else:  # 1000 // 7 leaves the level of timestep 0
         assert table.sigmas[-1] > 0 and 1e-2 < np.abs(end - 0.3).max() < 0.5
+
+
+# What the samplers and the denoiser of the CogVideoX reference code (its tag v1.0) made of `toy_velocity`,
+# START and `many((N, 1, 3), 1)` as noise, in float32.
+SAT_END_POINTS = [
+    ("ddim-sat", 7, 3.0, [-0.0042727, -0.0910232, 1.0173340]),
+    ("ddim-sat", 50, 1.0, [0.0978174, -0.1363692, 1.3016268]),
+    ("cogvideox-dpm-sat", 7, 3.0, [-0.1217124, -0.0906192, -0.1114169]),
+    ("cogvideox-dpm-sat", 50, 1.0, [0.1534197, 0.2215049, -0.0309146]),
+]
+
+
+@pytest.mark.parametrize(("name", "num_steps", "snr_shift", "expected"), SAT_END_POINTS)
+def test_end_points_of_the_reference_code(name, num_steps, snr_shift, expected):
+    def end(name):
+        table = choose(name, num_steps, snr_shift)
+        state = solvers.start(table, START[None])
+        for i, noise in enumerate(many((num_steps, 1, 3), 1)):
+            row = jax.tree.map(lambda leaf, i=i: leaf[i], table.steps)
+            state = solvers.step(row, state, toy_velocity, noise)
+        return state.x[0]
+
+    # Both sides round every step, and the reference code its coefficients too, to float32: 3e-6 at 50 steps
+    # of the largest shift tried, where the grid of diffusers is 3e-3 to 1e-2 away.
+    np.testing.assert_allclose(end(name), expected, rtol=0, atol=6e-6)
+    assert np.abs(end(name.removesuffix("-sat")) - np.float32(expected)).max() > 6e-4
+
+
+@pytest.mark.parametrize("snr_shift", [1.0, 3.0])
+def test_table_of_the_reference_code(snr_shift):
+    # Written out again: only the levels that are visited are scaled, to fall from the last one's to 0.
+    beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    product = np.cumprod(1 - beta)
+    alpha = np.sqrt(product / (snr_shift + (1 - snr_shift) * product))
+    for num_steps, timesteps in ((50, range(999, 0, -20)), (7, (999, 856, 713, 570, 428, 285, 142))):
+        table = choose("ddim-sat", num_steps, snr_shift)
+        np.testing.assert_array_equal(table.timesteps, timesteps)
+        low, high = alpha[999], alpha[timesteps[-1]]
+        visited = np.append([high * (alpha[t] - low) / (high - low) for t in timesteps], 1.0)
+        # The share of noise in float32, between 0 and 1.
+        np.testing.assert_allclose(table.sigmas, v_prediction.noise_share(visited**2), rtol=0, atol=6e-8)
+    last = {1.0: 0.98224, 3.0: 0.94856}[snr_shift]  # alpha^2 where the last of 50 steps begins
+    here = float(choose("ddim-sat", 50, snr_shift).sigmas[-2])
+    np.testing.assert_allclose(here, v_prediction.noise_share(np.float64(last)), atol=5e-5)  # of five digits
 
 
 # ---- noise on the way ----------------------------------------------------------------------------
@@ -594,7 +639,7 @@ def test_a_guided_run_takes_the_guidance_of_each_step():
 
 
 def test_unknown_solver_lists_the_names():
-    for family, names in ((flow.FlowMatching(), NAMES), (v_prediction.VPrediction(), V_NAMES)):
+    for family, names in ((flow.FlowMatching(), NAMES), (v_prediction.VPrediction(), V_NAMES + SAT_NAMES)):
         with pytest.raises(UserError, match="samples.solver='heun'") as error:
             family.solver("heun", 10)
         assert str(error.value).partition("choose one of ")[2].split(", ") == list(names)
@@ -631,7 +676,7 @@ def test_bad_steps_and_shift(name, num_steps, shift):
         choose(name, num_steps, shift)
 
 
-@pytest.mark.parametrize("name", V_NAMES)
+@pytest.mark.parametrize("name", V_NAMES + SAT_NAMES)
 @pytest.mark.parametrize(
     ("num_steps", "shift"), [(0, 3.0), (10, 0.0), (10, -1.0), (10, float("nan")), (1001, 1.0)]
 )

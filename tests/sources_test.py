@@ -189,14 +189,19 @@ def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         sources.read_sources(tmp_path)
     (tmp_path / "videos").mkdir()
-    with pytest.raises(UserError, match="has no .json, .csv or .jsonl file"):
+    with pytest.raises(UserError, match="has no .json, .csv, .tsv or .jsonl file"):
         sources.read_sources(tmp_path)
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.csv").write_text("")
     with pytest.raises(UserError, match=r"several files of captions \(a.json, b.csv\); name one"):
         sources.read_sources(tmp_path)
-    with pytest.raises(UserError, match="clip.mp4 is not a .json, .csv or .jsonl"):
+    with pytest.raises(UserError, match="clip.mp4 is not a .json, .csv, .tsv or .jsonl"):
         sources.read_sources(write_files(tmp_path, {"clip.mp4": b"1"}) / "clip.mp4")
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="cannot be read .File name too long"):
+        sources.read_sources(tmp_path / ("x" * 300))
 
 
 def test_no_video_at_all(tmp_path):
@@ -343,7 +348,17 @@ def test_jsonl(tmp_path):
         ("a.csv", b'video,"cap"tion\na.mp4,A\n', "is not a CSV file .line 1 of a.csv has a wrong quote"),
         ("a.csv", b"video,caption\na.mp4,A, B\n", "line 2 of a.csv has more cells than columns, 3 of 2"),
         ("a.csv", b"video\nb.mp4\n", "no column for the caption: .*text; found video"),
-        ("a.csv", b"video;caption\nb.mp4;A\n", "no column for the video"),
+        (
+            "a.csv",
+            b"vidoe,prompt\nb.mp4,A\n",
+            r"no column for the video: .*found vidoe .did you mean video\?., p",
+        ),
+        ("a.csv", b"video;captoin\nb.mp4;A\n", r"found video, captoin .did you mean caption\?.$"),
+        ("a.tsv", b"video\tcaption\na.mp4\tA\tB\n", "line 2 .* cells than columns, 3 of 2.*texts with tabs"),
+        ("a.csv", b"a.mp4,A\nb.mp4,B\n", "found a.mp4, A; the first line of a table must name its columns$"),
+        ("a.json", b'{"video": ["a.mp4"], "caption": ["A"]}', "is not a JSON list of records"),
+        ("a.json", b'{"a.mp4": "A", "a.mp4": "B"}', "is not a JSON file .it has the key 'a.mp4' twice"),
+        ("a.json", b'{"a.mp4": 1}', "is not a JSON list of records; .* or an object of captions"),
         ("a.csv", b'video,caption\na.mp4,"never closed\n', "is not a CSV file"),
         ("a.csv", b"video,caption\na.mp4,\xff\xfe\n", "is not a CSV file .*utf-8"),
         ("a.csv", b"", "lists no records"),
@@ -367,6 +382,78 @@ def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
     half = '[{"video_name": "a.mp4", "captions": "half \\ud83d of a pair"}]'  # valid JSON all the same
     (tmp_path / "wisa-80k.json").write_text(half)
     assert sources.read_sources(tmp_path).clips[0].caption == "half ? of a pair"
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "before"),
+    [
+        ("a.csv", ";", ""),
+        ("a.csv", "\t", ""),
+        ("a.tsv", "\t", "\n"),
+        ("a.csv", ";", "sep=;\r\n"),
+        ("a.csv", ",", "sep=,\n"),
+    ],
+)
+def test_the_header_says_what_separates_cells(tmp_path, name, separator, before):
+    rows = [["video", "caption", "category"], ["a.mp4", '"A cat, then a dog; \t"', "melting"], ["b.mp4", "B"]]
+    rows += [["", " ", ""], ["b.mp4", "B", "", "lost"]]  # an empty row is none
+    text = before + "\n".join(separator.join(row) for row in rows)
+    source = sources.read_sources(write_files(tmp_path, {name: text.encode(), "a.mp4": b"1", "b.mp4": b"2"}))
+    assert [clip.caption for clip in source.clips] == ["A cat, then a dog;", "B"]
+    assert source.clips[0].category.sum() == 1 and not source.report.unused
+    [(where, problem)] = source.report.skipped
+    assert where == f"line {5 + before.count(chr(10))} of {name}" and "4 of 3: put quotes" in problem
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    rows = [
+        ["video", "caption", "Idd", "catgory", "fps", "type", ""],
+        ["a.mp4", "A", "x", "melting", "8", "t", ""],
+    ]
+    source = sources.read_sources(plain(tmp_path, rows, {"a.mp4": b"1"}))
+    assert source.report.unused == [
+        f"columns of {tmp_path / 'clips.csv'} that are not read: Idd (did you mean id?), catgory (did you "
+        "mean category?), type"
+    ]
+    assert ids(source) == ["a"]
+
+
+def test_which_captions_are_used_is_said(tmp_path):
+    rows = [["video", "caption"], ["a.mp4", "A"]]
+    source = sources.read_sources(
+        plain(tmp_path, rows, {"a.mp4": b"1", "a.txt": b"Another.", "videos.txt": b"a.mp4"})
+    )
+    assert source.clips[0].caption == "A"
+    assert source.report.unused == [
+        f"the captions are those of {tmp_path / 'clips.csv'}, not of videos.txt and .txt files beside videos "
+        "(1): move it elsewhere to use the others"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a.mp4": "A", "b.mp4": "B"},
+        {"a.mp4": {"caption": "A", "tags": ""}, "b.mp4": {"caption": "B"}},
+        [{"video": "a.mp4", "caption": "A"}, {"video": "b.mp4", "caption": "B"}],
+        '{"video": "a.mp4", "caption": "A"}\n{"video": "b.mp4", "caption": "B"}',  # JSONL all the same
+    ],
+)
+def test_captions_in_one_json_file(tmp_path, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "captions.json": text.encode()})
+    assert [(clip.id, clip.caption) for clip in sources.read_sources(tmp_path).clips] == [
+        ("a", "A"),
+        ("b", "B"),
+    ]
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_json_files_about_single_videos_are_no_table(tmp_path, names):
+    files = {f"{name}.{kind}": f"{name} {kind}".encode() for name in names for kind in ("mp4", "txt", "json")}
+    assert [clip.caption for clip in sources.read_sources(write_files(tmp_path, files)).clips] == [
+        f"{name} txt" for name in names
+    ]
 
 
 # ---- rows that are wrong ------------------------------------------------------------------------
@@ -400,9 +487,71 @@ def test_a_wrong_row_of_a_csv_is_listed_and_the_others_are_used(tmp_path):
     assert list(problems) == [*(f"line {number} of clips.csv" for number in (3, 4, 5, 8)), "g"]
     for number, problem in {3: "more cells than columns, 4 of 2", 4: "wrong quote", 5: "wrong quote"}.items():
         assert problem in problems[f"line {number} of clips.csv"]
+    assert problems["line 4 of clips.csv"].endswith(": write a quote inside quotes twice")
     assert "0xe9) that is not utf-8" in problems["line 8 of clips.csv"]
     assert problems["g"] == "no caption: line 9 of clips.csv"
     assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
+    """The count of cells fits, but the cell begins as a text goes on after a comma, and is no category."""
+    lines = [
+        "video,caption,category",
+        "a.mp4,a red ball, bouncing on the floor",
+        "b.mp4,a ball, collision",
+        "c.mp4,a ball, ",
+    ]
+    lines += ["d.mp4, a ball, rainbow", "e.mp4,a ball,rainbow", "f.mp4,a ball, none"]
+    videos = {f"{name}.mp4": name.encode() for name in "abcdef"}
+    source = sources.read_sources(write_files(tmp_path, videos | {"clips.csv": "\n".join(lines).encode()}))
+    assert ids(source) == list("bcdef")
+    assert source.report.skipped == [
+        (
+            "a",
+            "cut caption: line 2 of clips.csv has 'bouncing on the floor' where its category should be: put "
+            "quotes around the caption",
+        )
+    ]
+    assert source.report.unknown_labels == {'category: "rainbow"': 2}
+
+
+@pytest.mark.parametrize("caption", ["nan", "None", "NULL", "\u200b", "\ufeff \u2060", "\u00a0"])
+def test_what_programs_write_for_no_caption_is_none(tmp_path, caption):
+    rows = [
+        ["video", "caption"],
+        ["a.mp4", caption],
+        ["b.mp4", "None of the balls fall."],
+        ["c.mp4", "\U0001f525"],
+    ]
+    source = sources.read_sources(plain(tmp_path, rows, {f"{k}.mp4": k.encode() for k in "abc"}))
+    assert ids(source) == ["b", "c"]
+    [(name, reason)] = source.report.skipped
+    assert name == "a" and reason.startswith("no caption: line 2 of clips.csv")
+
+
+def test_keys_that_are_there_twice(tmp_path):
+    lines = ['{"video": "a.mp4", "caption": "A", "caption": "B"}', '{"video": "b.mp4", "caption": "B"}']
+    for name, text in {"c.jsonl": "\n".join(lines), "c.json": f"[{', '.join(lines)}]"}.items():
+        root = write_files(tmp_path / name, {"a.mp4": b"1", "b.mp4": b"2", name: text.encode()})
+        source = sources.read_sources(root)
+        assert ids(source) == ["b"] and source.report.skipped[0][1] == "has the key 'caption' twice"
+
+
+def test_an_id_that_is_the_rest_of_a_caption(tmp_path):
+    text = "video,caption,id\na.mp4,a ball, it bounces\nb.mp4,a ball, 7\n"
+    source = sources.read_sources(
+        write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "c.csv": text.encode()})
+    )
+    assert ids(source) == ["7"]
+    assert source.report.skipped[0][1].startswith(
+        "cut caption: line 2 of c.csv has 'it bounces' where its id"
+    )
+
+
+def test_captions_where_names_should_be_make_no_endless_line(tmp_path):
+    rows = [["caption", "video", "label"], ["a.mp4", "word " * 9999, ""], ["A", "b.mp4", "x" * 9999]]
+    source = sources.read_sources(plain(tmp_path, rows, {"a.mp4": b"1", "b.mp4": b"2"}))
+    assert ids(source) == ["b"] and len(str(source.report)) < 2000
 
 
 def test_a_wrong_record_of_json_is_listed_and_the_others_are_used(tmp_path):
@@ -574,6 +723,23 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
 def test_a_rate_that_is_none_is_refused(fps):
     data = ConfigDict(dict(frames=9, height=32, width=32, fps=fps, buckets=()))
     with pytest.raises(UserError, match=f"config.data.fps is {fps}; give frames per second above 0"):
+        list_buckets(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"height": 0}, "9, 0, 32"),
+        ({"frames": -3}, "-3, 32, 32"),
+        ({"buckets": ((9, 32),)}, "9, 32"),
+        ({"buckets": (9, 32, 32)}, "9,"),
+        ({"buckets": ((9, 32, 0),)}, "9, 32, 0"),
+        ({"buckets": ((9, "32", 32),)}, "9, '32', 32"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(changes, shown):
+    data = ConfigDict(dict(frames=9, height=32, width=32, fps=8, buckets=()) | changes)
+    with pytest.raises(UserError, match=rf"^\({shown}\) is no size of clips: config.data.frames"):
         list_buckets(data)
 
 

@@ -23,7 +23,7 @@ def wisa(root):
         record("a.mp4", fps=30, width=640, height=480, duration=2),
         record("b.mp4", q0="collision, liquid motion", q2="reflection", fps=29.97, duration=4.0),
         record("c.mp4", "one", "none", q1="melting", fps=30.0, width=640, height=480, duration="6"),
-        record("d.mp4", "one two three four five", "none", "steam|fog\nx", fps=None, duration=-1),
+        record("d.mp4", "one two three four five", "none", "steam|fog\nx", fps=10**400, duration=-1),
         record("e.mp4", ""),
         record("gone.mp4"),
         record("lost.mp4"),

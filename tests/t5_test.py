@@ -13,7 +13,7 @@ from flax import traverse_util
 from prophy_jax.models import build as build_model
 from prophy_jax.models.text import t5
 from prophy_jax.run import checkpoints, encoders, parallel
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import NotFinite, UserError
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 # Values recorded from the public PyTorch models have six decimals and their own fp32 rounding.
@@ -370,6 +370,26 @@ def test_rows_of_encoded_texts(tmp_path, padding):
     kept._load = None  # the weights are not read
     for first, again in zip((text, mask), kept(PROMPTS), strict=True):
         np.testing.assert_array_equal(first, again)
+
+
+def test_prompts_that_become_nan_are_told_apart(tmp_path):
+    config, cache = text_config(tmp_path / "text_encoder", "zeros"), tmp_path / "cache"
+    encoder = encoders.load_text_encoder(config, str(cache))
+    encoder._load()
+    ids, _ = encoder._tokenizer(PROMPTS, 12)
+    token = next(own for own in ids[2] if own not in ids[0])
+    table = encoder._params["embedding"]
+    table["embedding"] = table["embedding"].at[token].set(np.inf)
+    with pytest.raises(
+        NotFinite, match="text_encoder makes NaN or infinity of a prompt: config.text_enc"
+    ) as caught:
+        encoder(PROMPTS)
+    assert caught.value.rows == [2]
+    kept = sorted(cache.rglob("*.npy"))
+    assert len(kept) == 2  # of three texts
+    whole, _ = encoder(PROMPTS[:2])
+    kept[0].write_bytes(b"damaged")
+    np.testing.assert_array_equal(encoder(PROMPTS[:2])[0], whole)
 
 
 def test_texts_of_another_padding_are_not_taken_from_the_cache(tmp_path):

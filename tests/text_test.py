@@ -199,6 +199,10 @@ def truncate(name):
     return damage
 
 
+def nest(name):
+    return lambda folder: (folder / name).write_text("[" * 100_000)
+
+
 def not_utf8(folder):
     (folder / "tokenizer.json").write_bytes(b"\xff\xfe{}")
 
@@ -237,6 +241,7 @@ def code_of_its_own(folder):
         (remove_config, ROWS, "holds no tokenizer_config.json"),
         (truncate("tokenizer.json"), ROWS, "tokenizer.json is damaged"),
         (truncate("tokenizer_config.json"), ROWS, "tokenizer_config.json is damaged"),
+        (nest("tokenizer_config.json"), ROWS, "tokenizer_config.json is damaged"),
         (truncate("special_tokens_map.json"), ROWS, "special_tokens_map.json is damaged"),
         (not_utf8, ROWS, "tokenizer.json is damaged"),
         (other_json, ROWS, "transformers cannot read the tokenizer in"),

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from configs import cogvideox
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 from tests.conftest import get_config
@@ -113,6 +114,17 @@ def test_the_number_of_categories_was_once_said_of_the_branch():
     assert workdir.differences(before, after) == "data.taxonomy was None, is own.toml"
 
 
+def test_data_from_before_clips_could_be_encoded_whole_were_encoded_in_pieces():
+    own = cogvideox.get_config("")
+    old = own.copy_and_resolve_references()
+    del old.codec.encode_whole
+    before = workdir.run_identity(old, "data")
+    assert workdir.run_identity(own, "data") == before  # a plan of prepare is compared exactly
+    own.codec.encode_whole = True
+    after = workdir.run_identity(own, "data")
+    assert workdir.differences(before, after) == "codec.encode_whole was None, is True"
+
+
 def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):
     config = workdir.config_as_json(get_config("tiny"))
     parts = config.pop("parts", None) or {"branch": config.pop("branch", None)}
@@ -134,6 +146,28 @@ def test_a_run_that_was_claimed_before_is_claimed_and_read(tmp_path):
         workdir.claim_run(tmp_path, other, {"x_sha256": "1"})
     with pytest.raises(UserError, match="config.json is missing: name the --workdir of a run"):
         workdir.read_run(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"config": {}, "references": 3}',
+        '{"config": {"losses": 5}, "references": {}}',
+        '{"config": {"parts": [1]}, "references": {}}',
+        '{"config": {"parts": {"branch": {"refinement": 3}}}, "references": {}}',
+        '{"config": {"optimizer": {"learning_rates": {"a": 1}, "groups": [3]}}, "references": {}}',
+        '{"config": {"data": {"side": []}, "optimizer": []}, "references": {}}',
+        '{"config": {"seed": ' + "7" * 5000 + '}, "references": {}}',
+    ],
+)
+def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for use in (workdir.read_run, lambda folder: workdir.claim_run(folder, get_config("tiny"), {})):
+        with pytest.raises(UserError, match="config.json .*: name another --workdir"):
+            use(tmp_path)
 
 
 # --- Claiming a folder -------------------------------------------------------------------------------

@@ -27,6 +27,13 @@ from prophy_jax.run.errors import UserError
 
 CLIPS = "clips.jsonl"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+# Of what types the values of a row of CLIPS and of a shard's report are; see `workdir.parse_json`.
+_ROW = {
+    **{key: str for key in ("id", "split", "video", "caption", "frames")},
+    **{key: str | None for key in ("bucket", "sha256")},
+    **{"source": int, "index": int | None, "category": [int], "stamp": list | None, "shown": list | None},
+}
+_REPORT = {"datasets": {str: {"count": int, "bytes": int}}, "ids": {str: [str]}, "rows": [_ROW]}
 _OPTIONS = "group_size:1,uncompressed"  # float16 noise hardly shrinks, and would take thrice as long to read
 
 
@@ -113,7 +120,7 @@ class Job:
         path = self._report(split, index)
         if not path.exists() or self._rows is None:
             return path.exists()
-        stored = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+        stored = _read_report(path).get("rows", [])
         return _agree(self._rows[split, index], stored)
 
     def _report(self, split: str, index: int) -> Path:
@@ -164,11 +171,9 @@ class Job:
         return records.read_manifest(self.out)
 
     def _put_together(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> None:
-        reports = [
-            {"split": split, "shard": index}
-            | json.loads(self._report(split, index).read_text(encoding="utf-8"))
-            for split, index in self._shards
-        ]
+        reports = [_read_report(self._report(*shard)) for shard in self._shards]
+        for report, (split, index) in zip(reports, self._shards, strict=True):
+            report |= {"split": split, "shard": index}
         _fill_empty_split(reports)
         features, manifest = describe(reports)
         if self._rows is not None:  # the folder may have been finished for other clips
@@ -281,14 +286,25 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     its example is in that split (None: it was skipped). [] where nothing is known.
     """
     path = Path(out) / CLIPS
-    try:
-        if not working:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        paths = Path(out).glob("work/*-?????.json")
-        reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        return [row for report in reports for row in report.get("rows", [])]
-    except (OSError, ValueError, AttributeError):
+    if working:
+        rows = []
+        for report in Path(out).glob("work/*-?????.json"):
+            with contextlib.suppress(FileNotFoundError):  # another process has just put the folder together
+                rows += _read_report(report).get("rows", [])
+        return rows
+    if not path.exists():
         return []
+    remedy = "make the data again, or delete this file, and the folder is used as it is"
+    return [
+        workdir.parse_json(line, f"line {number} of {path}", remedy, _ROW)
+        for number, line in enumerate(path.read_bytes().splitlines(), 1)
+    ]
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """The report of a shard. Raises UserError when it is damaged, FileNotFoundError when it is not there."""
+    remedy = "delete it and run the same command again, which makes this shard anew"
+    return workdir.parse_json(path.read_bytes(), str(path), remedy, _REPORT)
 
 
 def _agree(own: list[dict[str, Any]], stored: list[dict[str, Any]]) -> bool:

@@ -19,6 +19,7 @@ import grain
 import numpy as np
 
 from prophy_jax.data import batch, job, records, taxonomy
+from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
 # Threads suffice: reading a record is checking and copying it, in code that releases Python's lock. Each
@@ -91,10 +92,15 @@ class _Bucket:
                     f"record {index} of {self._folders[batch.RECORDS]} is {record_id!r}, but in {stored!r} "
                     f"of {self._folders[stored]} it is {own_id!r}; make {stored!r} again"
                 )
-            columns = {
-                name: np.frombuffer(values[name], dtype).reshape(shape)
-                for name, (dtype, shape) in self._columns[stored].items()
-            }
+            where, remedy = f"record {index} of {self._folders[stored]}", f"make {stored!r} again"
+            try:
+                columns = {
+                    name: np.frombuffer(values[name], dtype).reshape(shape)
+                    for name, (dtype, shape) in self._columns[stored].items()
+                }
+            except ValueError as error:
+                raise UserError(f"{where} does not fit its manifest.json ({error}); {remedy}") from error
+            columns = workdir.Stored(columns, where, remedy)
             for name, field in self._fields.items():
                 if field.stored == stored:
                     if field.fill is None:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from google.protobuf import json_format
 
 import prophy_jax
 from prophy_jax.data import batch
@@ -32,6 +31,26 @@ from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+# What the manifest's values are that are read again, where it has them; see `workdir.parse_json`.
+_MANIFEST = {
+    **{key: str for key in ("fingerprint", "data_fingerprint")},
+    **{key: [str] for key in ("sources", "categories", "stand_in", "unannotated", "label_not_among_answers")},
+    **{key: dict for key in ("codec", "text_encoder", "plan")},
+    **{key: _is_side for key in ("schema_version", "text_length", "text_dim")},
+    **{key: [(str, str)] for key in ("skipped", "unreadable")},
+    **{key: {str: int} for key in ("counts", "captions_cut")},
+    "buckets": {str: {"counts": {str: int}, "latent_shape": (_is_side,) * 4, "token_grid": (_is_side,) * 3}},
+    "video": {"fps": int | float, "frames": _is_side, "height": _is_side, "width": _is_side},
+    "max_upscale": int | float,
+    "cropped": [(str, (_is_side, _is_side), str)],
+    "labels_not_understood": {str: {"clips": int, "first": str}},
+}
 _SHOWN = 20  # entries of a list that are printed; the manifest has all of them
 _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a process 1,024
 
@@ -75,11 +94,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             f"no training data at {data_dir}; make it with: "
             f"python -m prophy_jax.prepare --config=... --out={data_dir}"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; prepare the data again") from error
+    manifest = workdir.read_json(path, "make the data again", _MANIFEST)
+    version = manifest["schema_version"]
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
@@ -98,6 +114,7 @@ class Dataset(Sequence[Mapping[str, Any]]):
         self.columns = tuple(features.keys())
         self._features = features
         self._files = [str(path) for path in split.filepaths]
+        self._where = str(Path(self._files[0]).parent)
         self._ends = np.cumsum(split.shard_lengths)
         self._reader = functools.lru_cache(_OPEN_FILES)(_open_reader)
 
@@ -105,7 +122,11 @@ class Dataset(Sequence[Mapping[str, Any]]):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._features.deserialize_example_np(self._serialized(index))
+        serialized = self._serialized(index)
+        try:
+            return self._stored(self._features.deserialize_example_np(serialized))
+        except Exception as error:  # TFDS lets many kinds pass from metadata of something else
+            raise UserError(f"{self._where} does not fit its features.json; make the data again") from error
 
     def read(self, index: int) -> dict[str, memoryview]:
         """The values of one example as they are stored, none copied: the fast way for large arrays.
@@ -120,7 +141,10 @@ class Dataset(Sequence[Mapping[str, Any]]):
             for kind in _fields(feature):  # bytes_list, float_list (packed) or int64_list
                 for value in _fields(kind):
                     values[str(name, "utf-8")] = value
-        return values
+        return self._stored(values)
+
+    def _stored(self, example: Mapping[str, Any]) -> workdir.Stored:
+        return workdir.Stored(example, self._where, "make the data again")
 
     def _serialized(self, index: int) -> bytes:
         if not 0 <= index < len(self):
@@ -165,7 +189,7 @@ def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.Dataset
     folder = Path(data_dir) / name / bucket
     try:
         return tfds.builder_from_directory(folder).info
-    except (OSError, ValueError, TypeError, json_format.Error) as error:
+    except Exception as error:  # TFDS and Protocol Buffers let many kinds pass from damaged files
         raise UserError(f"{folder} is missing or damaged; make the data again") from error
 
 
@@ -177,8 +201,14 @@ def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Da
     folder, info = Path(data_dir) / name / bucket, open_info(data_dir, name, bucket)
     if split not in info.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {sorted(info.splits)}")
+    try:
+        files, lengths = info.splits[split].filepaths, info.splits[split].shard_lengths
+    except Exception:  # as in `open_info`
+        files, lengths = [], []
+    if min(lengths, default=0) < 1:
+        raise UserError(f"{folder} is missing or damaged; make the data again")
     present = {path.name for path in folder.iterdir()}
-    for path in info.splits[split].filepaths:
+    for path in files:
         if path.name not in present:
             raise UserError(f"{path} is missing; make the data again")
     return Dataset(info.features, info.splits[split])

@@ -9,14 +9,14 @@ of the nearest of the 1000 levels.
 Legend: N solver steps, B batch. Data, noise and predictions are (B,...), usually latents (B,T,h,w,16);
 times (B,).
 Sources: the schedule is that of CogVideoX (arXiv 2408.06072) as diffusers builds it, scaled to no signal at
-the last timestep (arXiv 2305.08891) over all 1000 timesteps, not over those that a sampler visits. DDIM
-(arXiv 2010.02502) and DPM-Solver++ (arXiv 2211.01095) on the grids of diffusers.
+the last timestep (arXiv 2305.08891) over all 1000 timesteps. DDIM (arXiv 2010.02502) and DPM-Solver++
+(arXiv 2211.01095) on the grids of diffusers and of SAT, the CogVideoX reference code.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,21 @@ def signal(snr_shift: float) -> np.ndarray:
     """
     if not 0 < snr_shift < math.inf:
         raise UserError(f"the shift must be a positive number, got {snr_shift}")
-    first, last = np.sqrt(_BETAS)
-    product = np.cumprod(1.0 - np.linspace(first, last, NUM_TRAIN_TIMESTEPS) ** 2)
-    alpha = np.sqrt(product / (snr_shift + (1.0 - snr_shift) * product))
-    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
-    squared = np.square(alpha)
+    squared = np.square(_end_at_zero(_unscaled(snr_shift)))
     squared.flags.writeable = False
     return squared
+
+
+def _unscaled(snr_shift: float) -> np.ndarray:
+    """alpha_t (1000,) before it is scaled to end at 0."""
+    first, last = np.sqrt(_BETAS)
+    product = np.cumprod(1.0 - np.linspace(first, last, NUM_TRAIN_TIMESTEPS) ** 2)
+    return np.sqrt(product / (snr_shift + (1.0 - snr_shift) * product))
+
+
+def _end_at_zero(alpha: np.ndarray) -> np.ndarray:
+    """Falling alpha (n,), n > 1, scaled to end at 0 and start where it does."""
+    return (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
 
 
 def noise_share(squared: np.ndarray) -> np.ndarray:
@@ -117,7 +125,7 @@ class VPrediction:
         return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
 
     def solver(self, name: str, steps: int, shift: float | None = None) -> Solver:
-        """A solver of this family: a row of SOLVERS, on the noise levels that the network is trained on.
+        """A solver of this family: a row of SOLVERS.
 
         Args:
             name: Of SOLVERS.
@@ -155,25 +163,46 @@ class VPrediction:
 # --- Solvers ---------------------------------------------------------------------------------------
 
 
-def ddim(num_steps: int, snr_shift: float) -> Solver:
+class Levels(NamedTuple):
+    """What a sampler visits. All (N,); the last three are alpha^2 in float64."""
+
+    timesteps: np.ndarray  # int64, falling from 999
+    here: np.ndarray  # where each step begins
+    following: np.ndarray  # where it ends
+    seen: np.ndarray  # of which the clean sample is computed from the network's prediction
+
+
+def ddim(num_steps: int, snr_shift: float, grid: str = "diffusers") -> Solver:
     """DDIM without noise, for v-prediction: what CogVideoX-2B recommends, with snr_shift 3.
 
+    Args:
+        num_steps: N, one network call each.
+        snr_shift: see `signal`.
+        grid: see `_levels`.
+
     Raises:
         UserError: see `solvers.choose`.
     """
-    timesteps, here, following = _v_prediction_levels(num_steps, snr_shift)
+    levels = _levels(num_steps, snr_shift, grid)
+    here, following = levels.here, levels.following
     keep = np.sqrt((1.0 - following) / (1.0 - here))
     predictor = np.stack([keep, np.sqrt(following) - keep * np.sqrt(here), 0.0 * keep], axis=1)  # (N,3)
-    return _v_prediction_solver(timesteps, here, following, predictor)
+    return _v_prediction_solver(levels, predictor)
 
 
-def cogvideox_dpm(num_steps: int, snr_shift: float) -> Solver:
+def cogvideox_dpm(num_steps: int, snr_shift: float, grid: str = "diffusers") -> Solver:
     """Stochastic DPM-Solver++ (2M) as CogVideoX runs it: what its 5B models recommend, with snr_shift 1.
+
+    Args:
+        num_steps: N, one network call each.
+        snr_shift: see `signal`.
+        grid: see `_levels`.
 
     Raises:
         UserError: see `solvers.choose`.
     """
-    timesteps, here, following = _v_prediction_levels(num_steps, snr_shift)
+    levels = _levels(num_steps, snr_shift, grid)
+    here, following = levels.here, levels.following
     alpha, alpha_next = np.sqrt(here), np.sqrt(following)
     # exp(-2h) for a step of h in lambda, the log of alpha / sigma. In this form no term is infinite where
     # alpha or sigma is 0; nor are the weights.
@@ -189,41 +218,59 @@ def cogvideox_dpm(num_steps: int, snr_shift: float) -> Solver:
     i = 1 + np.flatnonzero(following[1:] < 1.0)
     slope[i] = (lam_next[i] - lam[i]) / (2.0 * (lam[i] - lam[i - 1]))
     predictor = np.stack([keep, new * (1.0 + slope), -new * slope], axis=1)  # (N,3)
-    return _v_prediction_solver(timesteps, here, following, predictor, noise)
+    return _v_prediction_solver(levels, predictor, noise)
 
 
-def _v_prediction_levels(num_steps: int, snr_shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Timesteps (N,) evenly spaced from 999 down, and alpha^2 (N,) float64 there and where each step ends."""
+def _levels(num_steps: int, snr_shift: float, grid: str) -> Levels:
+    """What a sampler visits.
+
+    Args:
+        num_steps: N.
+        snr_shift: see `signal`.
+        grid: "diffusers" (levels of training), or "sat" (the timesteps that are visited, scaled to end at 0
+            by themselves: alpha differs by up to 1e-3 at 50 steps). The two end up to 2e-2 apart.
+    """
     if num_steps > NUM_TRAIN_TIMESTEPS:
         raise UserError(
             f"{num_steps} solver steps are more than the {NUM_TRAIN_TIMESTEPS} timesteps: lower the steps"
         )
+    squared = signal(snr_shift)
+    if grid == "sat":
+        timesteps = np.linspace(NUM_TRAIN_TIMESTEPS - 1, 0, num_steps, endpoint=False).astype(np.int64)
+        visited = _unscaled(snr_shift)[timesteps[::-1]]
+        # A single step starts from noise alone; the reference code divides by 0 there.
+        alpha = _end_at_zero(visited)[::-1] if num_steps > 1 else np.zeros(1)
+        # Its denoiser takes the level of training with the nearest alpha.
+        nearest = np.abs(np.sqrt(squared) - alpha[:, None]).argmin(axis=1)
+        return Levels(timesteps, alpha**2, np.append(alpha[1:] ** 2, 1.0), squared[nearest])
+    if grid != "diffusers":
+        raise ValueError(f"unknown grid {grid!r}")
     # Halves are rounded to even as NumPy's range adds up, which for some N has one value too many.
     spaced = np.arange(NUM_TRAIN_TIMESTEPS, 0, -NUM_TRAIN_TIMESTEPS / num_steps)[:num_steps]
     timesteps = np.round(spaced).astype(np.int64) - 1
     # Where N does not divide 1000 this is not the next timestep, and the last step may stop short of 0 noise:
     # so the networks' public samplers have it.
     ends = timesteps - NUM_TRAIN_TIMESTEPS // num_steps
-    squared = signal(snr_shift)
-    return timesteps, squared[timesteps], np.where(ends < 0, 1.0, squared[ends])
+    here = squared[timesteps]
+    return Levels(timesteps, here, np.where(ends < 0, 1.0, squared[ends]), here)
 
 
-def _v_prediction_solver(
-    timesteps: np.ndarray,
-    here: np.ndarray,
-    following: np.ndarray,
-    predictor: np.ndarray,
-    noise: np.ndarray | None = None,
-) -> Solver:
-    """Tables without a corrector for `_v_prediction_levels` and weights of (x, m, m') and of noise."""
-    data = np.stack([np.sqrt(here), -np.sqrt(1.0 - here)], axis=1)  # (N,2) m = alpha x - sigma v
-    corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (len(timesteps), 1))  # (N,5) none
-    tables = [np.asarray(table, np.float32) for table in (timesteps, data, corrector, predictor)]
-    sigmas = noise_share(np.append(here, following[-1])).astype(np.float32)
+def _v_prediction_solver(levels: Levels, predictor: np.ndarray, noise: np.ndarray | None = None) -> Solver:
+    """Tables without a corrector, for weights of (x, m, m') and of noise."""
+    seen = levels.seen
+    data = np.stack([np.sqrt(seen), -np.sqrt(1.0 - seen)], axis=1)  # (N,2) m = alpha x - sigma v
+    corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (len(seen), 1))  # (N,5) none
+    tables = [np.asarray(table, np.float32) for table in (levels.timesteps, data, corrector, predictor)]
+    sigmas = noise_share(np.append(levels.here, levels.following[-1])).astype(np.float32)
     return Solver(sigmas, Step(*tables)._replace(noise=None if noise is None else noise.astype(np.float32)))
 
 
-SOLVERS: dict[str, solvers.Make] = {"ddim": ddim, "cogvideox-dpm": cogvideox_dpm}
+SOLVERS: dict[str, solvers.Make] = {
+    "ddim": ddim,
+    "cogvideox-dpm": cogvideox_dpm,
+    "ddim-sat": functools.partial(ddim, grid="sat"),
+    "cogvideox-dpm-sat": functools.partial(cogvideox_dpm, grid="sat"),
+}
 
 
 def build(**settings: Any) -> VPrediction:

@@ -13,7 +13,6 @@ N = T' H' W' video tokens, D width.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -386,7 +385,7 @@ def load(path: str | os.PathLike, device: str, dtype: str) -> Vlm:
     template = tokenizer.chat_template
     legacy = folder / "chat_template.json"  # where the processors of older versions keep it
     if legacy.exists():
-        template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+        template = read_json(legacy, "download it again")["chat_template"]
     if not template:
         raise UserError(
             f"{folder} has no chat template (chat_template.json or .jinja); download the whole model again"
@@ -402,11 +401,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"--vlm: {folder} {what}; give the folder of a Qwen2.5-VL model, downloaded beforehand"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged; download the model again") from error
+    config = read_json(path, "download the model again")
+    kind = config.get("model_type")
     if kind != "qwen2_5_vl":
         raise UserError(f"--vlm: {folder} holds a model of type {kind}; give a Qwen2.5-VL model (qwen2_5_vl)")
     return config

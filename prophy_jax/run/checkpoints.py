@@ -34,6 +34,21 @@ from prophy_jax.run.workdir import put_in_place, read_json, read_run, write_atom
 
 SLICE_BYTES = 2**24
 CHECKSUMS = "checksums.json"  # of a training checkpoint
+# What the values of a manifest are that are read again; see `workdir.parse_json`.
+_MANIFEST = {
+    **{key: str for key in ("sha256", "part", "backbone_sha256")},
+    "shapes": {str: ([int], str)},
+    "files": dict,
+    "model": dict,
+    "categories": [str],
+}
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # Orbax raises them on damaged files
 
 
 @functools.cache
@@ -162,7 +177,7 @@ def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             tree = checkpointer.metadata(os.path.abspath(folder)).item_metadata.tree
-        except (FileNotFoundError, ValueError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
 
@@ -360,24 +375,12 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {folder}: {remedy}")
-    manifest = read_json(path, remedy or "name another folder")
+    manifest = read_json(path, remedy or "name another folder", _MANIFEST)
     if not checksums.is_intact(manifest):
         raise UserError(f"{path} is damaged, its text is not that written: {remedy or 'name another folder'}")
-    kinds = {"sha256": str, "shapes": dict, "model": dict, "part": str, "files": dict}
-    whole = {"sha256", "shapes"} <= manifest.keys() and all(
-        isinstance(manifest[key], kind) for key, kind in kinds.items() if key in manifest
-    )
-    if not whole or not all(map(_is_entry, manifest["shapes"].values())):
+    if not {"sha256", "shapes"} <= manifest.keys():
         raise UserError(f"{path} is of no parameters: {remedy or 'name another folder'}")
     return manifest
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether this is what a manifest says of a parameter: [shape, dtype]."""
-    match entry:
-        case [list(shape), str()]:
-            return all(isinstance(side, int) for side in shape)
-    return False
 
 
 def check_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
@@ -422,7 +425,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=bool(path))
         try:
             tree = checkpointer.restore(place, args=arguments)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{place} is damaged ({reason}): {remedy or 'name another folder'}") from error
     for name in path:

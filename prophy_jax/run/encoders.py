@@ -3,7 +3,8 @@
     codec.latent_shape(frames, height, width) -> (T, h, w, 16)
     codec.encode(frames (..., F, H, W, 3) uint8) -> latents (..., T, h, w, 16) float32, normalised
     codec.decode(latents (..., T, h, w, 16)) -> frames (..., F, H, W, 3) uint8; raises NotFinite
-    encoder(texts) -> (text (B, L, D) float32, mask (B, L) bool of the rows that hold words or the end token)
+    encoder(texts) -> (text (B, L, D) float32, mask (B, L) bool of the rows that hold words or the end token);
+        raises NotFinite
     encoder.words_lost(text) -> int, words that do not fit into L rows
     codec.sha256, encoder.sha256: hash of the weights, where there are any
 
@@ -32,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prophy_jax import models
 from prophy_jax.models.text import tokenizer as prompts
 from prophy_jax.run import checkpoints, parallel
-from prophy_jax.run.errors import NotFinite, UserError
+from prophy_jax.run.errors import NotFinite
 from prophy_jax.run.workdir import write_atomically
 
 TEXTS_AT_ONCE = 4  # the attention scores of a longer batch would take as much memory as the weights
@@ -158,7 +159,14 @@ class TextEncoder:
             batch = new[first : first + TEXTS_AT_ONCE]
             for text, encoded in zip(batch, self._encode(batch), strict=True):
                 rows[text] = encoded
-                self._remember(text, encoded)
+                if np.isfinite(encoded).all():
+                    self._remember(text, encoded)
+        if wrong := [index for index, text in enumerate(texts) if not np.isfinite(rows[text]).all()]:
+            raise NotFinite(
+                f"the text encoder {self._folder} makes NaN or infinity of a prompt: "
+                "config.text_encoder.dtype=float32 or other weights may help",
+                wrong,
+            )
         _, mask = self._tokenizer(texts, self._model.length)
         text = np.zeros((*mask.shape, self._model.config.d_model), np.float32)
         for index, key in enumerate(texts):
@@ -171,11 +179,6 @@ class TextEncoder:
             self._load()
         ids, mask = self._tokenizer(texts, self._model.length)
         encoded = np.asarray(self._run(self._params, ids, mask), np.float32)
-        if not np.isfinite(encoded).all():
-            raise UserError(
-                f"the text encoder {self._folder} makes NaN or infinity of a prompt: "
-                "config.text_encoder.dtype=float32 or other weights may help"
-            )
         counts = mask.sum(axis=1) if self._model.padding == "zeros" else [self._model.length] * len(texts)
         return [rows[:count] for rows, count in zip(encoded, counts, strict=True)]
 
@@ -200,7 +203,10 @@ class TextEncoder:
     def _recall(self, text: str) -> np.ndarray | None:
         if self._cache is None or not self._file(text).exists():
             return None
-        return np.load(self._file(text))
+        try:
+            return np.load(self._file(text))
+        except (OSError, ValueError, EOFError):  # damaged: it is encoded again
+            return None
 
     def _remember(self, text: str, rows: np.ndarray) -> None:
         if self._cache is None:

@@ -149,8 +149,9 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     if not os.path.exists(path):
         return []
     lines = []
-    with open(path) as file:
+    with open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
+            with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
+                if isinstance(found := json.loads(line), dict):
+                    lines.append(found)
     return lines

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,9 +77,10 @@ def run_identity(config: Any, scope: str) -> dict[str, Any]:
             [pattern, (rates.get(rate) or None) if isinstance(rate, str) else rate]
             for pattern, rate in optimizer["groups"]
         ]
-    for key in ("taxonomy", "weights"):
-        if not config.get("data", {}).get(key, True):
-            del config["data"][key]  # the default, and earlier versions had no other
+    # What is the default of a key is not in configurations of earlier versions.
+    for table, key in (("data", "taxonomy"), ("data", "weights"), ("codec", "encode_whole")):
+        if not config.get(table, {}).get(key, True):
+            del config[table][key]
     if scope == "train" and "groups" in optimizer:  # which parameters train, at whatever rate
         optimizer["groups"] = [[pattern, bool(rate)] for pattern, rate in optimizer["groups"]]
     keys, without = IDENTITY[scope]
@@ -180,7 +182,7 @@ def claim(
     stored = read_json(path, f"name another {flag}")
     try:
         different = compare(stored, own)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged, it does not say what the folder is for: name another {flag}"
         ) from error
@@ -277,7 +279,12 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     run = read_json(path, "name another --workdir")
     if not all(isinstance(run.get(key), dict) for key in ("config", "references")):
         raise UserError(f"{path} is of no run of prophy_jax.train: name another --workdir")
-    return {**run, "config": _modernised(run["config"])}
+    try:
+        config = _modernised(run["config"])
+        run_identity(config, "train")  # which looks at all that it should have
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): name another --workdir") from error
+    return {**run, "config": config}
 
 
 def _holds_files(folder: Path, claimed: Path) -> bool:
@@ -290,17 +297,65 @@ def _as_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError with `remedy` when it is missing or damaged."""
+class Stored(dict[str, Any]):
+    """A JSON object of a file. A key that it lacks is a UserError, which names the file and what to do."""
+
+    def __init__(self, content: Mapping[str, Any], where: str, remedy: str) -> None:
+        super().__init__(content)
+        self._where, self._remedy = where, remedy
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._where} is damaged, it lacks {key!r}: {self._remedy}")
+
+
+def read_json(path: str | os.PathLike, remedy: str, form: Any = dict) -> Stored:
+    """The object in a JSON file. Raises UserError with `remedy` when it is missing, damaged or not of `form`.
+
+    Args:
+        path: the file.
+        remedy: what to do then.
+        form: as `parse_json` takes it.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"no {path}: {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable JSON file ({error}): {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: {remedy}")
-    return content
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    return parse_json(content, str(path), remedy, form)
+
+
+def parse_json(content: bytes, where: str, remedy: str, form: Any = dict) -> Stored:
+    """The object in JSON. Raises UserError, with where it is and `remedy`, when it is damaged.
+
+    `form` says what it is: a type, a function that tells, [form] for a list, (form, form) for a list of two
+    values, {"key": form} for an object that may have these keys, {str: form} for one of any keys.
+    """
+    try:
+        found = json.loads(content, object_hook=lambda own: Stored(own, where, remedy))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number too long
+        raise UserError(
+            f"{where} is not a readable JSON file ({error}), so it is damaged: {remedy}"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is not a JSON object, so it is damaged: {remedy}")
+    for key, value in found.items():
+        if isinstance(form, dict) and not _fits(value, form.get(key, form.get(str, object))):
+            raise UserError(f"{where} is damaged, {key!r} is not what it should be: {remedy}")
+    return found
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether JSON types are of a form; see `parse_json`."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(own, form[0]) for own in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            _fits(own, form.get(key, form.get(str, object))) for key, own in value.items()
+        )
+    if isinstance(form, tuple):
+        return isinstance(value, list) and len(value) == len(form) and all(map(_fits, value, form))
+    return isinstance(value, form) if isinstance(form, type | types.UnionType) else form(value)
 
 
 # --- Files that are whole or not there -------------------------------------------------------------

@@ -2,9 +2,9 @@
 
     FOLDER/wisa-80k.json   [{"video_name": "a.mp4", "captions": "...", "label": "Melting",
                              "physical_annotation": {"q0": "...", "q1": "...", "q2": "..."}}, ...]
-    FOLDER/clips.csv       video,caption,category,id,split      the last three are optional
+    FOLDER/clips.csv       video,caption,category,id,split      the last three are optional; .tsv too
     FOLDER/clips.jsonl     {"video": "a.mp4", "caption": "...", "category": ["melting"]}
-    FOLDER/clips.json      [{"video": "a.mp4", "caption": "..."}, ...]
+    FOLDER/clips.json      [{"video": "a.mp4", "caption": "..."}, ...], or {"a.mp4": "...", ...}
     FOLDER/videos.txt      one name a line, and FOLDER/prompts.txt with the captions in the same order
     FOLDER/a.mp4           with its caption in FOLDER/a.txt
 
@@ -15,6 +15,7 @@ others are used. docs/data.md shows an example of each form.
 
 import codecs
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
-from prophy_jax.data.sources.video_files import VideoFolder
+from prophy_jax.data.sources.video_files import IMAGES, VIDEOS, VideoFolder
 from prophy_jax.run.errors import UserError
 
 # Names that tables use for a column, in any case; the first one present counts.
@@ -35,6 +36,8 @@ VIDEO = (
 CAPTION = ("caption", "captions", "prompt", "text")
 CATEGORY = ("category", "label")
 SPLIT = ("split",)
+_STATED = ("duration", "fps", "width", "height")  # what statistics read
+_KNOWN = (*VIDEO, *CAPTION, *CATEGORY, *SPLIT, "id", *_STATED)
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
@@ -44,7 +47,8 @@ SPLITS = {
 # Files of lines: names of videos, and their captions in the same order.
 NAME_LINES = ("videos.txt", "video.txt")
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
-_SHOWN = 20  # columns that a message names
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_SHOWN = 20  # columns or files that a message names
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
 Record = dict[str, Any]
@@ -87,29 +91,68 @@ def find_annotations(source: str | Path) -> Path:
         UserError: there is no such file or folder, or the folder has none or several.
     """
     source = Path(source)
+    try:
+        return _find_annotations(source)
+    except OSError as error:  # no permission, or a name that is too long
+        raise UserError(f"{source} cannot be read ({error.strerror})") from error
+
+
+def _find_annotations(source: Path) -> Path:
     if source.is_file():
         if source.suffix.lower() not in READERS and source.name.lower() not in NAME_LINES:
-            raise UserError(
-                f"{source} is not a .json, .csv or .jsonl file that lists clips, nor {NAME_LINES[0]}"
-            )
+            raise UserError(f"{source} is not a {_ENDINGS} file that lists clips, nor {NAME_LINES[0]}")
         return source
     if not source.is_dir():
         raise UserError(f"no file or folder {source}; --source must name a folder of videos and captions")
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     found = [path for path in files if path.suffix.lower() in READERS]
+    # Some programs write a.json, with what they know of the video, beside each a.mp4 and a.txt.
+    videos, texts = (
+        {path.stem for path in files if path.suffix.lower() in kinds}
+        for kinds in (VIDEOS + IMAGES, (".txt",))
+    )
+    about = videos if len(found) > 1 else videos & texts
+    found = [path for path in found if path.suffix.lower() != ".json" or path.stem not in about]
     found = found or [path for path in files if path.name.lower() in NAME_LINES]
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+        names = _list([path.name for path in found])
         raise UserError(f"{source} has several files of captions ({names}); name one: {found[0]}")
     if found:
         return found[0]
     if any(text for _, text in VideoFolder(source, source).captioned()):
         return source
-    what = "has no .json, .csv or .jsonl file" if any(source.iterdir()) else "is empty"
+    what = f"has no {_ENDINGS} file of all clips" if any(source.iterdir()) else "is empty"
     raise UserError(
         f"{source} {what}; expected captions (wisa-80k.json, clips.csv, or a.txt beside each a.mp4) and "
         "videos"
     )
+
+
+def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Iterable[Row]) -> list[str]:
+    """What an annotation file and the folder of its videos say that is not read: a line for each kind.
+
+    Args:
+        path: the file, or a folder of captions beside videos.
+        videos: those of the source.
+        kind: what its records mean.
+        rows: the records.
+    """
+    if path.is_dir():
+        return []
+    lines = []
+    names = {} if kind.own_names else dict.fromkeys(name for row in rows for name in row.record if name)
+    if unknown := [_with_nearest(name) for name in names if name.strip().lower() not in _KNOWN]:
+        lines.append(f"columns of {path} that are not read: {_list(unknown)}")
+    others = [file.name for file in path.parent.iterdir() if file.name.lower() in NAME_LINES]
+    others = [name for name in sorted(others) if name != path.name]
+    if count := sum(text is not None for _, text in videos.captioned()):
+        others.append(f".txt files beside videos ({count})")
+    if others:
+        lines.append(
+            f"the captions are those of {path}, not of {' and '.join(others)}: move it elsewhere to use the "
+            "others"
+        )
+    return lines
 
 
 def folder(path: Path) -> Path:
@@ -161,15 +204,64 @@ def _decode(data: bytes, errors: str = "strict") -> str:
     return data.decode("utf-16") if wide else data.decode("utf-8-sig", errors)
 
 
+class _Twice(str):
+    """Stands for an object that has this key twice: which of the values is meant is not known."""
+
+
+def _parse(text: str) -> Any:
+    """JSON, in which objects may be `_Twice`. Raises ValueError or RecursionError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Record | _Twice:
+        record = dict(pairs)
+        if len(record) == len(pairs):
+            return next((value for value in record.values() if isinstance(value, _Twice)), record)
+        return _Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _row(where: str, record: Any) -> Row:
+    if isinstance(record, dict):
+        return Row(where, record)
+    twice = isinstance(record, _Twice)
+    return Row(where, {}, f"has the key {str(record)!r} twice" if twice else "is not an object {...}")
+
+
 def _read_json(path: Path) -> Iterable[Row]:
-    records = json.loads(_decode(path.read_bytes()))
-    if not isinstance(records, list):
-        raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
-    if records and not any(isinstance(record, dict) for record in records):
-        raise UserError(f"{path} is not a JSON list of records; expected [{{...}}, {{...}}]")
-    for number, record in enumerate(records):
-        fits = isinstance(record, dict)
-        yield Row(f"record {number}", record if fits else {}, "" if fits else "is not an object {...}")
+    text = _decode(path.read_bytes())
+    try:
+        records = _parse(text)
+    except ValueError:
+        # Objects line by line are JSONL, whatever the ending says.
+        if not text.lstrip().startswith("{") or len(rows := list(_read_jsonl(path))) < 2:
+            raise
+        if rows[0].problem:
+            raise
+        return rows
+    if isinstance(records, _Twice):
+        raise ValueError(f"it has the key {str(records)!r} twice")
+    if isinstance(records, dict):
+        records = _of_object(records)
+    if not isinstance(records, list) or (
+        records and not any(isinstance(one, dict | _Twice) for one in records)
+    ):
+        raise UserError(
+            f"{path} is not a JSON list of records; expected [{{...}}, {{...}}], or an object of captions "
+            '{"a.mp4": "...", "b.mp4": "..."}'
+        )
+    return [_row(f"record {number}", record) for number, record in enumerate(records)]
+
+
+def _of_object(content: Record) -> list[Record] | None:
+    """The records of an object, by the names of videos, of captions or of records; None: it is another."""
+    columns = {name.strip().lower() for name in content}
+    if columns.intersection(VIDEO) and columns.intersection(CAPTION):
+        return [content] if _parse_row(content).video else None
+    if any(isinstance(value, str) for value in content.values()):
+        return [{"video": name, "caption": caption} for name, caption in content.items()]
+    if all(isinstance(value, dict) for value in content.values()):
+        return [{"video": name, **record} for name, record in content.items()]
+    return None
 
 
 def _read_csv(path: Path) -> Iterable[Row]:
@@ -184,17 +276,19 @@ def _read_csv(path: Path) -> Iterable[Row]:
 
 def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
     header: list[str] = []
-    first, done = 0, False
+    first, separator = _separator(lines)
+    done = False
     while not done:
         # Strict: an unclosed quote is an error, and does not swallow the rest of the file.
-        reader = csv.reader((lines[i] for i in range(first, len(lines))), strict=True)
+        rest = (lines[i] for i in range(first, len(lines)))
+        reader = csv.reader(rest, strict=True, delimiter=separator)
         begin = first
         while True:
             try:
                 cells = next(reader, None)
-                problem = _cells_problem(cells or [], header)
+                problem = _cells_problem(cells or [], header, separator)
             except csv.Error as error:
-                cells, problem = [], f"has a wrong quote ({error})"
+                cells, problem = [], f"has a wrong quote ({error}): write a quote inside quotes twice"
             if cells is None:
                 done = True
                 break
@@ -211,18 +305,33 @@ def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
                 names = Counter(name.strip().lower() for name in header)
                 if twice := [name for name in names if name and names[name] > 1]:
                     raise ValueError(f"it has two columns {twice[0]!r}")
-            elif cells:
+            elif any(cell.strip() for cell in cells):
                 yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])))
 
 
-def _cells_problem(cells: Sequence[str], header: Sequence[str]) -> str:
+def _separator(lines: Sequence[str]) -> tuple[int, str]:
+    """The first line of a table, and what separates its cells: it gives the most known names of columns."""
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    line = lines[first].strip("\r\n") if lines else ""
+    if line.lower().startswith("sep=") and line[4:] in SEPARATORS:  # for Excel
+        return first + 1, line[4:]
+    headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS}
+
+    def known(separator: str) -> tuple[int, int]:
+        return sum(name.strip().lower() in _KNOWN for name in headers[separator]), len(headers[separator])
+
+    return 0, max(SEPARATORS, key=known)
+
+
+def _cells_problem(cells: Sequence[str], header: Sequence[str], separator: str) -> str:
     """What is wrong with a row, "" if nothing is; of the header, `header` is empty."""
     odd = next((c for cell in cells for c in cell if "\ud800" <= c <= "\udfff"), "")
     if odd:
         return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8"
     if header and any(cell.strip() for cell in cells[len(header) :]):
         return (
-            f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with commas"
+            f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with "
+            f"{SEPARATORS[separator]}"
         )
     return ""
 
@@ -236,12 +345,9 @@ def _read_jsonl(path: Path) -> Iterable[Row]:
             continue
         where = f"line {number} of {path.name}"
         try:
-            record = json.loads(line.decode())
+            yield _row(where, _parse(line.decode()))
         except (ValueError, RecursionError) as error:
             yield Row(where, {}, f"is not JSON ({error})")
-            continue
-        fits = isinstance(record, dict)
-        yield Row(where, record if fits else {}, "" if fits else "is not an object {...}")
 
 
 def _read_lines(path: Path) -> Iterable[Row]:
@@ -277,8 +383,10 @@ def _read_beside(folder: Path) -> Iterable[Row]:
 READERS: dict[str, tuple[str, Callable[[Path], Iterable[Row]]]] = {
     ".json": ("JSON", _read_json),
     ".csv": ("CSV", _read_csv),
+    ".tsv": ("TSV", _read_csv),
     ".jsonl": ("JSONL", _read_jsonl),
 }
+_ENDINGS = ".json, .csv, .tsv or .jsonl"
 
 
 # --- Records ---------------------------------------------------------------------------------------
@@ -337,10 +445,50 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
         if not found.intersection(names)
     ]
     if missing:
-        more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+        unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
+        bare = any(Path(name).suffix.lower() in VIDEOS for name in columns)
         raise UserError(
-            f"{path} has {', and '.join(missing)}; found {', '.join(columns[:_SHOWN]) or 'none'}{more}"
+            f"{path} has {', and '.join(missing)}; found {_list(unread) or 'none'}"
+            + ("; the first line of a table must name its columns" if bare else "")
         )
+
+
+def _with_nearest(column: str) -> str:
+    """A column that is not known, with the known name that is spelled most like it, if one is."""
+    nearest = difflib.get_close_matches(column.strip().lower(), _KNOWN, 1, 0.75)
+    return f"{column} (did you mean {nearest[0]}?)" if nearest else column
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def find_cut(path: Path, record: Record) -> tuple[str, str] | None:
+    """The column and the text of the cell that may be the rest of a caption: `A cat jumps, then lands`.
+
+    So it looks in the row of a table where the cell behind the caption begins with a space, and the caption
+    and the header do not. Whoever knows the categories can tell; an id is hardly ever several words.
+    """
+    if READERS.get(path.suffix.lower(), ("", None))[1] is not _read_csv:
+        return None
+    cells = [(name or "", str(value or "")) for name, value in record.items()]
+    for (before, caption), (name, value) in itertools.pairwise(cells):
+        column, text = name.strip().lower(), value.strip()
+        spaced = value.startswith(" ") and not caption.startswith(" ") and not name.startswith(" ")
+        if (
+            before.strip().lower() in CAPTION
+            and spaced
+            and (column in CATEGORY or column == "id" and " " in text)
+        ):
+            return column, text
+    return None
+
+
+def says_something(caption: str) -> bool:
+    """Whether a caption is there: not only what cannot be seen, and not what programs write for none."""
+    seen = "".join(letter for letter in caption if letter.isprintable() and not letter.isspace())
+    return seen.lower() not in ("", "nan", "none", "null")
 
 
 def _text(value: Any) -> str:

@@ -32,6 +32,7 @@ from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run.errors import UserError
 
 T = TypeVar("T")
+_LONGEST = 200  # characters of a text that is reported
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare
@@ -89,6 +90,7 @@ class Report:
         examples: the same keys -> id of the first such clip.
         unannotated: ids of clips used that nothing was said about; their category vector is zero.
         label_differs: ids of WISA clips whose `label` is a category but not among their answers.
+        unused: what the sources say that is not read, a line for each kind.
     """
 
     records: int = 0
@@ -97,6 +99,7 @@ class Report:
     examples: dict[str, str] = field(default_factory=dict)
     unannotated: list[str] = field(default_factory=list)
     label_differs: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -262,10 +265,11 @@ def read_sources(
         raise UserError(f'categories must be "answers" or "label", not {categories!r}')
     training = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [annotations.find_annotations(path) for path in (*training, *validation)]
-    listed = [_locate(path) for path in files]
+    report = Report()
+    listed = [_locate(path, known, report) for path in files]
     keys = content_keys(found for source in listed for _, _, found in source if isinstance(found, VideoFile))
 
-    report = Report(records=sum(map(len, listed)))
+    report.records = sum(map(len, listed))
     clips: list[Clip] = []
     videos: dict[tuple[int, str], VideoFile] = {}
     used: dict[tuple, tuple[str, VideoFile]] = {}  # content -> id, video
@@ -292,7 +296,7 @@ def read_sources(
                 split = "val" if source >= first else annotations.SPLITS[entry.split.lower()]
                 clips.append(Clip(clip_id, entry.caption, category, source, found.name, split, number))
                 continue
-            report.skipped.append((clip_id, reason))
+            report.skipped.append((_short(clip_id), reason))
     clips.sort(key=lambda clip: clip.source)
     return CaptionedVideos(files, clips, videos, report)
 
@@ -365,11 +369,12 @@ def _ranked(clips: Sequence[Clip], salt: str) -> list[Clip]:
     return sorted(clips, key=lambda clip: hashlib.sha256(f"{salt} {clip.id}".encode()).digest())
 
 
-def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
+def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entry, VideoFile | str]]:
     """Each row of an annotation file: where it is, its entry, and its video or why it has none."""
     found_format, rows = annotations.read_annotations(path)
     root = annotations.folder(path)
     folder = VideoFolder(root, root / found_format.videos)
+    report.unused += annotations.describe_unused(path, folder, found_format, rows)
     located: list[tuple[str, Entry, VideoFile | str]] = []
     for row in rows:
         entry = found_format.parse(row.record)
@@ -377,25 +382,41 @@ def _locate(path: Path) -> list[tuple[str, Entry, VideoFile | str]]:
             found: VideoFile | str = row.problem
         elif not entry.video:
             found = "no video name"
-        elif not entry.caption:
-            found = f"no caption: {row.where}"
+        elif not annotations.says_something(entry.caption):
+            found = f"no caption: {row.where}" + (f" has {entry.caption!r}" if entry.caption else "")
         elif entry.split.lower() not in annotations.SPLITS:
             found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
+        elif (cut := annotations.find_cut(path, row.record)) and _is_no_category(cut[1], known):
+            found = (
+                f"cut caption: {row.where} has {_short(cut[1])!r} where its {cut[0]} should be: put quotes "
+                "around the caption"
+            )
         else:
             try:
                 found = folder.find(entry.video)
             except UserError as error:
-                found = str(error)
+                found = _short(str(error))
         located.append((row.where, entry, found))
     if all(isinstance(found, str) for _, _, found in located):
         where, entry, reason = located[0]
         missing = str(reason).startswith("missing")
         raise UserError(
-            f"none of the {len(located)} records of {path} can be used (first, {entry.video or where}: "
-            f"{reason})"
+            f"none of the {len(located)} records of {path} can be used (first, "
+            f"{_short(entry.video or where)}: {reason})"
             + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )
     return located
+
+
+def _short(text: str) -> str:
+    """A text for a message, such as a caption that is where a name should be."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _is_no_category(text: str, known: Taxonomy) -> bool:
+    """Whether something is said, and nothing of it is understood."""
+    named, unknown = known.parse_labels(text)
+    return bool(unknown) and not named
 
 
 def _category(
@@ -406,7 +427,7 @@ def _category(
     for where, text in labels.items():
         named[where], unknown = known.parse_labels(text)
         for label in unknown:
-            key = f'{where}: "{label}"'
+            key = f'{where}: "{_short(label)}"'
             report.unknown_labels[key] += 1
             report.examples.setdefault(key, clip_id)
     answers = [where for where in labels if where != "label"]

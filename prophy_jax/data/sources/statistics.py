@@ -178,7 +178,7 @@ def _number(value: Any) -> float | None:
     """A positive finite number, also one written as text; else None."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of hundreds of digits
         return None
     return number if 0 < number < float("inf") else None
 

@@ -270,12 +270,16 @@ class CogVideoXVAE(CausalVAE):
             does: a tile sees zeros beyond its border, and its norms see the tile alone. None: off.
         lead: How many copies of a clip's first latent `encode` puts before it and `decode` drops, whatever
             is in their place. 1 for the transformer 1.5, whose patches are two latents long, else 0.
+        encode_whole: Encode a clip in one piece, as the CogVideoX reference code does to train; diffusers
+            encodes in pieces, the default. Above 9 frames the latents differ, as norms see the whole clip,
+            and memory grows with its length. Decoding is in pieces in both.
     """
 
     config: CogVideoXVAEConfig
     dtype: Any = jnp.float32
     tile: Tile | None = None
     lead: int = 0
+    encode_whole: bool = False
 
     name = "CogVideoX VAE"
     shapes = staticmethod(_shapes)
@@ -351,7 +355,8 @@ class CogVideoXVAE(CausalVAE):
         # Here rather than in the layers: once, not once for each piece.
         params = jax.tree.map_with_path(self._cast, params)
         piece: Network = functools.partial(network, self.config)
-        pieces = max(x.shape[1] // source.frames, 1)
+        whole = self.encode_whole and network is encoder
+        pieces = 1 if whole else max(x.shape[1] // source.frames, 1)
         first = x.shape[1] - (pieces - 1) * source.frames
 
         def run(x: jax.Array) -> jax.Array:
@@ -364,13 +369,20 @@ class CogVideoXVAE(CausalVAE):
         return run(x)
 
 
-def build(dtype: str = "float32", tile: Tile | None = None, lead: int = 0, **overrides: Any) -> CogVideoXVAE:
+def build(
+    dtype: str = "float32",
+    tile: Tile | None = None,
+    lead: int = 0,
+    encode_whole: bool = False,
+    **overrides: Any,
+) -> CogVideoXVAE:
     """Builds the CogVideoX VAE, or one with some sizes changed.
 
     Args:
         dtype: Compute dtype, "float32" or "bfloat16".
         tile: See `CogVideoXVAE`; diffusers' choice is ((240, 200), (360, 288)).
         lead: See `CogVideoXVAE`; 0 or 1.
+        encode_whole: Encode a clip in one piece, as the reference code does; see `CogVideoXVAE`.
         **overrides: Fields of `CogVideoXVAEConfig`, such as the scaling_factor of 2B.
 
     Raises:
@@ -399,7 +411,7 @@ def build(dtype: str = "float32", tile: Tile | None = None, lead: int = 0, **ove
             )
         rows, columns = by_axis(tile)
         tile = (rows[0], rows[1]), (columns[0], columns[1])
-    return CogVideoXVAE(config, models.compute_dtype(dtype), tile, int(lead))
+    return CogVideoXVAE(config, models.compute_dtype(dtype), tile, int(lead), encode_whole)
 
 
 def _is_tile(tile: Any, space: int) -> bool:

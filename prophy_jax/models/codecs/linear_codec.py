@@ -98,10 +98,10 @@ class LinearCodec:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, h, w, 16) of a clip of that size. Raises UserError on a size that `encode` would refuse."""
-        if frames % STRIDE != 1 or height % 8 or width % 8:
+        if min(frames, height, width) < 1 or frames % STRIDE != 1 or height % 8 or width % 8:
             raise UserError(
-                f"linear codec: F must be 4n + 1 and H, W multiples of 8, got {(frames, height, width)}; "
-                "cut or resize the clip"
+                "linear codec: F must be 4n + 1 and H, W multiples of 8, all above 0, got "
+                f"{(frames, height, width)}; cut or resize the clip"
             )
         return (frames - 1) // STRIDE + 1, height // STRIDE, width // STRIDE, CHANNELS
 

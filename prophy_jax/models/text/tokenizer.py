@@ -121,7 +121,7 @@ def _check_files(folder: str) -> None:
             try:
                 with open(path, encoding="utf-8") as file:
                     json.load(file)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(f"{path} is damaged ({error}): download it again") from error
 
 
