@@ -469,6 +469,25 @@ def _is_of(folder: Path, repository: Mapping[str, str], dtype: np.dtype | None) 
     )
 
 
+def _is_made(component: Component, dst: Path) -> bool:
+    """Whether DST has a part that was made of the same files, with the same dtypes; if so it says so."""
+    folder, job = dst / component.part, component.job
+    if not (folder / "manifest.json").is_file():
+        return False
+    manifest = files.read_json(folder / "manifest.json")
+    listed = {
+        file["name"]: (file["bytes"], file["sha256"]) for file in manifest.get("source", {}).get("files", ())
+    }
+    shapes = {path: [list(leaf.shape), str(job.dtypes()[path])] for path, leaf in job.table.items()}
+    same = manifest.get("shapes") == shapes and listed.keys() == {file.name for file in job.sources}
+    if not same or any(listed[file.name][0] != file.stat().st_size for file in job.sources):
+        return False
+    if any(listed[file.name][1] != checksums.hash_file(file) for file in job.sources):
+        return False
+    print(f"{folder}: made of these files already")
+    return True
+
+
 def _refuse_existing(dst: Path, part: str) -> None:
     if (dst / part).exists():
         raise UserError(f"{dst / part} exists: delete it or choose another --dst")
@@ -528,8 +547,11 @@ def main(model: Model, arguments: list[str] | None = None) -> None:
     else:
         src, parts = _find_parts(model, src, options.component)
     components = [open_component(model, src, part, dtype, origin) for part in parts]
-    for part in parts:
-        _refuse_existing(dst, part)
+    components = [component for component in components if not _is_made(component, dst)]
+    for component in components:
+        _refuse_existing(dst, component.part)
+    if parts and not components:
+        print("nothing left to do")
     stream.check_space(dst, {dst / f"{c.part}.partial": c.job for c in components})
     for component in components:
         if options.dry_run:

@@ -333,6 +333,38 @@ def test_a_killed_run_resumes_and_writes_the_same_files(tmp_path, params, monkey
     assert contents(dst) == contents(tmp_path / "straight")
 
 
+def test_parts_that_are_made_stay_and_the_rest_is_made(tmp_path, params, capsys, monkeypatch):
+    src, dst = save(params, tmp_path / "src", "official"), tmp_path / "dst"
+    write, written = convert_command._write_part, []
+
+    def dies_at_the_second(component, partial):
+        written.append(component.part)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return write(component, partial)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_command, "_write_part", dies_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, dst)
+    first = written[0]
+    assert (dst / first).is_dir() and len([part for part in SPECS if (dst / part).is_dir()]) == 1
+    before = os.stat(dst / first / "manifest.json").st_mtime_ns
+    capsys.readouterr()
+    convert(src, dst)
+    assert f"{dst / first}: made of these files already" in capsys.readouterr().out
+    assert os.stat(dst / first / "manifest.json").st_mtime_ns == before
+    assert contents(dst) == contents(convert(src, tmp_path / "straight"))
+    capsys.readouterr()
+    convert(src, dst)  # a finished command, once more
+    assert capsys.readouterr().out.endswith("nothing left to do\n")
+    # Files of the same names and sizes, of other content.
+    (file,) = src.glob("diffusion_pytorch_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(UserError, match="dst/transformer exists: delete it"):
+        convert(src, dst)
+
+
 def test_the_work_of_a_run_with_another_dtype_is_discarded(tmp_path, params, capsys, monkeypatch):
     src = save(params, tmp_path / "src", "official", ["transformer"])
 
@@ -396,7 +428,10 @@ def test_bad_input_gives_one_line_of_error(tmp_path, params):
     assert done.returncode == 0 and "MB/s" in done.stdout
     before = contents(tmp_path / "dst")
     for arguments, message in [
-        ((src, tmp_path / "dst"), "dst/transformer exists: delete it or choose another --dst"),
+        (
+            (src, tmp_path / "dst", "--dtype=bfloat16"),
+            "dst/transformer exists: delete it or choose another --dst",
+        ),
         ((src, tmp_path / "new", "--dtype=float8"), "argument --dtype: invalid choice"),
     ]:
         failed = run(*arguments)
