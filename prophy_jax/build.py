@@ -153,6 +153,35 @@ def load_part(config: ConfigDict, name: str, folder: str | None, layout: Mapping
     return checkpoints.load_params(folder or "(none)", layout[name], remedy(config, name, folder))
 
 
+def find_starts(config: ConfigDict, layout: Mapping[str, Any], folders: Sequence[str]) -> dict[str, str]:
+    """Part -> folder of the trained parameters that a new run begins with, of runs, checkpoints or parts.
+
+    Raises UserError on a part that is frozen, not of the model, or does not fit.
+    """
+    groups = optim.groups_of(config.optimizer)
+    trainable = optim.split({name: layout[name] for name in layout}, groups)[0]
+    found: dict[str, str] = {}
+    for folder in folders:
+        parts = checkpoints.find_parts(
+            folder, "name a run of prophy_jax.train, or parameters of one with --init"
+        )
+        for name, place in parts.items():
+            if name not in trainable and len(parts) > 1:
+                continue  # of a run that trained more than this one does
+            if name not in trainable:
+                known = sorted(trainable)
+                raise UserError(f"--init={folder} is of {name!r}, which this run does not train, but {known}")
+            if name in found:
+                raise UserError(f"--init names {name!r} twice: {found[name]} and {place}")
+            manifest = checkpoints.check_params(place, layout[name], remedy(config, name, place))
+            if name != "backbone":
+                taxonomy.of(config).check(manifest, place)
+            found[name] = place
+        if not found.keys() & parts.keys():
+            raise UserError(f"--init={folder} has {sorted(parts)}; this run trains {sorted(trainable)}")
+    return found
+
+
 def load_params(
     config: ConfigDict, layout: Mapping[str, Any], folders: Mapping[str, str | None]
 ) -> dict[str, Any]:

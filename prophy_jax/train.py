@@ -14,7 +14,7 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -167,10 +167,10 @@ def place_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.
 # --- The run ---------------------------------------------------------------------------------------
 
 
-def train(config: Any, workdir: str) -> bool:
+def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
     """Trains from the configuration, or resumes WORKDIR. Returns whether it is finished, or was stopped.
 
-    Raises UserError on bad input.
+    A new run begins with the trained parameters in the folders `init`. Raises UserError on bad input.
     """
     from prophy_jax import build  # Here and below: the step above needs none of these.
     from prophy_jax.data import loader, taxonomy
@@ -202,6 +202,9 @@ def train(config: Any, workdir: str) -> bool:
             references["backbone_sha256"] = manifest["sha256"]
         if distributed.is_first():
             metrics.check_wandb(config.log.get("wandb", ""))
+        starts = build.find_starts(config, layout, init)
+        for name, folder in starts.items():
+            references[f"init_{name}_sha256"] = checkpoints.read_manifest(folder, "")["sha256"]
         manifest = build.check_data(config, model, chosen)
         build.check_validation(config, manifest)
         references |= build.find_references(config, manifest)
@@ -224,13 +227,13 @@ def train(config: Any, workdir: str) -> bool:
 
     with jax.set_mesh(mesh):
         # 2. Parameters, optimizer, state; all laid out on the mesh.
-        trainable, frozen = optim.split(
-            build.init_params(config, model, layout), optim.groups_of(config.optimizer)
-        )
+        params = build.init_params(config, model, layout)
+        params |= build.load_params(config, {name: layout[name] for name in starts}, starts)
+        trainable, frozen = optim.split(params, optim.groups_of(config.optimizer))
         optimizer = optim.make_optimizer(trainable, config.steps, config.optimizer)
         rates = optim.learning_rates(config.steps, config.optimizer)
         state = place_state(trainable, optimizer, mesh)
-        del trainable
+        del trainable, params
         first = distributed.is_first()  # the one that prints and writes
         with distributed.all_or_none():
             if first and (changed := folders.claim_run(workdir, config, references, categories)):
@@ -336,7 +339,7 @@ def main(config: Any) -> int:
     """The command, with its flags parsed; returns the exit status."""
     if not flags.FLAGS.workdir:
         raise UserError("name a folder for the run: --workdir=DIR")
-    return 0 if train(config, flags.FLAGS.workdir) else cli.STOPPED
+    return 0 if train(config, flags.FLAGS.workdir, flags.FLAGS.init) else cli.STOPPED
 
 
 if __name__ == "__main__":
@@ -344,5 +347,7 @@ if __name__ == "__main__":
 
     from prophy_jax.run import cli
 
+    about = "A run, a checkpoint of it, or a folder of parameters, that a new run begins with."
+    flags.DEFINE_multi_string("init", [], about)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
     cli.run(main, __doc__, distributed=True)

@@ -214,6 +214,47 @@ def test_parameters_are_read_from_a_checkpoint_of_a_run(uninterrupted, tmp_path)
         load(found["branch"])
 
 
+def test_a_run_begins_with_trained_parameters(uninterrupted, tmp_path, tiny_data):
+    workdir = tmp_path / "run"
+    still = (
+        "--config.steps=1",
+        *(f"--config.optimizer.learning_rates.{name}=1e-30" for name in ("branch", "backbone", "blocks")),
+    )
+    process = command(workdir, tiny_data, *still, f"--init={uninterrupted}")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    for part, sha256 in hashes(uninterrupted).items():
+        folder = f"{workdir}/checkpoints/1/params/{part}"
+        shapes = checkpoints.read_manifest(folder, "")["shapes"]
+        wanted = {path: jax.ShapeDtypeStruct(shape, kind) for path, (shape, kind) in shapes.items()}
+        loaded = checkpoints.load_params(folder, unflatten_dict(wanted, sep="/"), "")
+        assert checkpoints.tree_hash(loaded) == sha256
+        assert folders.read_run(workdir)["references"][f"init_{part}_sha256"] == sha256
+
+
+def test_what_a_run_cannot_begin_with_is_named(uninterrupted, tmp_path):
+    config = get_config("tiny")
+    config.backbone.num_layers, config.parts.branch.layers, config.batch_size = 1, (0,), 0
+    layout = build_run(config).layout
+    assert build.find_starts(config, layout, [uninterrupted]) == checkpoints.find_parts(uninterrupted)
+    branch = f"{uninterrupted}/branch"
+    assert build.find_starts(config, layout, [branch]) == {"branch": branch}
+    for given, message in (
+        ([branch, uninterrupted], "--init names 'branch' twice"),
+        ([str(tmp_path)], f"no parameters in {tmp_path}: name a run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build.find_starts(config, layout, given)
+    config.optimizer.learning_rates.backbone = 0.0
+    assert build.find_starts(config, layout, [uninterrupted]) == {"branch": branch}
+    with pytest.raises(UserError, match="is of 'backbone', which this run does not train"):
+        build.find_starts(config, layout, [f"{uninterrupted}/backbone"])
+    config.parts.branch.layers = (0, 1)
+    config.backbone.num_layers = 2
+    with pytest.raises(UserError, match="does not fit the configuration"):
+        build.find_starts(config, build_run(config).layout, [branch])
+
+
 def test_metrics_and_files_of_a_finished_run(uninterrupted):
     start, *lines = metrics.read_metrics(uninterrupted)
     assert start["step"] == 0 and "validation/loss" in start

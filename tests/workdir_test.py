@@ -325,3 +325,13 @@ def test_what_may_change_in_a_run_is_noted_and_the_rest_is_refused(tmp_path):
         other.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match=f"config.{key} was .*, is {value}"):
             workdir.claim_run(tmp_path, other, {})
+
+
+def test_what_a_run_began_with_stays(tmp_path):
+    config = get_config("tiny")
+    workdir.claim_run(tmp_path, config, {"init_branch_sha256": "1"})
+    workdir.claim_run(tmp_path, config, {})  # it resumes
+    with pytest.raises(UserError, match="init_branch_sha256 1, now 2"):
+        workdir.claim_run(tmp_path, config, {"init_branch_sha256": "2"})
+    with pytest.raises(UserError, match="it did not begin with --init of backbone"):
+        workdir.claim_run(tmp_path, config, {"init_backbone_sha256": "2"})

@@ -224,7 +224,12 @@ def claim_run(
             {"config": run_identity(run["config"], "train"), "references": dict(run["references"])}
             for run in (stored, own)
         ]
-        changed = []
+        begun = own["references"].keys() - stored["references"].keys()
+        changed = [
+            f"it did not begin with --init of {name[5:-7]}"
+            for name in sorted(begun)
+            if name.startswith("init_")
+        ]
         for name in stored["references"].keys() & own["references"].keys():  # earlier versions noted fewer
             old, new = (run["references"].pop(name) for run in runs)
             folders = [_pop_folder(run["config"], name.removesuffix("_sha256")) for run in runs]
