@@ -206,11 +206,6 @@ def _safetensors(path: Path, unused: re.Pattern | None) -> list[Tensor]:
             found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
     except SafetensorError as error:
         raise _broken(path, str(error)) from error
-    if any(name.endswith("spiece_model") for name in found):
-        raise UserError(
-            f"{path} is a text encoder as ComfyUI has it, with the tokenizer as a tensor (spiece_model): "
-            "give the folders text_encoder and tokenizer of the model's own download instead"
-        )
     return [
         Tensor(name, _dtype(path, name, dtype), shape, path, functools.partial(_load_safetensors, path, name))
         for name, (dtype, shape) in found.items()
