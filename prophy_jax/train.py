@@ -10,6 +10,7 @@ named.
 B global batch, A microbatches per step, T h w latent grid, N video tokens, L text length, D text width.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -176,7 +177,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
     from prophy_jax.data import loader, taxonomy
     from prophy_jax.evaluation import validation
     from prophy_jax.plan import flops
-    from prophy_jax.run import checkpoints, distributed, loop, metrics
+    from prophy_jax.run import checkpoints, distributed, lock, loop, metrics
     from prophy_jax.run import workdir as folders
 
     # 1. What to train, on what. Everything that can be wrong, on any host, is found before the workdir is
@@ -225,7 +226,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
         )
         empty = loader.load_empty_text(config.data.dir)
 
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as held, jax.set_mesh(mesh):
         # 2. Parameters, optimizer, state; all laid out on the mesh.
         params = build.init_params(config, model, layout)
         params |= build.load_params(config, {name: layout[name] for name in starts}, starts)
@@ -238,6 +239,8 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
         with distributed.all_or_none():
             if first and (changed := folders.claim_run(workdir, config, references, categories)):
                 print(f"{workdir} goes on with other settings, noted in its config.json: {changed}")
+            if first:
+                held.enter_context(lock.held(workdir, "a run of prophy_jax.train"))
         with distributed.all_or_none():
             distributed.wait_for_file(os.path.join(workdir, "config.json"))
 
