@@ -41,8 +41,8 @@ def held(folder: str | os.PathLike, what: str) -> Iterator[None]:
         if _lives(path, holder):
             what, pid, host, since = (holder.get(key, "?") for key in ("what", "pid", "host", "since"))
             raise UserError(
-                f"{folder} is written by {what}, process {pid} on {host} since {since}: wait for it, stop it, "
-                "or name another folder"
+                f"{folder} is written by {what}, process {pid} on {host} since {since}: wait for it, stop "
+                "it, or name another folder"
             )
         _remove(path, holder)
     done = threading.Event()
