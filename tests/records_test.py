@@ -462,7 +462,22 @@ def test_damaged_metadata(whole, tmp_path, name, text):
         (folder / name).unlink()
     else:
         (folder / name).write_text(text)
-    with pytest.raises(UserError, match="9x16x16 is missing or damaged; make the data again"):
+    with pytest.raises(UserError, match="9x16x16.*make the data again"):
+        records.open_dataset(tmp_path, "records", "9x16x16", "train")
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "type"])
+def test_metadata_runs_no_code_that_it_names(whole, tmp_path, monkeypatch, key):
+    folder = tmp_path / "records" / "9x16x16"
+    shutil.copytree(whole / "records" / "9x16x16", folder)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    info = json.loads((folder / "features.json").read_text())
+    info["featuresDict"]["features"]["id"][key] = "evil.Text"
+    (folder / "features.json").write_text(json.dumps(info))
+    with pytest.raises(
+        UserError, match="features.json names 'evil.Text', which no column of training data is"
+    ):
         records.open_dataset(tmp_path, "records", "9x16x16", "train")
 
 

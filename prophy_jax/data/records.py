@@ -31,6 +31,11 @@ from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
+# Of our columns, as TFDS writes them.
+_CLASSES = {
+    f"tensorflow_datasets.core.features.{name}"
+    for name in ("features_dict.FeaturesDict", "scalar.Scalar", "tensor_feature.Tensor", "text_feature.Text")
+}
 
 
 def _is_side(value: Any) -> bool:
@@ -187,10 +192,35 @@ def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
 def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.DatasetInfo:
     """What TFDS keeps about one bucket of a data set; UserError when it is missing or damaged."""
     folder = Path(data_dir) / name / bucket
+    if (folder / "features.json").exists():
+        _check_classes(folder / "features.json")
     try:
         return tfds.builder_from_directory(folder).info
     except Exception as error:  # TFDS and Protocol Buffers let many kinds pass from damaged files
         raise UserError(f"{folder} is missing or damaged; make the data again") from error
+
+
+def _check_classes(path: Path) -> None:
+    """Raises UserError where a description of columns names a class that none of ours is of.
+
+    TFDS would import the module of any that it does not know, and so run it.
+    """
+    described = workdir.read_json(path, "make the data again")
+    for text in _texts(described):
+        if "." in text and text not in _CLASSES:
+            raise UserError(
+                f"{path} names {text[:80]!r}, which no column of training data is: it is not read, since "
+                "code of that name would run; make the data again"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in JSON, but for the names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Dataset:
