@@ -40,7 +40,7 @@ class TrainState:
     params: Any
     ema: Any
     optimizer: Any
-    bad_step: jax.Array  # () int32, first step whose loss or gradient was not finite, -1 if none
+    bad_step: jax.Array  # () int32, first step whose loss, gradient or result was not finite, -1 if none
 
 
 # --- One step --------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def make_train_step(
         # 5. What is logged.
         terms |= whole_terms
         total, norm = chosen.total(terms), optax.tree.norm(gradient)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         metrics = {"loss/total": total, "gradient/all": norm}
         metrics |= {f"loss/{name}": value for name, value in terms.items()}

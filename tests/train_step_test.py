@@ -355,6 +355,14 @@ def test_random_choices_of_parts_are_their_own():
     assert not set(keys) & {np.asarray(jax.random.key_data(key)).tobytes() for key in drawn}
 
 
+def test_an_update_that_makes_nan_of_the_parameters_is_noticed():
+    """The loss and its gradient are those of before the update."""
+    config = tiny()
+    config.optimizer.b1 = 1.0  # Adam divides by 1 - b1
+    metrics, state, _ = run_steps(config, jax.devices()[:1], steps=1)
+    assert np.isfinite(metrics[-1]["loss/total"]) and state.bad_step == 0
+
+
 def test_first_bad_step_is_kept():
     batch = make_batch()
     batch["latents"][2, 0, 0, 0, 0] = np.nan

@@ -146,7 +146,8 @@ def stop_if_not_finite(
     ids = next((", ".join(ids) for step, ids in recent_ids if step == bad_step), "unknown")
     latest = saved.latest()
     raise UserError(
-        f"the loss was not finite at step {bad_step + 1}, clips {ids}; last good checkpoint: "
+        f"the loss, its gradient or the parameters were not finite at step {bad_step + 1}, clips {ids}; last "
+        "good checkpoint: "
         f"{os.path.join(saved.folder, str(latest)) if latest else 'none yet'}. "
-        "Lower the learning rates or fix these clips, then run again to resume from it"
+        "Lower the learning rates or fix these clips, then run again to go on from it"
     )
