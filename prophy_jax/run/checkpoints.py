@@ -90,8 +90,8 @@ class TrainCheckpoints:
         """Of all files of the checkpoint that is being written, before it gets its final name or mark."""
         if not distributed.is_first():
             return
-        names = [os.path.join(self.folder, str(self._saving)), *glob.glob(f"{self.folder}/{self._saving}.*")]
-        (folder,) = (name for name in names if os.path.isdir(name))
+        own = glob.escape(os.path.join(self.folder, str(self._saving)))
+        folder = max(glob.glob(own) + glob.glob(f"{own}.*"), key=os.path.getmtime)
         write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
 
     def latest(self) -> int | None:
