@@ -72,8 +72,9 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     model, objective = build.build_model(config, mesh), build.build_objective(config)
     layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
     trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
-    finish = f"train it: python -m prophy_jax.train --config=... --workdir={run}"
-    places = {"backbone": config.backbone_params, **checkpoints.find_parts(workdir, finish)}
+    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={run}"
+    places = {"backbone": config.backbone_params} | {name: os.path.join(workdir, name) for name in trained}
+    places |= checkpoints.find_parts(workdir, finish)
     steps = [checkpoints.read_manifest(places[name], finish).get("step") for name in trained]
     data = build.check_data(config, model, build.build_losses(config, model))
     split = "test" if "test" in data["counts"] else "val"
