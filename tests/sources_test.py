@@ -515,7 +515,81 @@ def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
     assert source.report.unknown_labels == {'category: "rainbow"': 2}
 
 
-@pytest.mark.parametrize("caption", ["nan", "None", "NULL", "\u200b", "\ufeff \u2060", "\u00a0"])
+@pytest.mark.parametrize(
+    ("header", "row", "problem"),
+    [
+        ("video,caption,", "a ball,bouncing", "more cells than columns, 3 of 2"),  # as spreadsheets write
+        ("video,caption,,fps", "a ball,bouncing,8", "'bouncing' where its next column"),
+        ("video,caption,duration", "a ball, bouncing", "'bouncing' where its duration"),
+        ("video,caption,source,Fps", "a ball,now,bouncing", "'bouncing' where its fps"),
+        ("video,caption,source", "a ball, bouncing", "'bouncing' where its source"),
+        ("video,caption,source,fps", "a ball,tv,as it falls", "'as it falls' where its fps"),
+        ("video,caption,source,fps", "a ball,bouncing", "'bouncing' where its source"),  # a cell too few
+        ("video,caption,id", "a ball,bouncing high", "'bouncing high' where its id"),
+        ("video,caption,category", 'a "ball, it jumps"', "'it jumps\"' where its category"),
+        ("video,caption,category", ' "never closed', "wrong quote"),
+    ],
+)
+def test_the_rest_of_a_caption_in_any_column(tmp_path, header, row, problem):
+    """And the same text in quotes is a caption, whatever follows."""
+    whole = 'b.mp4, "' + row.strip().replace('"', '""') + '"'
+    table = f"{header}\na.mp4,{row}\n{whole}\n"
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "clips.csv": table.encode()})
+    source = sources.read_sources(tmp_path)
+    assert [clip.caption for clip in source.clips] == [row.strip()]
+    [(name, reason)] = source.report.skipped
+    assert problem in reason and "line 2 of clips.csv" in name + reason
+
+
+def test_cells_behind_a_caption_that_are_meant(tmp_path):
+    header = "video,caption,source,duration,fps,width,id"
+    rows = [
+        "A,my own,5 s,30000/1001,480 px,clip 1",
+        "A, 7,0:05,29.97,,",
+        "A,tv,N/A,nan,-,x_y z",
+        "A",
+        'A 5",tv',
+    ]
+    lines = [f"{k}.mp4,{row}" + "," * (6 - row.count(",") - 1) for k, row in enumerate(rows)]
+    files = {f"{k}.mp4": b"%d" % k for k in range(len(rows))}
+    write_files(tmp_path, files | {"clips.csv": "\n".join([header, *lines, "0.mp4,A"]).encode()})
+    source = sources.read_sources(tmp_path)
+    assert [name for name, _ in source.report.skipped] == ["0"] and len(source.clips) == len(rows)
+    (tmp_path / "clips.csv").write_text("video,caption,id\nmy cat/0.mp4,A,my cat")
+    assert ids(sources.read_sources(tmp_path)) == ["my cat"]
+
+
+def test_a_caption_that_may_be_cut_is_listed(tmp_path):
+    table = 'video,caption,category\na.mp4,a ball,bouncing\nb.mp4,a ball,collision\nc.mp4,"c, d",rainbow\n'
+    write_files(tmp_path, {f"{name}.mp4": name.encode() for name in "abc"} | {"clips.csv": table.encode()})
+    source = sources.read_sources(tmp_path)
+    assert ids(source) == list("abc")
+    assert source.report.unused == [
+        f"captions of {tmp_path / 'clips.csv'} that look cut at a comma: line 2 of clips.csv ('bouncing' is "
+        "no category); put quotes around texts that hold commas"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "caption", "category"),
+    [
+        ('"a cat jumps", melting', "a cat jumps", "melting"),
+        ('"a cat, it jumps\nover", "melting, collision"', "a cat, it jumps\nover", "melting, collision"),
+        ('"Hello" he said', '"Hello" he said', ""),
+    ],
+)
+def test_a_quote_after_a_space(tmp_path, cells, caption, category):
+    write_files(
+        tmp_path, {"a.mp4": b"1", "clips.csv": f"video, caption, category\na.mp4, {cells}\n".encode()}
+    )
+    [clip] = sources.read_sources(tmp_path).clips
+    assert clip.caption == caption
+    np.testing.assert_array_equal(clip.category, taxonomy.multi_hot(category.split(", ") if category else []))
+
+
+@pytest.mark.parametrize(
+    "caption", ["nan", "None", "NULL", "N/A", "<NA>", "\u200b", "\ufeff \u2060", "\u00a0"]
+)
 def test_what_programs_write_for_no_caption_is_none(tmp_path, caption):
     rows = [
         ["video", "caption"],

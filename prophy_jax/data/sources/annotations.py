@@ -19,6 +19,7 @@ import difflib
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -48,10 +49,25 @@ SPLITS = {
 NAME_LINES = ("videos.txt", "video.txt")
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_NUMBER = re.compile(r"[-+.]?\d[\d.,:/e+-]*\s*(s|ms|secs?|seconds?|fps|hz|px?|pixels?)?", re.I)
 _SHOWN = 20  # columns or files that a message names
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
 Record = dict[str, Any]
+
+
+class Cut(NamedTuple):
+    """A cell that may be the rest of a caption: `A cat jumps, then lands` is two cells.
+
+    Attributes:
+        column: the name of its column, in lower case.
+        text: what it holds.
+        sure: whether it cannot be meant otherwise, but for the name of a category.
+    """
+
+    column: str
+    text: str
+    sure: bool
 
 
 class Row(NamedTuple):
@@ -61,11 +77,13 @@ class Row(NamedTuple):
         where: "line 3 of clips.csv", "record 3".
         record: by column; empty if it cannot be read.
         problem: a predicate, such as "is not JSON"; "" if there is none.
+        cut: what may be the rest of its caption.
     """
 
     where: str
     record: Record
     problem: str = ""
+    cut: Cut | None = None
 
 
 class Entry(NamedTuple):
@@ -115,7 +133,7 @@ def _find_annotations(source: Path) -> Path:
     found = [path for path in found if path.suffix.lower() != ".json" or path.stem not in about]
     found = found or [path for path in files if path.name.lower() in NAME_LINES]
     if len(found) > 1:
-        names = _list([path.name for path in found])
+        names = shorten([path.name for path in found])
         raise UserError(f"{source} has several files of captions ({names}); name one: {found[0]}")
     if found:
         return found[0]
@@ -142,7 +160,7 @@ def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Itera
     lines = []
     names = {} if kind.own_names else dict.fromkeys(name for row in rows for name in row.record if name)
     if unknown := [_with_nearest(name) for name in names if name.strip().lower() not in _KNOWN]:
-        lines.append(f"columns of {path} that are not read: {_list(unknown)}")
+        lines.append(f"columns of {path} that are not read: {shorten(unknown)}")
     others = [file.name for file in path.parent.iterdir() if file.name.lower() in NAME_LINES]
     others = [name for name in sorted(others) if name != path.name]
     if count := sum(text is not None for _, text in videos.captioned()):
@@ -276,37 +294,56 @@ def _read_csv(path: Path) -> Iterable[Row]:
 
 def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
     header: list[str] = []
-    first, separator = _separator(lines)
-    done = False
-    while not done:
-        # Strict: an unclosed quote is an error, and does not swallow the rest of the file.
-        rest = (lines[i] for i in range(first, len(lines)))
-        reader = csv.reader(rest, strict=True, delimiter=separator)
-        begin = first
-        while True:
-            try:
-                cells = next(reader, None)
-                problem = _cells_problem(cells or [], header, separator)
-            except csv.Error as error:
-                cells, problem = [], f"has a wrong quote ({error}): write a quote inside quotes twice"
-            if cells is None:
-                done = True
-                break
-            where = f"line {begin + 1} of {path.name}"
-            if problem:
-                if not header:
-                    raise ValueError(f"{where} {problem}")
-                yield Row(where, {}, problem)
-                first = begin + 1  # the lines that a wrong quote swallowed are rows of their own
-                break
-            begin = first + reader.line_num
-            if cells and not header:
-                header = cells
-                names = Counter(name.strip().lower() for name in header)
-                if twice := [name for name in names if name and names[name] > 1]:
-                    raise ValueError(f"it has two columns {twice[0]!r}")
-            elif any(cell.strip() for cell in cells):
-                yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])))
+    begin, separator = _separator(lines)
+    while begin < len(lines):
+        where = f"line {begin + 1} of {path.name}"
+        try:
+            cells, count = _read_cells(lines, begin, separator)
+            problem = _cells_problem(cells, header, separator)
+        except csv.Error as error:
+            problem = f"has a wrong quote ({error}): write a quote inside quotes twice"
+        if problem:
+            if not header:
+                raise ValueError(f"{where} {problem}")
+            yield Row(where, {}, problem)
+            begin += 1  # the lines that a wrong quote swallowed are rows of their own
+            continue
+        row = "".join(lines[begin : begin + count])
+        begin += count
+        if not header:
+            header = cells
+            while header and not header[-1].strip():  # as spreadsheets write
+                header = header[:-1]
+            names = Counter(name.strip().lower() for name in header)
+            if twice := [name for name in names if name and names[name] > 1]:
+                raise ValueError(f"it has two columns {twice[0]!r}")
+        elif any(cell.strip() for cell in cells):
+            quoted = re.search(rf'(^|{separator})\s*"', row)  # whoever quotes a cell knows what commas do
+            cut = None if quoted else _find_cut(header, cells)
+            yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])), cut=cut)
+
+
+def _read_cells(lines: Sequence[str], begin: int, separator: str) -> tuple[list[str], int]:
+    """The cells of the row that begins there, and its number of lines. A quote may follow a space.
+
+    Strict: an unclosed quote is an error, and does not swallow the rest of the file. Raises csv.Error.
+    """
+
+    def read(skip_spaces: bool) -> tuple[list[str], int]:
+        rest = (lines[i] for i in range(begin, len(lines)))
+        reader = csv.reader(rest, strict=True, delimiter=separator, skipinitialspace=skip_spaces)
+        return next(reader, []), reader.line_num
+
+    cells, count = read(False)
+    spaced = [cell for cell in cells if cell.startswith(" ") and cell.lstrip(" ").startswith('"')]
+    if not spaced:
+        return cells, count
+    try:
+        return read(True)
+    except csv.Error:
+        if any(cell.count('"') % 2 for cell in spaced):
+            raise
+        return cells, count  # a text that begins with a word in quotes
 
 
 def _separator(lines: Sequence[str]) -> tuple[int, str]:
@@ -334,6 +371,39 @@ def _cells_problem(cells: Sequence[str], header: Sequence[str], separator: str) 
             f"{SEPARATORS[separator]}"
         )
     return ""
+
+
+def _find_cut(header: Sequence[str], cells: Sequence[str]) -> Cut | None:
+    """What may be the rest of the caption, in a row without quotes that has no more cells than columns.
+
+    That is a cell behind the caption that begins with a space, where the caption and the header do not; that
+    has words where a number or an id should be, or no name of a column; or the last of too few cells.
+    Whether a category is meant can only be told by whoever knows the categories.
+    """
+    names = [name.strip().lower() for name in header]
+    caption = next((names.index(name) for name in CAPTION if name in names), len(names))
+    for index in range(caption + 1, min(len(header), len(cells))):
+        name, text = names[index], cells[index].strip()
+        words = len(re.findall(r"[^\W\d_]+", text))
+        behind = index == caption + 1
+        spaced = behind and cells[index].startswith(" ")
+        spaced = spaced and not cells[caption].startswith(" ") and not header[index].startswith(" ")
+        halves = behind and cells[caption].count('"') % 2 and text.count('"') % 2  # of one pair of quotes
+        if not words or name in (*VIDEO, *SPLIT):
+            found = False
+        elif name in CATEGORY:
+            found = behind
+            spaced = spaced or bool(halves)
+        elif name == "id":
+            named = any(text in cell for cell in cells[:caption])  # a video's name may be several words
+            found = behind and (words > 1 or spaced and " " in text) and not named
+        elif name in _STATED:
+            found = not _NUMBER.fullmatch(text) and says_something(text)
+        else:
+            found = bool(not name or spaced or halves or behind and len(cells) < len(header))
+        if found:
+            return Cut(name, text, spaced or name not in CATEGORY)
+    return None
 
 
 def _read_jsonl(path: Path) -> Iterable[Row]:
@@ -448,7 +518,7 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
         unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
         bare = any(Path(name).suffix.lower() in VIDEOS for name in columns)
         raise UserError(
-            f"{path} has {', and '.join(missing)}; found {_list(unread) or 'none'}"
+            f"{path} has {', and '.join(missing)}; found {shorten(unread) or 'none'}"
             + ("; the first line of a table must name its columns" if bare else "")
         )
 
@@ -459,36 +529,16 @@ def _with_nearest(column: str) -> str:
     return f"{column} (did you mean {nearest[0]}?)" if nearest else column
 
 
-def _list(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
+    """The first of many, with commas, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def find_cut(path: Path, record: Record) -> tuple[str, str] | None:
-    """The column and the text of the cell that may be the rest of a caption: `A cat jumps, then lands`.
-
-    So it looks in the row of a table where the cell behind the caption begins with a space, and the caption
-    and the header do not. Whoever knows the categories can tell; an id is hardly ever several words.
-    """
-    if READERS.get(path.suffix.lower(), ("", None))[1] is not _read_csv:
-        return None
-    cells = [(name or "", str(value or "")) for name, value in record.items()]
-    for (before, caption), (name, value) in itertools.pairwise(cells):
-        column, text = name.strip().lower(), value.strip()
-        spaced = value.startswith(" ") and not caption.startswith(" ") and not name.startswith(" ")
-        if (
-            before.strip().lower() in CAPTION
-            and spaced
-            and (column in CATEGORY or column == "id" and " " in text)
-        ):
-            return column, text
-    return None
 
 
 def says_something(caption: str) -> bool:
     """Whether a caption is there: not only what cannot be seen, and not what programs write for none."""
     seen = "".join(letter for letter in caption if letter.isprintable() and not letter.isspace())
-    return seen.lower() not in ("", "nan", "none", "null")
+    return seen.lower() not in ("", "nan", "none", "null", "n/a", "#n/a", "<na>")
 
 
 def _text(value: Any) -> str:

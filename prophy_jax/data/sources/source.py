@@ -376,8 +376,11 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
     folder = VideoFolder(root, root / found_format.videos)
     report.unused += annotations.describe_unused(path, folder, found_format, rows)
     located: list[tuple[str, Entry, VideoFile | str]] = []
+    doubtful = []  # captions
     for row in rows:
-        entry = found_format.parse(row.record)
+        entry, cut = found_format.parse(row.record), row.cut
+        if cut and cut.column in annotations.CATEGORY and not _is_no_category(cut.text, known):
+            cut = None
         if row.problem:
             found: VideoFile | str = row.problem
         elif not entry.video:
@@ -386,17 +389,24 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             found = f"no caption: {row.where}" + (f" has {entry.caption!r}" if entry.caption else "")
         elif entry.split.lower() not in annotations.SPLITS:
             found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
-        elif (cut := annotations.find_cut(path, row.record)) and _is_no_category(cut[1], known):
+        elif cut and cut.sure:
             found = (
-                f"cut caption: {row.where} has {_short(cut[1])!r} where its {cut[0]} should be: put quotes "
-                "around the caption"
+                f"cut caption: {row.where} has {_short(cut.text)!r} where its {cut.column or 'next column'} "
+                "should be: put quotes around the caption"
             )
         else:
             try:
                 found = folder.find(entry.video)
             except UserError as error:
                 found = _short(str(error))
+            if cut:
+                doubtful.append(f"{row.where} ({_short(cut.text)!r} is no category)")
         located.append((row.where, entry, found))
+    if doubtful:
+        report.unused.append(
+            f"captions of {path} that look cut at a comma: {annotations.shorten(doubtful)}; put quotes "
+            "around texts that hold commas"
+        )
     if all(isinstance(found, str) for _, _, found in located):
         where, entry, reason = located[0]
         missing = str(reason).startswith("missing")
