@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -709,6 +710,56 @@ def test_captions_beside_the_videos(tmp_path):
     }
     assert [name for name, _ in source.report.skipped] == ["bare", "latin.txt"]
     assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+def test_what_has_a_text_and_is_not_read_is_listed(tmp_path):
+    """Endings of other programs, a pipe (which must not be waited for), and a link to nothing."""
+    endings = ("3gp", "MTS", "m2ts", "vob", "h264", "avif", "heic", "jxl")
+    files = {f"{name}.{ending}": name.encode() for name, ending in zip("abcdefgh", endings, strict=True)}
+    files |= {f"{name}.txt": b"A caption." for name in "abcdefghij"}
+    write_files(tmp_path, files | {"README.txt": b"no clip", "README.md": b"nor this"})
+    os.mkfifo(tmp_path / "i.mp4")
+    (tmp_path / "j.mp4").symlink_to(tmp_path / "nowhere")
+    source = sources.read_sources(tmp_path)
+    assert sorted(ids(source)) == list("abcdef")
+    assert dict(source.report.skipped) == {
+        "i.mp4": "is a pipe, a socket or a device, and no file",
+        "j.mp4": "is a link to nothing",
+        "g.heic": "has an ending (.heic) that is not read",
+        "h.jxl": "has an ending (.jxl) that is not read",
+    }
+    rows = [["video", "caption"], ["a", "A"], ["i.mp4", "A"], ["j", "A"]]
+    reasons = dict(sources.read_sources(plain(tmp_path, rows, {})).report.skipped)
+    assert reasons["i"].startswith("no file: i.mp4 is a pipe") and reasons["j"].startswith("missing")
+    only = write_files(tmp_path / "only", {"a.heic": b"1", "a.txt": b"A."})
+    with pytest.raises(UserError, match=r"no video that can be read: a.heic has an ending \(.heic\) that is"):
+        sources.read_sources(only)
+
+
+def test_videos_without_captions(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2"})
+    with pytest.raises(
+        UserError, match="2 videos, but no captions. Put a .txt beside each video, or add a ta"
+    ):
+        sources.read_sources(tmp_path)
+
+
+def test_a_name_without_its_ending_must_mean_one_video(tmp_path):
+    files = {
+        "a.mp4": b"1",
+        "a.avi": b"2",
+        "b.webm": b"3",
+        "b.jpg": b"its cover",
+        "c.mp4": b"4",
+        "c.mov": b"4",
+    }
+    files |= {"d/my.clip.v2.mp4": b"5", "e/a.mp4": b"6", "e/a.avi": b"7"}
+    rows = [["video", "caption"], *([name, "x"] for name in ("a", "b", "c", "d/my.clip.v2", "e/a", "a.avi"))]
+    source = sources.read_sources(plain(tmp_path, rows, files))
+    assert [clip.video for clip in source.clips] == ["b.webm", "c.mp4", "d/my.clip.v2.mp4", "a.avi"]
+    assert ids(source) == ["b", "c", "my.clip.v2", "a"]
+    reason = "ambiguous: 2 different videos are called a; write its ending (.avi, .mp4)"
+    assert source.report.skipped == [("a", reason), ("a", reason)]
 
 
 def test_a_split_column_is_obeyed(tmp_path):

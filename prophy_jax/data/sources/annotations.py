@@ -137,8 +137,17 @@ def _find_annotations(source: Path) -> Path:
         raise UserError(f"{source} has several files of captions ({names}); name one: {found[0]}")
     if found:
         return found[0]
-    if any(text for _, text in VideoFolder(source, source).captioned()):
+    videos_here = VideoFolder(source, source)
+    captions = [text for _, text in videos_here.captioned()]
+    if any(captions):
         return source
+    if wrong := [f"{name} {problem}" for name, problem in videos_here.left_out()]:
+        raise UserError(f"{source} has captions, but no video that can be read: {shorten(wrong)}")
+    if captions:
+        raise UserError(
+            f"{source}: {len(captions)} video{'s' * (len(captions) > 1)}, but no captions. Put a .txt beside "
+            "each video, or add a table such as clips.csv (docs/data.md)"
+        )
     what = f"has no {_ENDINGS} file of all clips" if any(source.iterdir()) else "is empty"
     raise UserError(
         f"{source} {what}; expected captions (wisa-80k.json, clips.csv, or a.txt beside each a.mp4) and "
@@ -439,7 +448,9 @@ def _read_lines(path: Path) -> Iterable[Row]:
 
 def _read_beside(folder: Path) -> Iterable[Row]:
     """Each video of a folder with the text of its name; the form of most trainers of small adapters."""
-    for video, text in VideoFolder(folder, folder).captioned():
+    videos = VideoFolder(folder, folder)
+    yield from (Row(name, {}, problem) for name, problem in videos.left_out())
+    for video, text in videos.captioned():
         record = {"video": video.name, "caption": ""}
         if text is None:
             yield Row(video.name, record)

@@ -14,6 +14,7 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 
 import hashlib
 import itertools
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -277,7 +278,7 @@ def read_sources(
     first = len(training)
     for source in (*range(first, len(files)), *range(first)):
         for number, (where, entry, found) in enumerate(listed[source]):
-            clip_id = entry.id or Path(entry.video.replace("\\", "/")).stem or where
+            clip_id = entry.id or _stem(entry.video, found) or where
             if isinstance(found, VideoFile):
                 videos[source, found.name] = found
             if isinstance(found, str):
@@ -416,6 +417,14 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )
     return located
+
+
+def _stem(name: str, found: VideoFile | str) -> str:
+    """The name of a video, as a record gives it, without folder and ending; of `my.clip.v2` all, if bare."""
+    whole = Path(name.replace("\\", "/"))
+    file = Path(found.name.replace(":", "/")).name if isinstance(found, VideoFile) else ""
+    bare = unicodedata.normalize("NFC", file).startswith(unicodedata.normalize("NFC", f"{whole.name}."))
+    return whole.name if bare else whole.stem
 
 
 def _short(text: str) -> str:
