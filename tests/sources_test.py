@@ -382,7 +382,11 @@ def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
     wisa(tmp_path, [], {"a.mp4": b"1"})
     half = '[{"video_name": "a.mp4", "captions": "half \\ud83d of a pair"}]'  # valid JSON all the same
     (tmp_path / "wisa-80k.json").write_text(half)
-    assert sources.read_sources(tmp_path).clips[0].caption == "half ? of a pair"
+    source = sources.read_sources(tmp_path)
+    assert source.clips[0].caption == "half ? of a pair"
+    assert source.report.unused == [
+        f"halves of characters in {tmp_path / 'wisa-80k.json'} are kept as '?': record 0"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -687,6 +691,68 @@ def test_two_files_of_lines(tmp_path):
     (tmp_path / "prompts.txt").unlink()
     with pytest.raises(UserError, match="videos.txt has no prompts.txt beside it"):
         sources.read_sources(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "captions", "skipped"),
+    [
+        (b"A\n\xe9t\xe9\n", {"a": "A"}, ("line 2 of prompts.txt", "has a byte (0xe9) that is not utf-8")),
+        (b"A\n\n", {"a": "A"}, ("b", "no caption: line 2 of videos.txt")),
+        (b"A\r\n\r\n", {"a": "A"}, ("b", "no caption: line 2 of videos.txt")),
+        (b"A\nB\n\n\n", {"a": "A", "b": "B"}, None),
+        ("A\nB".encode("utf-16-le"), {"a": "A", "b": "B"}, None),  # without a byte order mark
+    ],
+)
+def test_a_wrong_line_of_two_files(tmp_path, prompts, captions, skipped):
+    write_files(
+        tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "videos.txt": b"a.mp4\nb.mp4\n", "prompts.txt": prompts}
+    )
+    source = sources.read_sources(tmp_path)
+    assert {clip.id: clip.caption for clip in source.clips} == captions
+    assert [name for name, _ in source.report.skipped] == ([skipped[0]] if skipped else [])
+    assert not skipped or source.report.skipped[0][1].startswith(skipped[1])
+    (tmp_path / "captions.txt").write_text("X\nY\n")
+    with pytest.raises(UserError, match=r"several files of captions beside it \(prompts.txt, captions.txt\)"):
+        sources.read_sources(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions", "skipped"),
+    [
+        # A list, whatever the ending says.
+        (
+            "a.jsonl",
+            '[\n{"video": "a.mp4", "caption": "A"},\n{"video": "b.mp4", "caption": "B"}\n]',
+            "AB",
+            (),
+        ),
+        ("a.json", '{"v": 1, "data": [{"video": "a.mp4", "caption": "A"}]}', "A", ()),
+        ("a.json", '{"a.mp4": "x", "b.mp4": "B", "a.mp4": "z"}', "B", ("has the key 'a.mp4' twice",)),
+        (
+            "a.json",
+            '{"a.mp4": {"caption": "x", "caption": "y"}, "b.mp4": {"caption": "B"}}',
+            "B",
+            ("has the key 'caption' twice",),
+        ),
+        (
+            "a.jsonl",
+            '{"video": "a.mp4", "Caption": "x", "caption": "y"}\n{"video": "b.mp4", "caption": "B"}',
+            "B",
+            ("has two keys 'caption', in capitals and not",),
+        ),
+        ("a.json", '{"a.mp4": ["x", "y"], "b.mp4": "B"}', "B", ("has a list as its caption: give one text",)),
+        ("a.json", '{"a.mp4": ["x", "y"]}', None, "record 0 has a list as its caption: give one text"),
+    ],
+)
+def test_json_of_odd_forms(tmp_path, name, content, captions, skipped):
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", name: content.encode()})
+    if captions is None:
+        with pytest.raises(UserError, match=skipped):
+            sources.read_sources(tmp_path)
+        return
+    source = sources.read_sources(tmp_path)
+    assert "".join(clip.caption for clip in source.clips) == captions
+    assert tuple(reason for _, reason in source.report.skipped) == skipped
 
 
 def test_captions_beside_the_videos(tmp_path):

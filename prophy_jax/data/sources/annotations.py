@@ -14,6 +14,7 @@ others are used. docs/data.md shows an example of each form.
 """
 
 import codecs
+import contextlib
 import csv
 import difflib
 import io
@@ -50,6 +51,7 @@ NAME_LINES = ("videos.txt", "video.txt")
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _NUMBER = re.compile(r"[-+.]?\d[\d.,:/e+-]*\s*(s|ms|secs?|seconds?|fps|hz|px?|pixels?)?", re.I)
+_LONE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot store
 _SHOWN = 20  # columns or files that a message names
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
@@ -155,7 +157,7 @@ def _find_annotations(source: Path) -> Path:
     )
 
 
-def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Iterable[Row]) -> list[str]:
+def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Sequence[Row]) -> list[str]:
     """What an annotation file and the folder of its videos say that is not read: a line for each kind.
 
     Args:
@@ -170,6 +172,9 @@ def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Itera
     names = {} if kind.own_names else dict.fromkeys(name for row in rows for name in row.record if name)
     if unknown := [_with_nearest(name) for name in names if name.strip().lower() not in _KNOWN]:
         lines.append(f"columns of {path} that are not read: {shorten(unknown)}")
+    half = [row.where for row in rows if any(_LONE.search(str(value)) for value in row.record.values())]
+    if half:
+        lines.append(f"halves of characters in {path} are kept as '?': {shorten(half)}")
     others = [file.name for file in path.parent.iterdir() if file.name.lower() in NAME_LINES]
     others = [name for name in sorted(others) if name != path.name]
     if count := sum(text is not None for _, text in videos.captioned()):
@@ -227,12 +232,28 @@ def read_annotations(path: Path) -> tuple["Format", list[Row]]:
 
 def _decode(data: bytes, errors: str = "strict") -> str:
     """Text in UTF-8, or in UTF-16 as some Windows programs write it."""
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16") if wide else data.decode("utf-8-sig", errors)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if 0 in data[:2]:  # the first character is an ASCII one of two bytes
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le")
+    return data.decode("utf-8-sig", errors)
+
+
+def _lines(data: bytes) -> list[str]:
+    """The lines of a text; bytes that are not UTF-8 are lone surrogates, which no text has."""
+    return _decode(data, "surrogateescape").removesuffix("\n").split("\n")
+
+
+def _odd_byte(texts: Iterable[str]) -> str:
+    """What is wrong with texts that were decoded with "surrogateescape", "" if nothing is."""
+    odd = next((c for text in texts for c in text if _LONE.match(c)), "")
+    return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8" if odd else ""
 
 
 class _Twice(str):
     """Stands for an object that has this key twice: which of the values is meant is not known."""
+
+    pairs: Sequence[tuple[str, Any]] = ()  # all that it has
 
 
 def _parse(text: str) -> Any:
@@ -240,16 +261,27 @@ def _parse(text: str) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> Record | _Twice:
         record = dict(pairs)
-        if len(record) == len(pairs):
-            return next((value for value in record.values() if isinstance(value, _Twice)), record)
-        return _Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+        count = Counter(name for name, _ in pairs)
+        twice = next((name for name in count if count[name] > 1), None)
+        twice = twice or next((value for value in record.values() if isinstance(value, _Twice)), None)
+        if twice is None:
+            return record
+        found = _Twice(twice)
+        found.pairs = pairs
+        return found
 
     return json.loads(text, object_pairs_hook=unique)
 
 
 def _row(where: str, record: Any) -> Row:
     if isinstance(record, dict):
-        return Row(where, record)
+        names = Counter(name.strip().lower() for name in record)
+        if twice := [name for name in names if names[name] > 1 and name in _KNOWN]:
+            return Row(where, {}, f"has two keys {twice[0]!r}, in capitals and not")
+        lists = [
+            name for name in record if name.strip().lower() in CAPTION and isinstance(record[name], list)
+        ]
+        return Row(where, {}, f"has a list as its {lists[0]}: give one text") if lists else Row(where, record)
     twice = isinstance(record, _Twice)
     return Row(where, {}, f"has the key {str(record)!r} twice" if twice else "is not an object {...}")
 
@@ -265,9 +297,7 @@ def _read_json(path: Path) -> Iterable[Row]:
         if rows[0].problem:
             raise
         return rows
-    if isinstance(records, _Twice):
-        raise ValueError(f"it has the key {str(records)!r} twice")
-    if isinstance(records, dict):
+    if isinstance(records, dict | _Twice):
         records = _of_object(records)
     if not isinstance(records, list) or (
         records and not any(isinstance(one, dict | _Twice) for one in records)
@@ -279,12 +309,29 @@ def _read_json(path: Path) -> Iterable[Row]:
     return [_row(f"record {number}", record) for number, record in enumerate(records)]
 
 
-def _of_object(content: Record) -> list[Record] | None:
-    """The records of an object, by the names of videos, of captions or of records; None: it is another."""
+def _of_object(content: Record | _Twice) -> list[Any] | None:
+    """The records of an object, by the names of videos, of captions or of records; None: it is another.
+
+    It may also have a list of them, whatever its name. Raises ValueError where nothing is but once in it.
+    """
+    if isinstance(content, _Twice):
+        count = Counter(name for name, _ in content.pairs)
+        bad = {name: value if isinstance(value, _Twice) else _Twice(name) for name, value in content.pairs
+               if count[name] > 1 or isinstance(value, _Twice)}  # fmt: skip
+        good = {name: value for name, value in content.pairs if name not in bad}
+        records = None if {*VIDEO, *CAPTION} & count.keys() else _of_object(good)
+        if not records:
+            raise ValueError(f"it has the key {str(content)!r} twice")
+        return [*records, *bad.values()]
     columns = {name.strip().lower() for name in content}
     if columns.intersection(VIDEO) and columns.intersection(CAPTION):
         return [content] if _parse_row(content).video else None
-    if any(isinstance(value, str) for value in content.values()):
+    lists = [value for value in content.values() if isinstance(value, list)]
+    tables = [value for value in lists if any(isinstance(one, dict | _Twice) for one in value)]
+    if len(tables) == 1:
+        return tables[0]
+    named = all(isinstance(value, list | None) for value in content.values()) and not columns & {*_KNOWN}
+    if any(isinstance(value, str) for value in content.values()) or named and lists:
         return [{"video": name, "caption": caption} for name, caption in content.items()]
     if all(isinstance(value, dict) for value in content.values()):
         return [{"video": name, **record} for name, record in content.items()]
@@ -371,9 +418,8 @@ def _separator(lines: Sequence[str]) -> tuple[int, str]:
 
 def _cells_problem(cells: Sequence[str], header: Sequence[str], separator: str) -> str:
     """What is wrong with a row, "" if nothing is; of the header, `header` is empty."""
-    odd = next((c for cell in cells for c in cell if "\ud800" <= c <= "\udfff"), "")
-    if odd:
-        return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8"
+    if problem := _odd_byte(cells):
+        return problem
     if header and any(cell.strip() for cell in cells[len(header) :]):
         return (
             f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with "
@@ -416,33 +462,50 @@ def _find_cut(header: Sequence[str], cells: Sequence[str]) -> Cut | None:
 
 
 def _read_jsonl(path: Path) -> Iterable[Row]:
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        data = _decode(data).encode()
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+    lines, rows = _lines(path.read_bytes()), []
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"line {number} of {path.name}"
         try:
-            yield _row(where, _parse(line.decode()))
+            rows.append(_row(where, _parse(line)) if not (odd := _odd_byte(line)) else Row(where, {}, odd))
         except (ValueError, RecursionError) as error:
-            yield Row(where, {}, f"is not JSON ({error})")
+            rows.append(Row(where, {}, f"is not JSON ({error})"))
+    if any("not JSON" in row.problem for row in rows):
+        # A list over several lines is JSON, whatever the ending says.
+        with contextlib.suppress(ValueError, RecursionError):
+            records = _parse("\n".join(lines))
+            if isinstance(records, list) and any(isinstance(one, dict) for one in records):
+                return [_row(f"record {number}", record) for number, record in enumerate(records)]
+    return rows
 
 
 def _read_lines(path: Path) -> Iterable[Row]:
     """The form of finetrainers: a file of names and one of captions, line by line."""
-    beside = {file.name.lower(): file for file in path.parent.iterdir()}
-    captions = next((beside[name] for name in CAPTION_LINES if name in beside), None)
-    if captions is None:
+    beside = {file.name.lower(): file for file in path.parent.iterdir() if file.is_file()}
+    found = [beside[name] for name in CAPTION_LINES if name in beside]
+    if not found:
         raise UserError(f"{path} has no {CAPTION_LINES[0]} beside it, with the captions line by line")
-    names, texts = (_decode(file.read_bytes()).rstrip().split("\n") for file in (path, captions))
+    captions, *others = found
+    if others:
+        both = shorten([file.name for file in found])
+        raise UserError(
+            f"{path} has several files of captions beside it ({both}); move all but one elsewhere"
+        )
+    names, texts = (_lines(file.read_bytes()) for file in (path, captions))
+    for own, other in ((names, texts), (texts, names)):
+        while len(own) > len(other) and not own[-1].strip():
+            own.pop()
     if len(names) != len(texts):
         raise UserError(
             f"{path} has {len(names)} lines, but {captions.name} has {len(texts)}; each video needs one line "
             "of both"
         )
     for number, (name, text) in enumerate(zip(names, texts, strict=True), 1):
-        if name.strip() or text.strip():
+        odd = [file.name for file, line in ((path, name), (captions, text)) if _odd_byte(line)]
+        if odd:
+            yield Row(f"line {number} of {odd[0]}", {}, _odd_byte(name + text))
+        elif name.strip() or text.strip():
             yield Row(f"line {number} of {path.name}", {"video": name, "caption": text})
 
 
