@@ -504,8 +504,8 @@ def list_cropped(shown: Mapping[str, tuple[int, int]], places: Mapping[str, Buck
     return [[name, list(shown[name]), str(places[name])] for _, name in worst]
 
 
-def print_cropped(cropped: Sequence[Sequence], main: Bucket, where: str) -> None:
-    """Prints what `list_cropped` gave, and what to do about it."""
+def print_cropped(cropped: Sequence[Sequence], data: Mapping[str, Any], where: str) -> None:
+    """Prints what `list_cropped` gave, and what to do about it; `data` is that of the configuration."""
     lines, aspects = [], []
     for name, (height, width), bucket in cropped:
         kept = share_kept(height, width, Bucket.parse(bucket))
@@ -514,13 +514,15 @@ def print_cropped(cropped: Sequence[Sequence], main: Bucket, where: str) -> None
     records.print_list(f"warning: clips that keep less than {KEPT:.0%} of their picture", lines, where)
     if not lines:
         return
+    main = Bucket(*(data[key] for key in ("frames", "height", "width")))
+    others = [Bucket(*bucket) for bucket in data.get("buckets", ())]
     # The main size, turned, if that suits them; else their median shape of about as many pixels.
     aspect, area = sorted(aspects)[len(aspects) // 2], main.height * main.width
     own = Bucket(main.frames, main.width, main.height)
     if share_kept(aspect, 1, own) < 0.9:
         sides = (max(16, 16 * round(math.sqrt(area * ratio) / 16)) for ratio in (aspect, 1 / aspect))
         own = Bucket(main.frames, *sides)
-    buckets = f"--config.data.buckets='({tuple(own)},)'"
+    buckets = f"--config.data.buckets='{tuple(map(tuple, dict.fromkeys((*others, own))))}'"
     print(f"  if the model takes other sizes, give them a bucket of their own: {buckets}")
 
 
@@ -547,7 +549,7 @@ def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known
     print(statistics.table(statistics.summarise(source, known, kept)))
     print(f"{len(chosen)} clips were opened")
     records.print_list("of these cannot be used", unusable, "")
-    print_cropped(list_cropped(sizes, places), buckets[0], "")
+    print_cropped(list_cropped(sizes, places), data, "")
     records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped], "")
 
 
@@ -656,8 +658,7 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
     for split in manifest["stand_in"]:
         print(f"no clip of split {split!r} can be used: clips of the other stand in, so that they overlap")
     records.print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
-    main = Bucket(*(manifest["video"][key] for key in ("frames", "height", "width")))
-    print_cropped(manifest.get("cropped", ()), main, " in manifest.json")
+    print_cropped(manifest.get("cropped", ()), manifest["video"], " in manifest.json")
     records.print_list(
         "labels not understood",
         [

@@ -631,6 +631,11 @@ def test_clips_that_lose_most_of_their_picture_are_listed(tmp_path, capsys):
     (source / "wisa-80k.json").write_text((source / "wisa-80k.json").read_text().replace("Number 0", "Zero"))
     assert prepare(config, [source])["cropped"] == manifest["cropped"]  # clips taken over
 
+    config = _config(tmp_path / "two", height=32, width=48, val_share=0.0, buckets=((1, 32, 32),))
+    for dry_run in (True, False):  # the remedy keeps the buckets that there are
+        prepare(config, [source], dry_run=dry_run)
+        assert "--config.data.buckets='((1, 32, 32), (5, 48, 32))'" in capsys.readouterr().out
+
     config = _config(tmp_path / "own", height=32, width=48, val_share=0.0, buckets=((5, 48, 32),))
     capsys.readouterr()
     assert prepare(config, [source])["cropped"] == [] and "60%" not in capsys.readouterr().out

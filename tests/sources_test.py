@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -381,7 +382,11 @@ def test_text_that_utf8_cannot_store_is_replaced(tmp_path):
     wisa(tmp_path, [], {"a.mp4": b"1"})
     half = '[{"video_name": "a.mp4", "captions": "half \\ud83d of a pair"}]'  # valid JSON all the same
     (tmp_path / "wisa-80k.json").write_text(half)
-    assert sources.read_sources(tmp_path).clips[0].caption == "half ? of a pair"
+    source = sources.read_sources(tmp_path)
+    assert source.clips[0].caption == "half ? of a pair"
+    assert source.report.unused == [
+        f"halves of characters in {tmp_path / 'wisa-80k.json'} are kept as '?': record 0"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +520,81 @@ def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
     assert source.report.unknown_labels == {'category: "rainbow"': 2}
 
 
-@pytest.mark.parametrize("caption", ["nan", "None", "NULL", "\u200b", "\ufeff \u2060", "\u00a0"])
+@pytest.mark.parametrize(
+    ("header", "row", "problem"),
+    [
+        ("video,caption,", "a ball,bouncing", "more cells than columns, 3 of 2"),  # as spreadsheets write
+        ("video,caption,,fps", "a ball,bouncing,8", "'bouncing' where its next column"),
+        ("video,caption,duration", "a ball, bouncing", "'bouncing' where its duration"),
+        ("video,caption,source,Fps", "a ball,now,bouncing", "'bouncing' where its fps"),
+        ("video,caption,source", "a ball, bouncing", "'bouncing' where its source"),
+        ("video,caption,source,fps", "a ball,tv,as it falls", "'as it falls' where its fps"),
+        ("video,caption,source,fps", "a ball,bouncing", "'bouncing' where its source"),  # a cell too few
+        ("video,caption,id", "a ball,bouncing high", "'bouncing high' where its id"),
+        ("video,caption,category", 'a "ball, it jumps"', "'it jumps\"' where its category"),
+        ("video,caption,category", ' "never closed', "wrong quote"),
+    ],
+)
+def test_the_rest_of_a_caption_in_any_column(tmp_path, header, row, problem):
+    """And the same text in quotes is a caption, whatever follows."""
+    whole = 'b.mp4, "' + row.strip().replace('"', '""') + '"'
+    table = f"{header}\na.mp4,{row}\n{whole}\n"
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "clips.csv": table.encode()})
+    source = sources.read_sources(tmp_path)
+    assert [clip.caption for clip in source.clips] == [row.strip()]
+    [(name, reason)] = source.report.skipped
+    assert problem in reason and "line 2 of clips.csv" in name + reason
+
+
+def test_cells_behind_a_caption_that_are_meant(tmp_path):
+    header = "video,caption,source,duration,fps,width,id"
+    rows = [
+        "A,my own,5 s,30000/1001,480 px,clip 1",
+        "A, 7,0:05,29.97,,",
+        "A,tv,N/A,nan,-,x_y z",
+        "A",
+        'A 5",tv',
+    ]
+    lines = [f"{k}.mp4,{row}" + "," * (6 - row.count(",") - 1) for k, row in enumerate(rows)]
+    files = {f"{k}.mp4": b"%d" % k for k in range(len(rows))}
+    write_files(tmp_path, files | {"clips.csv": "\n".join([header, *lines, "0.mp4,A"]).encode()})
+    source = sources.read_sources(tmp_path)
+    assert [name for name, _ in source.report.skipped] == ["0"] and len(source.clips) == len(rows)
+    (tmp_path / "clips.csv").write_text("video,caption,id\nmy cat/0.mp4,A,my cat")
+    assert ids(sources.read_sources(tmp_path)) == ["my cat"]
+
+
+def test_a_caption_that_may_be_cut_is_listed(tmp_path):
+    table = 'video,caption,category\na.mp4,a ball,bouncing\nb.mp4,a ball,collision\nc.mp4,"c, d",rainbow\n'
+    write_files(tmp_path, {f"{name}.mp4": name.encode() for name in "abc"} | {"clips.csv": table.encode()})
+    source = sources.read_sources(tmp_path)
+    assert ids(source) == list("abc")
+    assert source.report.unused == [
+        f"captions of {tmp_path / 'clips.csv'} that look cut at a comma: line 2 of clips.csv ('bouncing' is "
+        "no category); put quotes around texts that hold commas"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "caption", "category"),
+    [
+        ('"a cat jumps", melting', "a cat jumps", "melting"),
+        ('"a cat, it jumps\nover", "melting, collision"', "a cat, it jumps\nover", "melting, collision"),
+        ('"Hello" he said', '"Hello" he said', ""),
+    ],
+)
+def test_a_quote_after_a_space(tmp_path, cells, caption, category):
+    write_files(
+        tmp_path, {"a.mp4": b"1", "clips.csv": f"video, caption, category\na.mp4, {cells}\n".encode()}
+    )
+    [clip] = sources.read_sources(tmp_path).clips
+    assert clip.caption == caption
+    np.testing.assert_array_equal(clip.category, taxonomy.multi_hot(category.split(", ") if category else []))
+
+
+@pytest.mark.parametrize(
+    "caption", ["nan", "None", "NULL", "N/A", "<NA>", "\u200b", "\ufeff \u2060", "\u00a0"]
+)
 def test_what_programs_write_for_no_caption_is_none(tmp_path, caption):
     rows = [
         ["video", "caption"],
@@ -614,6 +693,68 @@ def test_two_files_of_lines(tmp_path):
         sources.read_sources(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "captions", "skipped"),
+    [
+        (b"A\n\xe9t\xe9\n", {"a": "A"}, ("line 2 of prompts.txt", "has a byte (0xe9) that is not utf-8")),
+        (b"A\n\n", {"a": "A"}, ("b", "no caption: line 2 of videos.txt")),
+        (b"A\r\n\r\n", {"a": "A"}, ("b", "no caption: line 2 of videos.txt")),
+        (b"A\nB\n\n\n", {"a": "A", "b": "B"}, None),
+        ("A\nB".encode("utf-16-le"), {"a": "A", "b": "B"}, None),  # without a byte order mark
+    ],
+)
+def test_a_wrong_line_of_two_files(tmp_path, prompts, captions, skipped):
+    write_files(
+        tmp_path, {"a.mp4": b"1", "b.mp4": b"2", "videos.txt": b"a.mp4\nb.mp4\n", "prompts.txt": prompts}
+    )
+    source = sources.read_sources(tmp_path)
+    assert {clip.id: clip.caption for clip in source.clips} == captions
+    assert [name for name, _ in source.report.skipped] == ([skipped[0]] if skipped else [])
+    assert not skipped or source.report.skipped[0][1].startswith(skipped[1])
+    (tmp_path / "captions.txt").write_text("X\nY\n")
+    with pytest.raises(UserError, match=r"several files of captions beside it \(prompts.txt, captions.txt\)"):
+        sources.read_sources(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions", "skipped"),
+    [
+        # A list, whatever the ending says.
+        (
+            "a.jsonl",
+            '[\n{"video": "a.mp4", "caption": "A"},\n{"video": "b.mp4", "caption": "B"}\n]',
+            "AB",
+            (),
+        ),
+        ("a.json", '{"v": 1, "data": [{"video": "a.mp4", "caption": "A"}]}', "A", ()),
+        ("a.json", '{"a.mp4": "x", "b.mp4": "B", "a.mp4": "z"}', "B", ("has the key 'a.mp4' twice",)),
+        (
+            "a.json",
+            '{"a.mp4": {"caption": "x", "caption": "y"}, "b.mp4": {"caption": "B"}}',
+            "B",
+            ("has the key 'caption' twice",),
+        ),
+        (
+            "a.jsonl",
+            '{"video": "a.mp4", "Caption": "x", "caption": "y"}\n{"video": "b.mp4", "caption": "B"}',
+            "B",
+            ("has two keys 'caption', in capitals and not",),
+        ),
+        ("a.json", '{"a.mp4": ["x", "y"], "b.mp4": "B"}', "B", ("has a list as its caption: give one text",)),
+        ("a.json", '{"a.mp4": ["x", "y"]}', None, "record 0 has a list as its caption: give one text"),
+    ],
+)
+def test_json_of_odd_forms(tmp_path, name, content, captions, skipped):
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2", name: content.encode()})
+    if captions is None:
+        with pytest.raises(UserError, match=skipped):
+            sources.read_sources(tmp_path)
+        return
+    source = sources.read_sources(tmp_path)
+    assert "".join(clip.caption for clip in source.clips) == captions
+    assert tuple(reason for _, reason in source.report.skipped) == skipped
+
+
 def test_captions_beside_the_videos(tmp_path):
     files = {
         **{"cats/1.mp4": b"1", "cats/1.txt": b"\xef\xbb\xbfA cat,\nasleep.\n", "cats/1.png": b"its cover"},
@@ -635,6 +776,56 @@ def test_captions_beside_the_videos(tmp_path):
     }
     assert [name for name, _ in source.report.skipped] == ["bare", "latin.txt"]
     assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+def test_what_has_a_text_and_is_not_read_is_listed(tmp_path):
+    """Endings of other programs, a pipe (which must not be waited for), and a link to nothing."""
+    endings = ("3gp", "MTS", "m2ts", "vob", "h264", "avif", "heic", "jxl")
+    files = {f"{name}.{ending}": name.encode() for name, ending in zip("abcdefgh", endings, strict=True)}
+    files |= {f"{name}.txt": b"A caption." for name in "abcdefghij"}
+    write_files(tmp_path, files | {"README.txt": b"no clip", "README.md": b"nor this"})
+    os.mkfifo(tmp_path / "i.mp4")
+    (tmp_path / "j.mp4").symlink_to(tmp_path / "nowhere")
+    source = sources.read_sources(tmp_path)
+    assert sorted(ids(source)) == list("abcdef")
+    assert dict(source.report.skipped) == {
+        "i.mp4": "is a pipe, a socket or a device, and no file",
+        "j.mp4": "is a link to nothing",
+        "g.heic": "has an ending (.heic) that is not read",
+        "h.jxl": "has an ending (.jxl) that is not read",
+    }
+    rows = [["video", "caption"], ["a", "A"], ["i.mp4", "A"], ["j", "A"]]
+    reasons = dict(sources.read_sources(plain(tmp_path, rows, {})).report.skipped)
+    assert reasons["i"].startswith("no file: i.mp4 is a pipe") and reasons["j"].startswith("missing")
+    only = write_files(tmp_path / "only", {"a.heic": b"1", "a.txt": b"A."})
+    with pytest.raises(UserError, match=r"no video that can be read: a.heic has an ending \(.heic\) that is"):
+        sources.read_sources(only)
+
+
+def test_videos_without_captions(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"1", "b.mp4": b"2"})
+    with pytest.raises(
+        UserError, match="2 videos, but no captions. Put a .txt beside each video, or add a ta"
+    ):
+        sources.read_sources(tmp_path)
+
+
+def test_a_name_without_its_ending_must_mean_one_video(tmp_path):
+    files = {
+        "a.mp4": b"1",
+        "a.avi": b"2",
+        "b.webm": b"3",
+        "b.jpg": b"its cover",
+        "c.mp4": b"4",
+        "c.mov": b"4",
+    }
+    files |= {"d/my.clip.v2.mp4": b"5", "e/a.mp4": b"6", "e/a.avi": b"7"}
+    rows = [["video", "caption"], *([name, "x"] for name in ("a", "b", "c", "d/my.clip.v2", "e/a", "a.avi"))]
+    source = sources.read_sources(plain(tmp_path, rows, files))
+    assert [clip.video for clip in source.clips] == ["b.webm", "c.mp4", "d/my.clip.v2.mp4", "a.avi"]
+    assert ids(source) == ["b", "c", "my.clip.v2", "a"]
+    reason = "ambiguous: 2 different videos are called a; write its ending (.avi, .mp4)"
+    assert source.report.skipped == [("a", reason), ("a", reason)]
 
 
 def test_a_split_column_is_obeyed(tmp_path):

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from prophy_jax.data.sources import video
 from prophy_jax.run.errors import UserError
@@ -490,6 +490,19 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path, orientation):
         UserError, match=r"PICTURE: image: .*\(9x48x64\).* add one of 1 frame .*\(1, 48, 64\)"
     ):
         read_clip(path, 9, 8, 48, 64)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow that writes AVIF")
+def test_an_avif_image_is_no_video(tmp_path, monkeypatch):
+    """FFmpeg shows it for a second, which would be a clip in which nothing moves."""
+    path = tmp_path / "a.avif"
+    Image.new("RGB", (64, 48), (90, 90, 90)).save(path)
+    assert read_clip(path, 1, 8, 48, 64).shape == (1, 48, 64, 3)
+    with pytest.raises(UserError, match="a.avif: image: it is one frame"):
+        read_clip(path, 5, 8, 48, 64)
+    monkeypatch.setattr(video, "IMAGES", ("JPEG",))  # an older Pillow
+    with pytest.raises(UserError, match="a.avif: image: AVIF and HEIF are not read"):
+        read_clip(path, 5, 8, 48, 64)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

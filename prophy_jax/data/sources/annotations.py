@@ -14,11 +14,13 @@ others are used. docs/data.md shows an example of each form.
 """
 
 import codecs
+import contextlib
 import csv
 import difflib
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -48,10 +50,26 @@ SPLITS = {
 NAME_LINES = ("videos.txt", "video.txt")
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_NUMBER = re.compile(r"[-+.]?\d[\d.,:/e+-]*\s*(s|ms|secs?|seconds?|fps|hz|px?|pixels?)?", re.I)
+_LONE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot store
 _SHOWN = 20  # columns or files that a message names
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
 Record = dict[str, Any]
+
+
+class Cut(NamedTuple):
+    """A cell that may be the rest of a caption: `A cat jumps, then lands` is two cells.
+
+    Attributes:
+        column: the name of its column, in lower case.
+        text: what it holds.
+        sure: whether it cannot be meant otherwise, but for the name of a category.
+    """
+
+    column: str
+    text: str
+    sure: bool
 
 
 class Row(NamedTuple):
@@ -61,11 +79,13 @@ class Row(NamedTuple):
         where: "line 3 of clips.csv", "record 3".
         record: by column; empty if it cannot be read.
         problem: a predicate, such as "is not JSON"; "" if there is none.
+        cut: what may be the rest of its caption.
     """
 
     where: str
     record: Record
     problem: str = ""
+    cut: Cut | None = None
 
 
 class Entry(NamedTuple):
@@ -115,12 +135,21 @@ def _find_annotations(source: Path) -> Path:
     found = [path for path in found if path.suffix.lower() != ".json" or path.stem not in about]
     found = found or [path for path in files if path.name.lower() in NAME_LINES]
     if len(found) > 1:
-        names = _list([path.name for path in found])
+        names = shorten([path.name for path in found])
         raise UserError(f"{source} has several files of captions ({names}); name one: {found[0]}")
     if found:
         return found[0]
-    if any(text for _, text in VideoFolder(source, source).captioned()):
+    videos_here = VideoFolder(source, source)
+    captions = [text for _, text in videos_here.captioned()]
+    if any(captions):
         return source
+    if wrong := [f"{name} {problem}" for name, problem in videos_here.left_out()]:
+        raise UserError(f"{source} has captions, but no video that can be read: {shorten(wrong)}")
+    if captions:
+        raise UserError(
+            f"{source}: {len(captions)} video{'s' * (len(captions) > 1)}, but no captions. Put a .txt beside "
+            "each video, or add a table such as clips.csv (docs/data.md)"
+        )
     what = f"has no {_ENDINGS} file of all clips" if any(source.iterdir()) else "is empty"
     raise UserError(
         f"{source} {what}; expected captions (wisa-80k.json, clips.csv, or a.txt beside each a.mp4) and "
@@ -128,7 +157,7 @@ def _find_annotations(source: Path) -> Path:
     )
 
 
-def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Iterable[Row]) -> list[str]:
+def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Sequence[Row]) -> list[str]:
     """What an annotation file and the folder of its videos say that is not read: a line for each kind.
 
     Args:
@@ -142,7 +171,10 @@ def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Itera
     lines = []
     names = {} if kind.own_names else dict.fromkeys(name for row in rows for name in row.record if name)
     if unknown := [_with_nearest(name) for name in names if name.strip().lower() not in _KNOWN]:
-        lines.append(f"columns of {path} that are not read: {_list(unknown)}")
+        lines.append(f"columns of {path} that are not read: {shorten(unknown)}")
+    half = [row.where for row in rows if any(_LONE.search(str(value)) for value in row.record.values())]
+    if half:
+        lines.append(f"halves of characters in {path} are kept as '?': {shorten(half)}")
     others = [file.name for file in path.parent.iterdir() if file.name.lower() in NAME_LINES]
     others = [name for name in sorted(others) if name != path.name]
     if count := sum(text is not None for _, text in videos.captioned()):
@@ -200,12 +232,28 @@ def read_annotations(path: Path) -> tuple["Format", list[Row]]:
 
 def _decode(data: bytes, errors: str = "strict") -> str:
     """Text in UTF-8, or in UTF-16 as some Windows programs write it."""
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16") if wide else data.decode("utf-8-sig", errors)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if 0 in data[:2]:  # the first character is an ASCII one of two bytes
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le")
+    return data.decode("utf-8-sig", errors)
+
+
+def _lines(data: bytes) -> list[str]:
+    """The lines of a text; bytes that are not UTF-8 are lone surrogates, which no text has."""
+    return _decode(data, "surrogateescape").removesuffix("\n").split("\n")
+
+
+def _odd_byte(texts: Iterable[str]) -> str:
+    """What is wrong with texts that were decoded with "surrogateescape", "" if nothing is."""
+    odd = next((c for text in texts for c in text if _LONE.match(c)), "")
+    return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8" if odd else ""
 
 
 class _Twice(str):
     """Stands for an object that has this key twice: which of the values is meant is not known."""
+
+    pairs: Sequence[tuple[str, Any]] = ()  # all that it has
 
 
 def _parse(text: str) -> Any:
@@ -213,16 +261,27 @@ def _parse(text: str) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> Record | _Twice:
         record = dict(pairs)
-        if len(record) == len(pairs):
-            return next((value for value in record.values() if isinstance(value, _Twice)), record)
-        return _Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+        count = Counter(name for name, _ in pairs)
+        twice = next((name for name in count if count[name] > 1), None)
+        twice = twice or next((value for value in record.values() if isinstance(value, _Twice)), None)
+        if twice is None:
+            return record
+        found = _Twice(twice)
+        found.pairs = pairs
+        return found
 
     return json.loads(text, object_pairs_hook=unique)
 
 
 def _row(where: str, record: Any) -> Row:
     if isinstance(record, dict):
-        return Row(where, record)
+        names = Counter(name.strip().lower() for name in record)
+        if twice := [name for name in names if names[name] > 1 and name in _KNOWN]:
+            return Row(where, {}, f"has two keys {twice[0]!r}, in capitals and not")
+        lists = [
+            name for name in record if name.strip().lower() in CAPTION and isinstance(record[name], list)
+        ]
+        return Row(where, {}, f"has a list as its {lists[0]}: give one text") if lists else Row(where, record)
     twice = isinstance(record, _Twice)
     return Row(where, {}, f"has the key {str(record)!r} twice" if twice else "is not an object {...}")
 
@@ -238,9 +297,7 @@ def _read_json(path: Path) -> Iterable[Row]:
         if rows[0].problem:
             raise
         return rows
-    if isinstance(records, _Twice):
-        raise ValueError(f"it has the key {str(records)!r} twice")
-    if isinstance(records, dict):
+    if isinstance(records, dict | _Twice):
         records = _of_object(records)
     if not isinstance(records, list) or (
         records and not any(isinstance(one, dict | _Twice) for one in records)
@@ -252,12 +309,29 @@ def _read_json(path: Path) -> Iterable[Row]:
     return [_row(f"record {number}", record) for number, record in enumerate(records)]
 
 
-def _of_object(content: Record) -> list[Record] | None:
-    """The records of an object, by the names of videos, of captions or of records; None: it is another."""
+def _of_object(content: Record | _Twice) -> list[Any] | None:
+    """The records of an object, by the names of videos, of captions or of records; None: it is another.
+
+    It may also have a list of them, whatever its name. Raises ValueError where nothing is but once in it.
+    """
+    if isinstance(content, _Twice):
+        count = Counter(name for name, _ in content.pairs)
+        bad = {name: value if isinstance(value, _Twice) else _Twice(name) for name, value in content.pairs
+               if count[name] > 1 or isinstance(value, _Twice)}  # fmt: skip
+        good = {name: value for name, value in content.pairs if name not in bad}
+        records = None if {*VIDEO, *CAPTION} & count.keys() else _of_object(good)
+        if not records:
+            raise ValueError(f"it has the key {str(content)!r} twice")
+        return [*records, *bad.values()]
     columns = {name.strip().lower() for name in content}
     if columns.intersection(VIDEO) and columns.intersection(CAPTION):
         return [content] if _parse_row(content).video else None
-    if any(isinstance(value, str) for value in content.values()):
+    lists = [value for value in content.values() if isinstance(value, list)]
+    tables = [value for value in lists if any(isinstance(one, dict | _Twice) for one in value)]
+    if len(tables) == 1:
+        return tables[0]
+    named = all(isinstance(value, list | None) for value in content.values()) and not columns & {*_KNOWN}
+    if any(isinstance(value, str) for value in content.values()) or named and lists:
         return [{"video": name, "caption": caption} for name, caption in content.items()]
     if all(isinstance(value, dict) for value in content.values()):
         return [{"video": name, **record} for name, record in content.items()]
@@ -276,37 +350,56 @@ def _read_csv(path: Path) -> Iterable[Row]:
 
 def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
     header: list[str] = []
-    first, separator = _separator(lines)
-    done = False
-    while not done:
-        # Strict: an unclosed quote is an error, and does not swallow the rest of the file.
-        rest = (lines[i] for i in range(first, len(lines)))
-        reader = csv.reader(rest, strict=True, delimiter=separator)
-        begin = first
-        while True:
-            try:
-                cells = next(reader, None)
-                problem = _cells_problem(cells or [], header, separator)
-            except csv.Error as error:
-                cells, problem = [], f"has a wrong quote ({error}): write a quote inside quotes twice"
-            if cells is None:
-                done = True
-                break
-            where = f"line {begin + 1} of {path.name}"
-            if problem:
-                if not header:
-                    raise ValueError(f"{where} {problem}")
-                yield Row(where, {}, problem)
-                first = begin + 1  # the lines that a wrong quote swallowed are rows of their own
-                break
-            begin = first + reader.line_num
-            if cells and not header:
-                header = cells
-                names = Counter(name.strip().lower() for name in header)
-                if twice := [name for name in names if name and names[name] > 1]:
-                    raise ValueError(f"it has two columns {twice[0]!r}")
-            elif any(cell.strip() for cell in cells):
-                yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])))
+    begin, separator = _separator(lines)
+    while begin < len(lines):
+        where = f"line {begin + 1} of {path.name}"
+        try:
+            cells, count = _read_cells(lines, begin, separator)
+            problem = _cells_problem(cells, header, separator)
+        except csv.Error as error:
+            problem = f"has a wrong quote ({error}): write a quote inside quotes twice"
+        if problem:
+            if not header:
+                raise ValueError(f"{where} {problem}")
+            yield Row(where, {}, problem)
+            begin += 1  # the lines that a wrong quote swallowed are rows of their own
+            continue
+        row = "".join(lines[begin : begin + count])
+        begin += count
+        if not header:
+            header = cells
+            while header and not header[-1].strip():  # as spreadsheets write
+                header = header[:-1]
+            names = Counter(name.strip().lower() for name in header)
+            if twice := [name for name in names if name and names[name] > 1]:
+                raise ValueError(f"it has two columns {twice[0]!r}")
+        elif any(cell.strip() for cell in cells):
+            quoted = re.search(rf'(^|{separator})\s*"', row)  # whoever quotes a cell knows what commas do
+            cut = None if quoted else _find_cut(header, cells)
+            yield Row(where, dict(itertools.zip_longest(header, cells[: len(header)])), cut=cut)
+
+
+def _read_cells(lines: Sequence[str], begin: int, separator: str) -> tuple[list[str], int]:
+    """The cells of the row that begins there, and its number of lines. A quote may follow a space.
+
+    Strict: an unclosed quote is an error, and does not swallow the rest of the file. Raises csv.Error.
+    """
+
+    def read(skip_spaces: bool) -> tuple[list[str], int]:
+        rest = (lines[i] for i in range(begin, len(lines)))
+        reader = csv.reader(rest, strict=True, delimiter=separator, skipinitialspace=skip_spaces)
+        return next(reader, []), reader.line_num
+
+    cells, count = read(False)
+    spaced = [cell for cell in cells if cell.startswith(" ") and cell.lstrip(" ").startswith('"')]
+    if not spaced:
+        return cells, count
+    try:
+        return read(True)
+    except csv.Error:
+        if any(cell.count('"') % 2 for cell in spaced):
+            raise
+        return cells, count  # a text that begins with a word in quotes
 
 
 def _separator(lines: Sequence[str]) -> tuple[int, str]:
@@ -325,9 +418,8 @@ def _separator(lines: Sequence[str]) -> tuple[int, str]:
 
 def _cells_problem(cells: Sequence[str], header: Sequence[str], separator: str) -> str:
     """What is wrong with a row, "" if nothing is; of the header, `header` is empty."""
-    odd = next((c for cell in cells for c in cell if "\ud800" <= c <= "\udfff"), "")
-    if odd:
-        return f"has a byte (0x{ord(odd) & 0xFF:02x}) that is not utf-8; save the file as UTF-8"
+    if problem := _odd_byte(cells):
+        return problem
     if header and any(cell.strip() for cell in cells[len(header) :]):
         return (
             f"has more cells than columns, {len(cells)} of {len(header)}: put quotes around texts with "
@@ -336,40 +428,92 @@ def _cells_problem(cells: Sequence[str], header: Sequence[str], separator: str) 
     return ""
 
 
+def _find_cut(header: Sequence[str], cells: Sequence[str]) -> Cut | None:
+    """What may be the rest of the caption, in a row without quotes that has no more cells than columns.
+
+    That is a cell behind the caption that begins with a space, where the caption and the header do not; that
+    has words where a number or an id should be, or no name of a column; or the last of too few cells.
+    Whether a category is meant can only be told by whoever knows the categories.
+    """
+    names = [name.strip().lower() for name in header]
+    caption = next((names.index(name) for name in CAPTION if name in names), len(names))
+    for index in range(caption + 1, min(len(header), len(cells))):
+        name, text = names[index], cells[index].strip()
+        words = len(re.findall(r"[^\W\d_]+", text))
+        behind = index == caption + 1
+        spaced = behind and cells[index].startswith(" ")
+        spaced = spaced and not cells[caption].startswith(" ") and not header[index].startswith(" ")
+        halves = behind and cells[caption].count('"') % 2 and text.count('"') % 2  # of one pair of quotes
+        if not words or name in (*VIDEO, *SPLIT):
+            found = False
+        elif name in CATEGORY:
+            found = behind
+            spaced = spaced or bool(halves)
+        elif name == "id":
+            named = any(text in cell for cell in cells[:caption])  # a video's name may be several words
+            found = behind and (words > 1 or spaced and " " in text) and not named
+        elif name in _STATED:
+            found = not _NUMBER.fullmatch(text) and says_something(text)
+        else:
+            found = bool(not name or spaced or halves or behind and len(cells) < len(header))
+        if found:
+            return Cut(name, text, spaced or name not in CATEGORY)
+    return None
+
+
 def _read_jsonl(path: Path) -> Iterable[Row]:
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        data = _decode(data).encode()
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+    lines, rows = _lines(path.read_bytes()), []
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"line {number} of {path.name}"
         try:
-            yield _row(where, _parse(line.decode()))
+            rows.append(_row(where, _parse(line)) if not (odd := _odd_byte(line)) else Row(where, {}, odd))
         except (ValueError, RecursionError) as error:
-            yield Row(where, {}, f"is not JSON ({error})")
+            rows.append(Row(where, {}, f"is not JSON ({error})"))
+    if any("not JSON" in row.problem for row in rows):
+        # A list over several lines is JSON, whatever the ending says.
+        with contextlib.suppress(ValueError, RecursionError):
+            records = _parse("\n".join(lines))
+            if isinstance(records, list) and any(isinstance(one, dict) for one in records):
+                return [_row(f"record {number}", record) for number, record in enumerate(records)]
+    return rows
 
 
 def _read_lines(path: Path) -> Iterable[Row]:
     """The form of finetrainers: a file of names and one of captions, line by line."""
-    beside = {file.name.lower(): file for file in path.parent.iterdir()}
-    captions = next((beside[name] for name in CAPTION_LINES if name in beside), None)
-    if captions is None:
+    beside = {file.name.lower(): file for file in path.parent.iterdir() if file.is_file()}
+    found = [beside[name] for name in CAPTION_LINES if name in beside]
+    if not found:
         raise UserError(f"{path} has no {CAPTION_LINES[0]} beside it, with the captions line by line")
-    names, texts = (_decode(file.read_bytes()).rstrip().split("\n") for file in (path, captions))
+    captions, *others = found
+    if others:
+        both = shorten([file.name for file in found])
+        raise UserError(
+            f"{path} has several files of captions beside it ({both}); move all but one elsewhere"
+        )
+    names, texts = (_lines(file.read_bytes()) for file in (path, captions))
+    for own, other in ((names, texts), (texts, names)):
+        while len(own) > len(other) and not own[-1].strip():
+            own.pop()
     if len(names) != len(texts):
         raise UserError(
             f"{path} has {len(names)} lines, but {captions.name} has {len(texts)}; each video needs one line "
             "of both"
         )
     for number, (name, text) in enumerate(zip(names, texts, strict=True), 1):
-        if name.strip() or text.strip():
+        odd = [file.name for file, line in ((path, name), (captions, text)) if _odd_byte(line)]
+        if odd:
+            yield Row(f"line {number} of {odd[0]}", {}, _odd_byte(name + text))
+        elif name.strip() or text.strip():
             yield Row(f"line {number} of {path.name}", {"video": name, "caption": text})
 
 
 def _read_beside(folder: Path) -> Iterable[Row]:
     """Each video of a folder with the text of its name; the form of most trainers of small adapters."""
-    for video, text in VideoFolder(folder, folder).captioned():
+    videos = VideoFolder(folder, folder)
+    yield from (Row(name, {}, problem) for name, problem in videos.left_out())
+    for video, text in videos.captioned():
         record = {"video": video.name, "caption": ""}
         if text is None:
             yield Row(video.name, record)
@@ -448,7 +592,7 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
         unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
         bare = any(Path(name).suffix.lower() in VIDEOS for name in columns)
         raise UserError(
-            f"{path} has {', and '.join(missing)}; found {_list(unread) or 'none'}"
+            f"{path} has {', and '.join(missing)}; found {shorten(unread) or 'none'}"
             + ("; the first line of a table must name its columns" if bare else "")
         )
 
@@ -459,36 +603,16 @@ def _with_nearest(column: str) -> str:
     return f"{column} (did you mean {nearest[0]}?)" if nearest else column
 
 
-def _list(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
+    """The first of many, with commas, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def find_cut(path: Path, record: Record) -> tuple[str, str] | None:
-    """The column and the text of the cell that may be the rest of a caption: `A cat jumps, then lands`.
-
-    So it looks in the row of a table where the cell behind the caption begins with a space, and the caption
-    and the header do not. Whoever knows the categories can tell; an id is hardly ever several words.
-    """
-    if READERS.get(path.suffix.lower(), ("", None))[1] is not _read_csv:
-        return None
-    cells = [(name or "", str(value or "")) for name, value in record.items()]
-    for (before, caption), (name, value) in itertools.pairwise(cells):
-        column, text = name.strip().lower(), value.strip()
-        spaced = value.startswith(" ") and not caption.startswith(" ") and not name.startswith(" ")
-        if (
-            before.strip().lower() in CAPTION
-            and spaced
-            and (column in CATEGORY or column == "id" and " " in text)
-        ):
-            return column, text
-    return None
 
 
 def says_something(caption: str) -> bool:
     """Whether a caption is there: not only what cannot be seen, and not what programs write for none."""
     seen = "".join(letter for letter in caption if letter.isprintable() and not letter.isspace())
-    return seen.lower() not in ("", "nan", "none", "null")
+    return seen.lower() not in ("", "nan", "none", "null", "n/a", "#n/a", "<na>")
 
 
 def _text(value: Any) -> str:

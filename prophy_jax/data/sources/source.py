@@ -14,6 +14,7 @@ Legend: F frames, H W pixels, T = (F-1)/4 + 1 latent times, G = H/8 tokens a sid
 
 import hashlib
 import itertools
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -277,7 +278,7 @@ def read_sources(
     first = len(training)
     for source in (*range(first, len(files)), *range(first)):
         for number, (where, entry, found) in enumerate(listed[source]):
-            clip_id = entry.id or Path(entry.video.replace("\\", "/")).stem or where
+            clip_id = entry.id or _stem(entry.video, found) or where
             if isinstance(found, VideoFile):
                 videos[source, found.name] = found
             if isinstance(found, str):
@@ -376,8 +377,11 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
     folder = VideoFolder(root, root / found_format.videos)
     report.unused += annotations.describe_unused(path, folder, found_format, rows)
     located: list[tuple[str, Entry, VideoFile | str]] = []
+    doubtful = []  # captions
     for row in rows:
-        entry = found_format.parse(row.record)
+        entry, cut = found_format.parse(row.record), row.cut
+        if cut and cut.column in annotations.CATEGORY and not _is_no_category(cut.text, known):
+            cut = None
         if row.problem:
             found: VideoFile | str = row.problem
         elif not entry.video:
@@ -386,17 +390,24 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             found = f"no caption: {row.where}" + (f" has {entry.caption!r}" if entry.caption else "")
         elif entry.split.lower() not in annotations.SPLITS:
             found = f"unknown split: {row.where} has {entry.split!r}, expected train, val or test"
-        elif (cut := annotations.find_cut(path, row.record)) and _is_no_category(cut[1], known):
+        elif cut and cut.sure:
             found = (
-                f"cut caption: {row.where} has {_short(cut[1])!r} where its {cut[0]} should be: put quotes "
-                "around the caption"
+                f"cut caption: {row.where} has {_short(cut.text)!r} where its {cut.column or 'next column'} "
+                "should be: put quotes around the caption"
             )
         else:
             try:
                 found = folder.find(entry.video)
             except UserError as error:
                 found = _short(str(error))
+            if cut:
+                doubtful.append(f"{row.where} ({_short(cut.text)!r} is no category)")
         located.append((row.where, entry, found))
+    if doubtful:
+        report.unused.append(
+            f"captions of {path} that look cut at a comma: {annotations.shorten(doubtful)}; put quotes "
+            "around texts that hold commas"
+        )
     if all(isinstance(found, str) for _, _, found in located):
         where, entry, reason = located[0]
         missing = str(reason).startswith("missing")
@@ -406,6 +417,14 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )
     return located
+
+
+def _stem(name: str, found: VideoFile | str) -> str:
+    """The name of a video, as a record gives it, without folder and ending; of `my.clip.v2` all, if bare."""
+    whole = Path(name.replace("\\", "/"))
+    file = Path(found.name.replace(":", "/")).name if isinstance(found, VideoFile) else ""
+    bare = unicodedata.normalize("NFC", file).startswith(unicodedata.normalize("NFC", f"{whole.name}."))
+    return whole.name if bare else whole.stem
 
 
 def _short(text: str) -> str:

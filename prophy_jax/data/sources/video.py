@@ -8,7 +8,7 @@ Legend: F frames, H W pixels. Frames are uint8 RGB (F,H,W,3) as a player shows t
 and the chroma format of the file: turned and mirrored as its display matrix says, with square pixels, in
 BT.709 colours (`prophy_jax.data.sources.colours`). Rates are frames per second. A video is a path, or a
 seekable binary file with a `name`, such as a member of a zip file held in memory. An image (JPEG, PNG, WebP,
-BMP, TIFF) is a clip of one frame.
+BMP, TIFF, AVIF) is a clip of one frame.
 """
 
 import contextlib
@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from prophy_jax.data.sources import colours
 from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import replacing
 
 Video = str | os.PathLike | BinaryIO
-IMAGES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow's names
+# Pillow's names. FFmpeg takes an AVIF or HEIF image for a video of one frame a second, or for one tile of it.
+IMAGES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+_BRANDS = ("avif", "heic", "heix", "mif1")
 
 
 class Bucket(NamedTuple):
@@ -285,6 +287,8 @@ def _open_video(video: Video) -> Iterator[tuple[Fraction | None, Iterator]]:
     try:
         # "file:" since FFmpeg takes what is before a colon for a protocol.
         with av.open(video if is_file else f"file:{name}") as container:
+            if container.metadata.get("major_brand") in _BRANDS:
+                raise UserError(f"{name}: image: AVIF and HEIF are not read: convert it to PNG")
             stream = _best_stream(container)
             if stream is None:
                 raise UserError(f"{name}: the file has no video stream")

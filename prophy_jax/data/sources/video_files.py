@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import os
+import stat
 import unicodedata
 import zipfile
 import zlib
@@ -22,8 +23,14 @@ from typing import NamedTuple
 from prophy_jax.run.errors import UserError
 
 # Endings of what is taken for a clip where no table names it: of videos, then of images.
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEOS = (
+    *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif"),
+    *(".3gp", ".3g2", ".mts", ".m2ts", ".m2t", ".m2v", ".vob", ".ogv", ".asf", ".f4v", ".mxf", ".dv", ".qt"),
+    *(".divx", ".rm", ".rmvb", ".y4m", ".ivf", ".apng", ".h264", ".264", ".h265", ".265", ".hevc"),
+)
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+# Endings of files that have the name of a text, and are no videos.
+_NO_VIDEOS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".srt", ".vtt", ".zip")
 _CODE_PAGES = ("cp850", "cp1252", "gbk", "cp932", "euc_kr", "cp1251", "cp866")  # of zip files' directories
 
 
@@ -150,9 +157,13 @@ class VideoFolder:
         self._prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         self._files: list[VideoFile] = []
         self._by_base_name: dict[str, list[VideoFile]] = defaultdict(list)
+        self._no_files: dict[str, str] = {}  # name -> what it is instead
         for path in walk(str(folder)) if folder.is_dir() else ():
             name = os.path.relpath(path, root).replace(os.sep, "/")
-            found = _zip_members(name, path) if path.lower().endswith(".zip") else _file(name, path)
+            if instead := _no_file(path):
+                self._no_files[name] = instead
+                continue
+            found = _zip_members(name, path) if path.lower().endswith(".zip") else [_file(name, path)]
             self._files += found
             for video in found:
                 names = video.member.names if video.member else (name,)
@@ -171,15 +182,16 @@ class VideoFolder:
         """
         text = text.replace("\\", "/").removeprefix("./")
         candidates = self._by_base_name.get(_key(_base_name(text)), [])
-        if not candidates and os.path.splitext(text)[1].lower() not in VIDEOS + IMAGES:
-            base = _key(_base_name(text))
-            by_ending = (self._by_base_name.get(base + ending, []) for ending in VIDEOS + IMAGES)
-            candidates = next(filter(None, by_ending), [])
-            text += os.path.splitext(candidates[0].name)[1] if candidates else ""
+        names = {video: video.name for video in candidates}
+        bare = not candidates and os.path.splitext(text)[1].lower() not in VIDEOS + IMAGES
+        for endings in (VIDEOS, IMAGES) if bare else ():
+            found = [self._by_base_name.get(_key(_base_name(text)) + ending, []) for ending in endings]
+            candidates = candidates or sum(found, [])
+            names = {video: os.path.splitext(video.name)[0] for video in candidates}
         own, whole = _key(text), _key(self._prefix + text)
-        keys = {video: _key(video.name) for video in candidates}
+        keys = {video: _key(names[video]) for video in candidates}
         ends = (f"/{own}", f":{own}")
-        exact = [video for video in candidates if video.name == self._prefix + text]
+        exact = [video for video in candidates if names[video] == self._prefix + text]
         exact = exact or [video for video in candidates if keys[video] == whole]
         below = [video for video in candidates if "/" in own and keys[video].endswith(ends)]
         # An absolute path, or one of another machine, that ends in a path below the folder.
@@ -190,9 +202,16 @@ class VideoFolder:
             exact or below or [video for video in above if len(short[video]) == longest] or candidates
         )
         if not candidates:
+            for name, instead in self._no_files.items():
+                if _key(_base_name(name)) == _key(_base_name(text)):
+                    raise UserError(f"no file: {name} is {instead}")
             raise UserError(f"missing: no video {_base_name(text)}")
         if len(candidates) > 1 and len(set(content_keys(candidates).values())) > 1:
-            raise UserError(f"ambiguous: {len(candidates)} different videos are called {_base_name(text)}")
+            endings = sorted({os.path.splitext(video.name)[1] for video in candidates})
+            raise UserError(
+                f"ambiguous: {len(candidates)} different videos are called {_base_name(text)}"
+                + (f"; write its ending ({', '.join(endings)})" if len(endings) > 1 else "")
+            )
         return candidates[0]
 
     def captioned(self) -> Iterator[tuple[VideoFile, VideoFile | None]]:
@@ -214,6 +233,25 @@ class VideoFolder:
             moving = [file for file in files if os.path.splitext(file.name)[1].lower() in VIDEOS]
             for file in moving or files[:1]:
                 yield file, texts.get(stem)
+
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        """What has the name of a video and is no file, and of texts that have none what else has their name.
+
+        Gives names relative to the source, and what is wrong with them.
+        """
+        endings: dict[str, dict[str, str]] = defaultdict(dict)  # of each stem, to the names
+        for name in (*self._no_files, *(file.name for file in self._files)):
+            stem, ending = os.path.splitext(name)
+            if not _base_name(name).startswith("."):
+                endings[_key(stem)].setdefault(ending.lower(), name)
+        for name, instead in self._no_files.items():
+            if name.lower().endswith(VIDEOS + IMAGES):
+                yield name, f"is {instead}"
+        for found in endings.values():
+            others = [name for ending, name in found.items() if ending not in _NO_VIDEOS]
+            if ".txt" in found and others and not found.keys() & {*VIDEOS, *IMAGES}:
+                ending = os.path.splitext(others[0])[1]
+                yield others[0], f"has an ending ({ending}) that is not read" if ending else "has no ending"
 
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
@@ -246,12 +284,18 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", stem + ending.lower())
 
 
-def _file(name: str, path: str) -> list[VideoFile]:
+def _no_file(path: str) -> str:
+    """What is there instead of a file; "" for a file."""
     try:
-        status = os.stat(path)
-    except OSError:  # a link to nowhere
-        return []
-    return [VideoFile(name, path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))]
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return "a link to nothing"
+    return "" if regular else "a pipe, a socket or a device, and no file"  # reading it may never end
+
+
+def _file(name: str, path: str) -> VideoFile:
+    status = os.stat(path)
+    return VideoFile(name, path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))
 
 
 def _zip_members(name: str, path: str) -> list[VideoFile]:
