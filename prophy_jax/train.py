@@ -350,7 +350,7 @@ if __name__ == "__main__":
 
     from prophy_jax.run import cli
 
-    about = "A run, a checkpoint of it, or a folder of parameters, that a new run begins with."
+    about = "A run, a checkpoint of it or a folder of parameters that a new run begins with; may be repeated."
     flags.DEFINE_multi_string("init", [], about)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
     cli.run(main, __doc__, distributed=True)

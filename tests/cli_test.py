@@ -26,6 +26,7 @@ COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "lab
 # Every command shows its help in less than two seconds; one of these alone may take as long.
 HEAVY = {"torch", "transformers", "tensorboardX", "grain", "av"}
 EQUALS, SPACE = ("--config=configs/wan.py:tiny",), ("--config", "configs/wan.py:tiny")
+OWN = 'from configs import wan\ndef get_config(arg=""):\n    config = wan.get_config("tiny")\n'
 SHOW_HELP = """
 import runpy, sys
 try:
@@ -295,6 +296,88 @@ def test_compiled_programs_are_kept_in_the_cache_folder_unless_the_user_names_an
     assert compile_cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "prophy_jax" / "xla")
     mine = str(tmp_path / "mine")
     assert compile_cache(JAX_COMPILATION_CACHE_DIR=mine) == mine
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "named"),
+    [
+        ("prophy_jax.train", ["--workdir=gs://b/run"], "--workdir=gs://b/run"),
+        ("prophy_jax.prepare", ["--out=gs://b/x"], "--out=gs://b/x"),
+        ("prophy_jax.prepare", ["--source", "s3://b/x"], "--source=s3://b/x"),
+        ("prophy_jax.label", ["--out=gs://b/x", "--vlm=none"], "--out=gs://b/x"),
+        ("prophy_jax.sample", ["--out=s3://b/x", "--prompt=gs://is/text"], "--out=s3://b/x"),
+        ("prophy_jax.train", ["--config.data.dir=gs://b/x"], "config.data.dir=gs://b/x"),
+        (
+            "prophy_jax.train",
+            ["--config.data.side.alignment=GS://b/x"],
+            "config.data.side.alignment=GS://b/x",
+        ),
+        ("prophy_jax.train", ["--config.backbone_params=hf://b/x"], "config.backbone_params=hf://b/x"),
+        ("prophy_jax.train", ["--config=gs://b/mine.py"], "--config=gs://b/mine.py"),
+        ("convert.wan", ["--src=a", "--dst=gs://b/w"], "--dst=gs://b/w"),
+        ("convert.export", ["--checkpoint=a", "--format=diffusers", "--dst", "gs://b/w"], "gs://b/w"),
+    ],
+)
+def test_addresses_are_refused_and_nothing_is_written(tmp_path, monkeypatch, command, words, named):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--config=configs/wan.py:tiny"] * (command[:7] != "convert" and words[0][:9] != "--config=")
+    done = run_here(command, *tiny, *words)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {named} is an address")
+    assert done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+
+
+def test_the_home_folder_is_expanded_in_flags_and_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    os.makedirs("home/w")
+    (tmp_path / "home" / "mine.py").write_text("from configs import wan\nget_config = wan.get_config\n")
+    keys = ("data.dir", "data.side.alignment", "data.taxonomy", "codec_params")
+    words = ["--config=~/mine.py:tiny", *(f"--config.{key}=~/{key}" for key in keys), "--print_config"]
+    shown = run_here("prophy_jax.train", *words, "--config.samples.negative_prompt=~/text").stdout
+    assert all(f"{key} = '{tmp_path}/home/{key}' " in shown for key in keys)
+    assert "samples.negative_prompt = '~/text' " in shown
+    out = ["--config=configs/wan.py:tiny", "--config.data.sandbox.train=1", "--out=~/s"]
+    sizes = [f"--config.data.sandbox.{split}=1" for split in ("val", "test")]
+    assert run_here("prophy_jax.prepare", *out, *sizes).returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["home"] and os.path.exists("home/s/manifest.json")
+    for words in (["--src=~/w"], ["--src", "~/w"]):
+        assert f"{tmp_path}/home/w" in run_here("convert.wan", *words, "--dst=x").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('def get_config(arg=""):\n    return {"a": 1}\n', "get_config returned dict, not"),
+        ('def get_config(arg=""):\n    pass\n', "get_config returned NoneType, not"),
+        ("import nosuchmodule\n", ", line 1: ModuleNotFoundError: No module named 'nosuchmodule': fix"),
+        ("x = 1\n", "has no function get_config(arg)"),
+        ("x = 1\ndef get_config(:\n", ", line 2: SyntaxError: "),
+        ('def get_config(arg=""):\n    raise ValueError("boo")\n', ", line 2: ValueError: boo: fix"),
+        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
+        ("def get_config(arg=''):\n    return 1 / 0\n", ", line 2: ZeroDivisionError: division by zero: fix"),
+        ("def get_config(arg=''):\n    return open('none')\n", ", line 2: FileNotFoundError: "),
+        (OWN + '    config.batch_size = "4"\n', ", line 4: TypeError: Could not override field"),
+        (OWN + "    config.steps = config.stepz\n", ", line 4: AttributeError: "),
+        (OWN + "    del config.data\n    return config\n", "lacks the key 'data'"),
+        (OWN + "    del config.data.dir\n    return config\n", "lacks the key 'dir'"),
+    ],
+)
+@pytest.mark.parametrize("form", [("--config=mine.py",), ("--config", "mine.py")], ids=["=", "space"])
+def test_a_fault_in_ones_own_configuration_is_named_with_its_line(tmp_path, monkeypatch, text, words, form):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(text)
+    done = run_here("prophy_jax.prepare", *form)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+    assert ("mine.py" in done.stderr) != ("lacks the key" in words)
+    assert set(os.listdir(tmp_path)) <= {"mine.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_of_flags_are_finite(tmp_path, value):
+    words = ("--config=configs/wan.py:tiny", "--prompt=a", f"--out={tmp_path}/out")
+    done = run_here("prophy_jax.sample", *words, f"--scale={value}")
+    assert done.returncode == 1 and done.stderr == f"error: --scale={value} is not a finite number: fix it\n"
+    assert not os.listdir(tmp_path)
 
 
 def refused(tmp_path, *words: str) -> str:
