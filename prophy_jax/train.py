@@ -194,6 +194,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
         return batch["id"], parallel.put_batch(inputs, mesh, config.batch_size)
 
     with distributed.all_or_none():
+        build.check_backbone(config, layout)
         if config.backbone_params:
             manifest = checkpoints.check_params(
                 config.backbone_params,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,7 @@ import pytest
 from absl import flags
 
 from prophy_jax import build, evaluate
-from prophy_jax.run import cli, config_check, config_help, encoders, workdir
+from prophy_jax.run import cli, config_check, config_help, encoders, loop, workdir
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.config_help_test import shipped
@@ -378,6 +379,43 @@ def test_numbers_of_flags_are_finite(tmp_path, value):
     done = run_here("prophy_jax.sample", *words, f"--scale={value}")
     assert done.returncode == 1 and done.stderr == f"error: --scale={value} is not a finite number: fix it\n"
     assert not os.listdir(tmp_path)
+
+
+def test_the_commands_to_type_next_can_be_pasted(tmp_path, monkeypatch):
+    """Paths with spaces are quoted, the configuration is as typed, and no command gets keys in vain."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my runs" / "a" / "tensorboard").mkdir(parents=True)
+    keys = (
+        "--config.steps 20 --config.optimizer.warmup=1 --config.data.height=48 --config.batch_size=2 --init=x"
+    )
+    data = ["--config.data.dir", "my data", "--config.parts.branch.layers=(0,)", "--config.log.every=1"]
+    words = ["train", "--config=configs/wan.py:tiny", *keys.split(), *data, "--workdir=my runs/a"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cli._find_configuration()
+    assert str(ROOT) in sys.argv[1]  # the installed file
+    shown = loop.describe_folder("my runs/a", ["backbone", "branch"])
+    assert str(ROOT) not in shown and "tensorboard --logdir='my runs/a/tensorboard'\n" in shown
+    sample, measure = (shlex.split(line)[3:] for line in shown.splitlines()[-2:])
+    chosen = ["--config=configs/wan.py:tiny", "--config.data.height=48", *data[:3]]
+    folders = ["--checkpoint=my runs/a/backbone", "--branch=my runs/a/branch"]
+    assert sample == [*chosen, *folders, "--prompt=...", "--out=samples"]
+    rates = ["--config.optimizer.warmup=1", "--config.data.height=48", "--config.batch_size=2", *data[:3]]
+    assert measure == [chosen[0], *rates, "--workdir=my runs/a"]
+
+
+def test_a_backbone_that_is_random_and_frozen_is_refused(tmp_path):
+    words = (
+        "--config=configs/wan.py:tiny",
+        "--config.optimizer.learning_rates.backbone=0",
+        "--config.batch_size=8",
+    )
+    done = run_here("prophy_jax.train", *words, f"--workdir={tmp_path}/run")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+    assert "the backbone is random and frozen: config.backbone_params is empty and its l" in done.stderr
+    done = run_here("prophy_jax.sample", words[0], "--prompt=a", f"--out={tmp_path}/out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+    assert "error: config.backbone_params is empty: name WORKDIR/backbone of a run" in done.stderr
 
 
 def refused(tmp_path, *words: str) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import fnmatch
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -24,6 +25,7 @@ INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__fi
 STOPPED = 75  # exit status of a run that a signal stopped and that was saved: EX_TEMPFAIL, "try again"
 HELP = ("--help", "-h", "-help", "--helpfull")
 # What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
+_typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
 TEXTS = ("prompt", "*_remedy", "*.negative_prompt")
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
@@ -191,8 +193,22 @@ def _find_configuration() -> None:
         installed = os.path.join(INSTALLED, flag[2])
         if not os.path.exists(file) and os.path.exists(installed):
             sys.argv[i] = flag[1] + installed + word[flag.end() :]
+            _typed[sys.argv[i]] = word
             file = installed
         sys.path.append(os.path.dirname(os.path.dirname(file)))
+
+
+def typed_configuration() -> tuple[list[str], dict[str, list[str]]]:
+    """Of the command line: the words of --config, as they were typed, and those of each --config.KEY."""
+    file, keys, words = [], {}, [*sys.argv[1:], "--"]
+    for word, value in itertools.pairwise(words):
+        if found := re.match(r"--?config(?:[.]([^=]+))?(=|$)", word):
+            own = [word] if found[2] or value.startswith("--") else [word, value]
+            if found[1]:
+                keys[found[1]] = own
+            else:
+                file = [_typed.get(one, one) for one in own]
+    return file, keys
 
 
 def _nearest(name: str) -> str:
