@@ -381,6 +381,38 @@ def test_numbers_of_flags_are_finite(tmp_path, value):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("optimizer.learnin_rates = 1", "config.optimizer.learnin_rates: "),
+        ("optimizer.lr = 1", "an unknown key, config.optimizer.lr: remove it"),
+        ("optimizer.warm_up = 1", "config.optimizer.warm_up: did you mean config.optimizer.warmup?"),
+        ("optimiser = dict(clip=1)", "config.optimiser.clip: did you mean config.optimizer.clip?"),
+        ("batchsize = 1", "config.batchsize: did you mean config.batch_size?"),
+        ("data.frame = 1", "config.data.frame: did you mean config.data.frames?"),
+        ("data.labels = 'x'", "config.data.labels is now config.data.side.alignment: rename it"),
+        ("branch = dict(layers=(0,))", "config.branch is now config.parts.branch: rename it"),
+        ("mine = ConfigDict()", "an unknown key, config.mine: remove it"),
+    ],
+)
+def test_an_unknown_key_of_ones_own_configuration_is_refused_by_every_command(tmp_path, line, words):
+    imports = "from ml_collections import ConfigDict\n"
+    (tmp_path / "mine.py").write_text(f"{imports}{OWN}    config.{line}\n    return config\n")
+    for command in ("prepare", "train"):
+        done = run_here(f"prophy_jax.{command}", f"--config={tmp_path}/mine.py", "--print_config")
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_keys_of_parts_losses_and_data_sets_of_ones_own_pass():
+    config = get_config("tiny")
+    config.parts.nudge = dict(module="nudge", layers=(0, 1), own=dict(deep=1))
+    config.data.side.motion = "x"
+    config.losses.moving = 0.5
+    config_check.check(config)
+    config.data.side = {}
+    config_check.check(config)
+
+
 def test_the_commands_to_type_next_can_be_pasted(tmp_path, monkeypatch):
     """Paths with spaces are quoted, the configuration is as typed, and no command gets keys in vain."""
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import fnmatch
 import importlib.util
 import itertools
@@ -216,11 +215,9 @@ def _nearest(name: str) -> str:
     from prophy_jax.run import config_help
 
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, flags.Error):
-        keys = [f"config.{key}" for key, _ in config_help.list_keys(_load_alone())]
-        found = difflib.get_close_matches(name, keys, 1, 0.75)
-        same = [key for key in keys if key.split(".")[-1] == name.split(".")[-1]]  # in another table
-        if same or found:
-            return f"; did you mean --{(same or found)[0]}?"
+        keys = [key for key, _ in config_help.list_keys(_load_alone())]
+        if found := config_check.nearest(name.removeprefix("config."), keys):
+            return f"; did you mean --config.{found}?"
     return ""
 
 
