@@ -102,7 +102,7 @@ def test_the_configuration_of_the_docs_works_in_an_empty_folder(tmp_path, flag):
         text=True,
         check=True,
     ).stdout
-    assert "batch_size = 2 " in shown and "data.dir = 'data/mine'" in shown and "samples.every = 0 " in shown
+    assert "batch_size = 2 " in shown and "data.dir = 'data/first'" in shown and "samples.every = 0 " in shown
 
 
 @pytest.mark.parametrize(
