@@ -530,9 +530,9 @@ def test_folder_of_another_configuration_is_kept(sandbox_dir):
     before = _bytes(sandbox_dir)
     with pytest.raises(UserError, match="made differently .*data.fps was 8, is 4"):
         prepare(_config(sandbox_dir, fps=4))
-    other = {"train": 6, "val": 2, "test": 2, "seed": 1}
-    with pytest.raises(UserError, match=r"made differently \(different clips; data.max_upscale was 1.0, is 2.0\)"):
-        prepare(_config(sandbox_dir, sandbox=other, max_upscale=2.0))
+    other = {"train": 7, "val": 2, "test": 2, "seed": 0}
+    with pytest.raises(UserError, match=r"made differently \(different clips; data.fps was 8, is 4\)"):
+        prepare(_config(sandbox_dir, sandbox=other, fps=4))
     assert _bytes(sandbox_dir) == before
 
 
