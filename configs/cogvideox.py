@@ -93,7 +93,7 @@ def public(config: ConfigDict, folder: str, download: str) -> None:
     config.codec_params = f"{folder}/vae"
     config.text_encoder_params = f"{folder}/text_encoder"
     config.backbone_remedy = (
-        f"convert the public weights: python -m convert.cogvideox --src={download} --dst={folder}"
+        f"convert the public weights: python -m convert.cogvideox --src=zai-org/{download} --dst={folder}"
     )
 
 

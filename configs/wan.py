@@ -84,7 +84,7 @@ def paper() -> ConfigDict:
     config.codec_params = "checkpoints/wan2.1-t2v-1.3b/vae"
     config.text_encoder_params = "checkpoints/wan2.1-t2v-1.3b/text_encoder"
     config.backbone_remedy = (
-        "convert the public weights: python -m convert.wan --src=Wan2.1-T2V-1.3B "
+        "convert the public weights: python -m convert.wan --src=Wan-AI/Wan2.1-T2V-1.3B "
         "--dst=checkpoints/wan2.1-t2v-1.3b"
     )
     config.frozen_dtype = "bfloat16"
@@ -182,7 +182,7 @@ def large() -> ConfigDict:
     config.codec_params = f"{folder}/vae"
     config.text_encoder_params = f"{folder}/text_encoder"
     config.backbone_remedy = (
-        f"convert the public weights: python -m convert.wan --src=Wan2.1-T2V-14B --dst={folder}"
+        f"convert the public weights: python -m convert.wan --src=Wan-AI/Wan2.1-T2V-14B --dst={folder}"
     )
     config.parts.branch.layers = tuple(range(0, 40, 4))
     config.samples.update(shift=5.0, guidance=5.0)

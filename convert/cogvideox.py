@@ -453,6 +453,7 @@ def _channels(patch: lv.Shape) -> int:
 
 MODEL = command.Model(
     name="CogVideoX",
+    hub="zai-org/CogVideoX-5b",
     give="CogVideoX for text to video",
     command="convert.cogvideox",
     about=__doc__,

@@ -84,6 +84,7 @@ class Model:
     """A published model."""
 
     name: str  # for messages
+    hub: str  # the name on the Hugging Face hub of one
     give: str  # what to give in place of another model
     command: str  # python -m of its module
     about: str  # the help
@@ -331,7 +332,8 @@ def _find_parts(model: Model, src: Path, wanted: str) -> tuple[Path, list[str]]:
     """--src, or the one file of weights in it, and the parts to convert; prints which of "all" are absent."""
     if not src.exists():
         raise UserError(
-            f"{src} is not a folder: --src names the folder of the download, or a file of weights"
+            f"{src} is not a folder: --src names the folder of the download, a file of weights, or a name on "
+            f"the Hugging Face hub, such as {model.hub}"
         )
     _refuse_more(model, src)
     if src.is_dir():

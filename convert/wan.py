@@ -367,6 +367,7 @@ _CLASSES = ("WanTransformer3DModel", "WanModel", "AutoencoderKLWan")
 
 MODEL = command.Model(
     name="Wan2.1",
+    hub="Wan-AI/Wan2.1-T2V-1.3B",
     give="Wan2.1-T2V",
     command="convert.wan",
     about=__doc__,

@@ -150,7 +150,7 @@ def load_part(config: ConfigDict, name: str, folder: str | None, layout: Mapping
 
     Raises UserError when the folder is missing or does not fit.
     """
-    return checkpoints.load_params(folder or "(none)", layout[name], remedy(config, name, folder))
+    return checkpoints.load_params(named(config, name, folder), layout[name], remedy(config, name, folder))
 
 
 def find_starts(config: ConfigDict, layout: Mapping[str, Any], folders: Sequence[str]) -> dict[str, str]:
@@ -198,7 +198,7 @@ def check_params(
     """
     manifests = {
         name: checkpoints.check_params(
-            folders.get(name) or "(none)", layout[name], remedy(config, name, folders.get(name))
+            named(config, name, folders.get(name)), layout[name], remedy(config, name, folders.get(name))
         )
         for name in layout
     }
@@ -224,6 +224,29 @@ def check_params(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )
     return hashes
+
+
+def named(config: ConfigDict, name: str, folder: str | None) -> str:
+    """`folder`, of the parameters of the backbone or of a part. Raises UserError when none is named."""
+    if folder:
+        return folder
+    if name != "backbone":
+        raise UserError(f"no parameters of {name!r} are named: {remedy(config, name, None)}")
+    raise UserError(
+        "config.backbone_params is empty: name WORKDIR/backbone of a run that trained one, or converted "
+        f"weights, with --checkpoint=DIR or --config.backbone_params=DIR; or {remedy(config, name, None)}"
+    )
+
+
+def check_backbone(config: ConfigDict, layout: Mapping[str, Any]) -> None:
+    """Raises UserError when the backbone would be random, stay so, and not be saved."""
+    trainable, _ = optim.split(layout, optim.groups_of(config.optimizer))
+    if not config.backbone_params and "backbone" not in trainable:
+        raise UserError(
+            "the backbone is random and frozen: config.backbone_params is empty and its learning rate is 0: "
+            "name its weights with --config.backbone_params=DIR, or let it train with a learning rate above "
+            "0, such as --config.optimizer.learning_rates.backbone=1e-3"
+        )
 
 
 def remedy(config: ConfigDict, name: str, folder: str | None) -> str:

@@ -384,7 +384,10 @@ def import_labelling(config: ConfigDict):
     try:
         from prophy_jax.labels import labelling
     except ImportError as error:
-        raise UserError(f'{error}: the labels need more packages: pip install "prophy_jax[label]"') from error
+        raise UserError(
+            f'{error}: the labels need more packages: pip install "/path/to/prophy_jax[label]", which is the '
+            "folder of this project"
+        ) from error
     labelling.check_settings(config.label)
     return labelling
 

@@ -4,7 +4,7 @@
     python -m prophy_jax.prepare --config=configs/wan.py:demo                     # the sandbox
 
 SOURCE is a folder of WISA-80K, a table of videos and captions, or a folder of videos with a text beside each
-(docs/data.md); several may be given, and --val=SOURCE names one's own validation clips. `config.data` says
+(docs/data.md); several may be given, and --val=SOURCE names your own validation clips. `config.data` says
 which clips are taken, and into which sizes and lengths (buckets) they are cropped; `config.codec` encodes the
 videos and `config.text_encoder` the captions. Without --source it draws the clips of `config.data.sandbox`,
 and stores their exact token masks as alignment labels.
@@ -466,12 +466,12 @@ class Progress:
 
     def __init__(self, clips: int) -> None:
         self._bar = tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips)
-        self._spent = {"waiting for decoded clips": 0.0, "encoding": 0.0}
+        self._spent = {"reading videos": 0.0, "encoding": 0.0}
         self._clips, self._start = clips, time.perf_counter()
 
     def waiting(self, decoded: Iterator) -> Iterator:
         while True:
-            with self.spending("waiting for decoded clips"):
+            with self.spending("reading videos"):
                 item = next(decoded, None)
             if item is None:
                 return
@@ -490,8 +490,10 @@ class Progress:
     def report(self) -> None:
         seconds = time.perf_counter() - self._start
         if self._clips:
-            shares = ", ".join(f"{what} {spent / seconds:.0%}" for what, spent in self._spent.items())
-            print(f"{self._clips} clips in {seconds:.0f} s, {seconds / self._clips:.2f} s each: {shares}")
+            reading, encoding = (spent / seconds for spent in self._spent.values())
+            each = f"{self._clips} clip{'s' * (self._clips != 1)} in {seconds:.0f} s"
+            share = f"{reading:.0%} of the time went to reading videos, {encoding:.0%} to encoding"
+            print(f"{each}, {seconds / self._clips:.2f} s each: {share}")
 
 
 # --- How much of the pictures is kept --------------------------------------------------------------
@@ -694,7 +696,7 @@ if __name__ == "__main__":
         "source", [], "Folder or file of captioned videos; may be repeated; without it, the sandbox."
     )
     flags.DEFINE_multi_string(
-        "val", [], "Folder or file of one's own validation clips; may be repeated; none is drawn then."
+        "val", [], "Folder or file of your own validation clips; may be repeated; none is drawn then."
     )
     flags.DEFINE_string("out", None, "Folder to write, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")

@@ -308,7 +308,9 @@ def main(config: Any) -> None:
                         video.write_mp4(path, shown, config.data.fps)
     here = sum(len(indices) for indices, _ in share)
     whose = f", process {process} of {processes}" if processes > 1 else ""
-    print(f"{here} clips in {options.out}, {here - made} of them from before{whose}")
+    before = "" if made == here else f", {here - made} of them from before"
+    done = ", already there: nothing to do" if here and not made else before
+    print(f"{here} clip{'s' * (here != 1)} in {options.out}{done}{whose}")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
         return batch["id"], parallel.put_batch(inputs, mesh, config.batch_size)
 
     with distributed.all_or_none():
+        build.check_backbone(config, layout)
         if config.backbone_params:
             manifest = checkpoints.check_params(
                 config.backbone_params,
@@ -350,7 +351,7 @@ if __name__ == "__main__":
 
     from prophy_jax.run import cli
 
-    about = "A run, a checkpoint of it, or a folder of parameters, that a new run begins with."
+    about = "A run, a checkpoint of it or a folder of parameters that a new run begins with; may be repeated."
     flags.DEFINE_multi_string("init", [], about)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
     cli.run(main, __doc__, distributed=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,7 @@ import pytest
 from absl import flags
 
 from prophy_jax import build, evaluate
-from prophy_jax.run import cli, config_check, config_help, encoders, workdir
+from prophy_jax.run import cli, config_check, config_help, encoders, loop, workdir
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.config_help_test import shipped
@@ -26,6 +27,7 @@ COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "lab
 # Every command shows its help in less than two seconds; one of these alone may take as long.
 HEAVY = {"torch", "transformers", "tensorboardX", "grain", "av"}
 EQUALS, SPACE = ("--config=configs/wan.py:tiny",), ("--config", "configs/wan.py:tiny")
+OWN = 'from configs import wan\ndef get_config(arg=""):\n    config = wan.get_config("tiny")\n'
 SHOW_HELP = """
 import runpy, sys
 try:
@@ -102,7 +104,7 @@ def test_the_configuration_of_the_docs_works_in_an_empty_folder(tmp_path, flag):
         text=True,
         check=True,
     ).stdout
-    assert "batch_size = 2 " in shown and "data.dir = 'data/mine'" in shown and "samples.every = 0 " in shown
+    assert "batch_size = 2 " in shown and "data.dir = 'data/first'" in shown and "samples.every = 0 " in shown
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,157 @@ def test_compiled_programs_are_kept_in_the_cache_folder_unless_the_user_names_an
     assert compile_cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "prophy_jax" / "xla")
     mine = str(tmp_path / "mine")
     assert compile_cache(JAX_COMPILATION_CACHE_DIR=mine) == mine
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "named"),
+    [
+        ("prophy_jax.train", ["--workdir=gs://b/run"], "--workdir=gs://b/run"),
+        ("prophy_jax.prepare", ["--out=gs://b/x"], "--out=gs://b/x"),
+        ("prophy_jax.prepare", ["--source", "s3://b/x"], "--source=s3://b/x"),
+        ("prophy_jax.label", ["--out=gs://b/x", "--vlm=none"], "--out=gs://b/x"),
+        ("prophy_jax.sample", ["--out=s3://b/x", "--prompt=gs://is/text"], "--out=s3://b/x"),
+        ("prophy_jax.train", ["--config.data.dir=gs://b/x"], "config.data.dir=gs://b/x"),
+        (
+            "prophy_jax.train",
+            ["--config.data.side.alignment=GS://b/x"],
+            "config.data.side.alignment=GS://b/x",
+        ),
+        ("prophy_jax.train", ["--config.backbone_params=hf://b/x"], "config.backbone_params=hf://b/x"),
+        ("prophy_jax.train", ["--config=gs://b/mine.py"], "--config=gs://b/mine.py"),
+        ("convert.wan", ["--src=a", "--dst=gs://b/w"], "--dst=gs://b/w"),
+        ("convert.export", ["--checkpoint=a", "--format=diffusers", "--dst", "gs://b/w"], "gs://b/w"),
+    ],
+)
+def test_addresses_are_refused_and_nothing_is_written(tmp_path, monkeypatch, command, words, named):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--config=configs/wan.py:tiny"] * (command[:7] != "convert" and words[0][:9] != "--config=")
+    done = run_here(command, *tiny, *words)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {named} is an address")
+    assert done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+
+
+def test_the_home_folder_is_expanded_in_flags_and_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    os.makedirs("home/w")
+    (tmp_path / "home" / "mine.py").write_text("from configs import wan\nget_config = wan.get_config\n")
+    keys = ("data.dir", "data.side.alignment", "data.taxonomy", "codec_params")
+    words = ["--config=~/mine.py:tiny", *(f"--config.{key}=~/{key}" for key in keys), "--print_config"]
+    shown = run_here("prophy_jax.train", *words, "--config.samples.negative_prompt=~/text").stdout
+    assert all(f"{key} = '{tmp_path}/home/{key}' " in shown for key in keys)
+    assert "samples.negative_prompt = '~/text' " in shown
+    out = ["--config=configs/wan.py:tiny", "--config.data.sandbox.train=1", "--out=~/s"]
+    sizes = [f"--config.data.sandbox.{split}=1" for split in ("val", "test")]
+    assert run_here("prophy_jax.prepare", *out, *sizes).returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["home"] and os.path.exists("home/s/manifest.json")
+    for words in (["--src=~/w"], ["--src", "~/w"]):
+        assert f"{tmp_path}/home/w" in run_here("convert.wan", *words, "--dst=x").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('def get_config(arg=""):\n    return {"a": 1}\n', "get_config returned dict, not"),
+        ('def get_config(arg=""):\n    pass\n', "get_config returned NoneType, not"),
+        ("import nosuchmodule\n", ", line 1: ModuleNotFoundError: No module named 'nosuchmodule': fix"),
+        ("x = 1\n", "has no function get_config(arg)"),
+        ("x = 1\ndef get_config(:\n", ", line 2: SyntaxError: "),
+        ('def get_config(arg=""):\n    raise ValueError("boo")\n', ", line 2: ValueError: boo: fix"),
+        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
+        ("def get_config(arg=''):\n    return 1 / 0\n", ", line 2: ZeroDivisionError: division by zero: fix"),
+        ("def get_config(arg=''):\n    return open('none')\n", ", line 2: FileNotFoundError: "),
+        (OWN + '    config.batch_size = "4"\n', ", line 4: TypeError: Could not override field"),
+        (OWN + "    config.steps = config.stepz\n", ", line 4: AttributeError: "),
+        (OWN + "    del config.data\n    return config\n", "lacks the key 'data'"),
+        (OWN + "    del config.data.dir\n    return config\n", "lacks the key 'dir'"),
+    ],
+)
+@pytest.mark.parametrize("form", [("--config=mine.py",), ("--config", "mine.py")], ids=["=", "space"])
+def test_a_fault_in_ones_own_configuration_is_named_with_its_line(tmp_path, monkeypatch, text, words, form):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(text)
+    done = run_here("prophy_jax.prepare", *form)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+    assert ("mine.py" in done.stderr) != ("lacks the key" in words)
+    assert set(os.listdir(tmp_path)) <= {"mine.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_of_flags_are_finite(tmp_path, value):
+    words = ("--config=configs/wan.py:tiny", "--prompt=a", f"--out={tmp_path}/out")
+    done = run_here("prophy_jax.sample", *words, f"--scale={value}")
+    assert done.returncode == 1 and done.stderr == f"error: --scale={value} is not a finite number: fix it\n"
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("optimizer.learnin_rates = 1", "config.optimizer.learnin_rates: "),
+        ("optimizer.lr = 1", "an unknown key, config.optimizer.lr: remove it"),
+        ("optimizer.warm_up = 1", "config.optimizer.warm_up: did you mean config.optimizer.warmup?"),
+        ("optimiser = dict(clip=1)", "config.optimiser.clip: did you mean config.optimizer.clip?"),
+        ("batchsize = 1", "config.batchsize: did you mean config.batch_size?"),
+        ("data.frame = 1", "config.data.frame: did you mean config.data.frames?"),
+        ("data.labels = 'x'", "config.data.labels is now config.data.side.alignment: rename it"),
+        ("branch = dict(layers=(0,))", "config.branch is now config.parts.branch: rename it"),
+        ("mine = ConfigDict()", "an unknown key, config.mine: remove it"),
+    ],
+)
+def test_an_unknown_key_of_ones_own_configuration_is_refused_by_every_command(tmp_path, line, words):
+    imports = "from ml_collections import ConfigDict\n"
+    (tmp_path / "mine.py").write_text(f"{imports}{OWN}    config.{line}\n    return config\n")
+    for command in ("prepare", "train"):
+        done = run_here(f"prophy_jax.{command}", f"--config={tmp_path}/mine.py", "--print_config")
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_keys_of_parts_losses_and_data_sets_of_ones_own_pass():
+    config = get_config("tiny")
+    config.parts.nudge = dict(module="nudge", layers=(0, 1), own=dict(deep=1))
+    config.data.side.motion = "x"
+    config.losses.moving = 0.5
+    config_check.check(config)
+    config.data.side = {}
+    config_check.check(config)
+
+
+def test_the_commands_to_type_next_can_be_pasted(tmp_path, monkeypatch):
+    """Paths with spaces are quoted, the configuration is as typed, and no command gets keys in vain."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my runs" / "a" / "tensorboard").mkdir(parents=True)
+    keys = (
+        "--config.steps 20 --config.optimizer.warmup=1 --config.data.height=48 --config.batch_size=2 --init=x"
+    )
+    data = ["--config.data.dir", "my data", "--config.parts.branch.layers=(0,)", "--config.log.every=1"]
+    words = ["train", "--config=configs/wan.py:tiny", *keys.split(), *data, "--workdir=my runs/a"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cli._find_configuration()
+    assert str(ROOT) in sys.argv[1]  # the installed file
+    shown = loop.describe_folder("my runs/a", ["backbone", "branch"])
+    assert str(ROOT) not in shown and "tensorboard --logdir='my runs/a/tensorboard'\n" in shown
+    sample, measure = (shlex.split(line)[3:] for line in shown.splitlines()[-2:])
+    chosen = ["--config=configs/wan.py:tiny", "--config.data.height=48", *data[:3]]
+    folders = ["--checkpoint=my runs/a/backbone", "--branch=my runs/a/branch"]
+    assert sample == [*chosen, *folders, "--prompt=...", "--out=samples"]
+    rates = ["--config.optimizer.warmup=1", "--config.data.height=48", "--config.batch_size=2", *data[:3]]
+    assert measure == [chosen[0], *rates, "--workdir=my runs/a"]
+
+
+def test_a_backbone_that_is_random_and_frozen_is_refused(tmp_path):
+    words = (
+        "--config=configs/wan.py:tiny",
+        "--config.optimizer.learning_rates.backbone=0",
+        "--config.batch_size=8",
+    )
+    done = run_here("prophy_jax.train", *words, f"--workdir={tmp_path}/run")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+    assert "the backbone is random and frozen: config.backbone_params is empty and its l" in done.stderr
+    done = run_here("prophy_jax.sample", words[0], "--prompt=a", f"--out={tmp_path}/out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+    assert "error: config.backbone_params is empty: name WORKDIR/backbone of a run" in done.stderr
 
 
 def refused(tmp_path, *words: str) -> str:

@@ -9,7 +9,7 @@ import warnings
 
 from absl import flags
 
-from prophy_jax.run import cli  # noqa: F401  defines the flags that all commands have
+from prophy_jax.run import cli  # defines the flags that all commands have
 
 
 def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -30,6 +30,8 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess:
     finally:
         sys.argv, sys.path[:] = argv, path
         for name in set(flags.FLAGS) - own:
-            delattr(flags.FLAGS, name)
+            place = flags.FLAGS.find_module_defining_flag(name)
+            if place in (module, cli.__name__) or name.split(".")[0] == "config":  # not of a library
+                delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
     return subprocess.CompletedProcess([module, *arguments], code, out.getvalue(), err.getvalue())

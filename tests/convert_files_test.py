@@ -933,7 +933,9 @@ def test_an_image_to_video_model_is_recognised_by_its_input_channels(tmp_path, p
 
 
 def test_unknown_files_are_refused(tmp_path):
-    assert "nowhere is not a folder" in fails(tmp_path / "nowhere", tmp_path)
+    nowhere = fails(tmp_path / "nowhere", tmp_path)
+    assert "nowhere is not a folder" in nowhere
+    assert nowhere.strip().endswith("or a name on the Hugging Face hub, such as Wan-AI/Wan2.1-T2V-1.3B")
     assert "no Wan2.1 weights" in fails(tmp_path, tmp_path)
     save_file({"layer.weight": np.zeros(3, np.float32)}, tmp_path / "diffusion_pytorch_model.safetensors")
     assert "no tensor of a Wan2.1 transformer" in fails(tmp_path, tmp_path)

@@ -257,7 +257,10 @@ def test_weights_that_do_not_fit_are_refused(of_two_sources, unlabelled):
             loader.make_loader(of_two_sources, "train", 2, 0, weights=weights)
     with pytest.raises(UserError, match="does not say which source its clips are of"):
         loader.make_loader(unlabelled, "train", 2, 0, weights=(1, 2))
-    with pytest.raises(UserError, match="has 6 records, fewer than the batch size 7"):
+    with pytest.raises(
+        UserError,
+        match="has 6 training clips, fewer than config.batch_size=7: pass --config.batch_size=6 or less, ",
+    ):
         loader.make_loader(of_two_sources, "train", 7, 0, weights=(0, 1))
 
 
@@ -384,8 +387,11 @@ def test_refusals(data_dir, tmp_path):
         loader.make_loader(tmp_path / "nowhere", "train", 4, seed=0)
     with pytest.raises(UserError, match="no split 'test'; it has train, val"):
         loader.make_loader(data_dir, "test", 4, seed=0)
-    with pytest.raises(UserError, match="has 3 records, fewer than the batch size 4"):
+    with pytest.raises(UserError, match="has 3 validation clips, fewer than config.batch_size=4: pass"):
         loader.make_loader(data_dir, "val", 4, seed=0)
+    few = r"has 15 training clips \(3 of 18 went to validation\), fewer than config.batch_size=16: pass "
+    with pytest.raises(UserError, match=f"{few}--config.batch_size=15 or less, or prepare more clips"):
+        loader.make_loader(data_dir, "train", 16, seed=0)
 
 
 def test_labels_of_another_data_set_are_refused(unlabelled, tmp_path):

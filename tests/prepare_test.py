@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,6 +216,9 @@ def test_wisa_folder(tmp_path, capsys):
     assert manifest["labels_not_understood"] == {'q2: "rainbow"': {"clips": 11, "first": "clip0"}}
     assert manifest["label_not_among_answers"] == [f"clip{index}" for index in range(11)]
     printed = capsys.readouterr().out
+    assert re.search(
+        r"11 clips in \d+ s, .* s each: \d+% of the time went to reading videos, \d+% to enc", printed
+    )
     assert "train 10" in printed and 'q2: "rainbow" in 11, first clip0' in printed
     assert "collision" in (tmp_path / "out" / "statistics.md").read_text()
     batch = next(loader.make_loader(tmp_path / "out", "train", 4, seed=0))
@@ -526,6 +530,9 @@ def test_folder_of_another_configuration_is_kept(sandbox_dir):
     before = _bytes(sandbox_dir)
     with pytest.raises(UserError, match="made differently .*data.fps was 8, is 4"):
         prepare(_config(sandbox_dir, fps=4))
+    other = {"train": 7, "val": 2, "test": 2, "seed": 0}
+    with pytest.raises(UserError, match=r"made differently \(different clips; data.fps was 8, is 4\)"):
+        prepare(_config(sandbox_dir, sandbox=other, fps=4))
     assert _bytes(sandbox_dir) == before
 
 
@@ -638,7 +645,7 @@ def test_clips_that_lose_most_of_their_picture_are_listed(tmp_path, capsys):
 
     config = _config(tmp_path / "own", height=32, width=48, val_share=0.0, buckets=((5, 48, 32),))
     capsys.readouterr()
-    assert prepare(config, [source])["cropped"] == [] and "60%" not in capsys.readouterr().out
+    assert prepare(config, [source])["cropped"] == [] and "less than 60%" not in capsys.readouterr().out
 
 
 def test_a_dry_run_names_clips_that_cannot_be_used(tmp_path, capsys):

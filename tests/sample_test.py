@@ -105,6 +105,9 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
     assert os.stat(out / "0001_baseline.mp4").st_mtime_ns == times["0001_baseline.mp4"]
     assert (out / "0003.mp4").exists() and (out / "0003_baseline.mp4").exists()
 
+    done = run(out, *arguments, prompts=[*PROMPTS, "smoke rises"])
+    assert f"8 clips in {out}, already there: nothing to do\n" in done.stdout
+
     # Another way to make them, or another prompt under the same name: refused, nothing touched.
     listing = sorted((name, os.stat(out / name).st_mtime_ns) for name in os.listdir(out))
     for more, prompts, word in (

@@ -53,7 +53,7 @@ class Job:
         rows: (split, shard) -> a row for each of its clips in order: "id" and what it is made of; None stands
             for what is known only once the clip is made. The maker of a shard notes its rows as "rows". A
             finished folder of other rows is brought up to date: it stays as it is until all shards are made.
-        inputs: keys of the plan that may then differ.
+        inputs: keys of the plan that say which clips there are; with `rows` they may differ.
 
     Raises:
         UserError: `out` is of another plan, is something else, or cannot be written.
@@ -74,16 +74,17 @@ class Job:
         self._shards = [(split, index) for split in shards for index in range(shards[split])]
         self._process = process
 
-        def compare(stored: dict[str, Any], own: dict[str, Any]) -> str:
-            free = inputs if rows is not None else ()
-            return workdir.differences(
-                *({key: value for key, value in one.items() if key not in free} for one in (stored, own))
+        def compare(stored: dict[str, Any], own: dict[str, Any], free: bool = rows is not None) -> str:
+            other = not free and any(stored.get(key) != own.get(key) for key in inputs)
+            rest = workdir.differences(
+                *({key: value for key, value in one.items() if key not in inputs} for one in (stored, own))
             )
+            return "; ".join(filter(None, ("different clips" if other else "", rest)))
 
         def compare_finished(_, own: dict[str, Any]) -> str:
             stored = records.read_manifest(self.out).get("plan", {})
             known = (self.out / CLIPS).exists()  # not in folders of earlier versions
-            return compare(stored, own) if known else workdir.differences(stored, own)
+            return compare(stored, own, known and rows is not None)
 
         with _writing(self.out):
             if (self.out / "manifest.json").exists():

@@ -162,10 +162,7 @@ def make_loader(
         streams = _weigh(data_dir, split, [bucket.name for bucket in buckets], weights)
     count = sum(len(indices) for stream in streams for _, indices in stream)
     if repeat and count < batch_size:
-        raise UserError(
-            f"split {split!r} of {data_dir} has {count} records, fewer than the batch size {batch_size}; "
-            "lower the batch size or prepare more clips"
-        )
+        raise UserError(_too_few(data_dir, split, count, batch_size, bool(len(weights))))
     parts, shares = [], []
     for bucket, stream in zip(buckets, streams, strict=True):
         if not stream:
@@ -192,6 +189,19 @@ def make_loader(
             batches.map(place), prefetch_buffer_size=_PLACED_AHEAD
         )
     return iter(batches)
+
+
+def _too_few(data_dir: str | Path, split: str, count: int, batch_size: int, weighed: bool) -> str:
+    """Says that `count` clips are fewer than a batch, where the others are, and what to do."""
+    manifest = records.read_manifest(data_dir)
+    counts, held = manifest["counts"], ""
+    if split == "train" and counts.get("val") and not (weighed or manifest.get("stand_in")):
+        held = f" ({counts['val']} of {sum(counts.values())} went to validation)"
+    kind = {"train": "training", "val": "validation"}.get(split, split)
+    return (
+        f"{data_dir} has {count} {kind} clip{'s' * (count != 1)}{held}, fewer than config.batch_size="
+        f"{batch_size}: pass --config.batch_size={count}{' or less' * (count > 1)}, or prepare more clips"
+    )
 
 
 def _weigh(

@@ -2,11 +2,16 @@
 
 import argparse
 import contextlib
-import difflib
+import fnmatch
+import importlib.util
+import itertools
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Sequence
+import traceback
+from collections.abc import Callable, Container, Iterator, Sequence
+from importlib.machinery import SourceFileLoader
 from typing import Any
 
 from absl import flags, logging
@@ -18,6 +23,9 @@ from prophy_jax.run.workdir import RENAMED
 INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
 STOPPED = 75  # exit status of a run that a signal stopped and that was saved: EX_TEMPFAIL, "try again"
 HELP = ("--help", "-h", "-help", "--helpfull")
+# What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
+_typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
+TEXTS = ("prompt", "*_remedy", "*.negative_prompt")
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
     "I of P, with process 0 at HOST:PORT, such as 10.0.0.1:8476,1/4."
@@ -32,11 +40,29 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args(respell(words, self._option_string_actions), namespace)
+        words = respell(sys.argv[1:] if args is None else args, self._option_string_actions)
+        words = [
+            name + equals + local_path(value, word) for word in words for name, equals, value in [_cut(word)]
+        ]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
+
+
+def local_path(text: str, where: str) -> str:
+    """`text`, given as `where`, with ~ expanded. Raises UserError if it is an address such as gs://b/x."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise UserError(
+            f"{where} is an address, and only local files and folders can be read and written: mount the "
+            "bucket, or copy what is there, and give the path"
+        )
+    return os.path.expanduser(text)
+
+
+def _cut(word: str) -> tuple[str, str, str]:
+    """A word of a command line as (flag, "=", value); ("", "", word) of a value alone."""
+    return word.partition("=") if word.startswith("-") else ("", "", word)
 
 
 def respell(words: Sequence[str], known: Container[str]) -> list[str]:
@@ -77,7 +103,7 @@ def run(
         print(_help(description))
         return
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
-    with one_line_errors():
+    with one_line_errors(), _missing_keys():
         config = _parse()
         checksums.enabled = flags.FLAGS.verify
         config_check.check(config)
@@ -97,6 +123,24 @@ def run(
                 status = main(config)
         if status:
             sys.exit(status)
+
+
+@contextlib.contextmanager
+def _missing_keys() -> Iterator[None]:
+    """Where the body reads a key that the configuration does not have, raises UserError."""
+    from ml_collections import config_dict
+
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if last.filename != config_dict.config_dict.__file__:
+            raise
+        key = re.search(r"\w+", str(error)).group()
+        raise UserError(
+            f"the configuration lacks the key {key!r}: begin with a shipped one, such as `from configs "
+            "import wan`, and change what differs (docs/configuration.md)"
+        ) from error
 
 
 def _help(description: str) -> str:
@@ -137,15 +181,33 @@ def _find_configuration() -> None:
     Configurations import each other as configs.NAME, from whatever folder a command is run in.
     """
     for i, word in enumerate(sys.argv[1:], start=1):
+        name, equals, path = _cut(word)
+        if not re.fullmatch("--?config", name if equals else sys.argv[i - 1]) or not path:
+            continue
+        word = sys.argv[i] = name + equals + local_path(path, word)
         flag = re.match(r"(--?config=|)([^:]+)", word)
-        if not flag or not (flag[1] or re.fullmatch("--?config", sys.argv[i - 1])):
+        if not flag:
             continue
         file = os.path.abspath(flag[2])
         installed = os.path.join(INSTALLED, flag[2])
         if not os.path.exists(file) and os.path.exists(installed):
             sys.argv[i] = flag[1] + installed + word[flag.end() :]
+            _typed[sys.argv[i]] = word
             file = installed
         sys.path.append(os.path.dirname(os.path.dirname(file)))
+
+
+def typed_configuration() -> tuple[list[str], dict[str, list[str]]]:
+    """Of the command line: the words of --config, as they were typed, and those of each --config.KEY."""
+    file, keys, words = [], {}, [*sys.argv[1:], "--"]
+    for word, value in itertools.pairwise(words):
+        if found := re.match(r"--?config(?:[.]([^=]+))?(=|$)", word):
+            own = [word] if found[2] or value.startswith("--") else [word, value]
+            if found[1]:
+                keys[found[1]] = own
+            else:
+                file = [_typed.get(one, one) for one in own]
+    return file, keys
 
 
 def _nearest(name: str) -> str:
@@ -153,11 +215,9 @@ def _nearest(name: str) -> str:
     from prophy_jax.run import config_help
 
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, flags.Error):
-        keys = [f"config.{key}" for key, _ in config_help.list_keys(_load_alone())]
-        found = difflib.get_close_matches(name, keys, 1, 0.75)
-        same = [key for key in keys if key.split(".")[-1] == name.split(".")[-1]]  # in another table
-        if same or found:
-            return f"; did you mean --{(same or found)[0]}?"
+        keys = [key for key, _ in config_help.list_keys(_load_alone())]
+        if found := config_check.nearest(name.removeprefix("config."), keys):
+            return f"; did you mean --config.{found}?"
     return ""
 
 
@@ -180,6 +240,42 @@ def _load_alone() -> Any:
         sys.argv = whole
 
 
+def _check_file() -> None:
+    """Raises UserError, with the line, where the file that --config names does not give a configuration."""
+    from ml_collections import ConfigDict
+
+    words = zip(sys.argv, [*sys.argv[1:], ""], strict=True)
+    given = (word.partition("=")[2] or value for word, value in words if re.match("--?config(=|$)", word))
+    path, *arg = next(given, "").split(":", 1)
+    if not os.path.isfile(path):
+        return
+    remedy = "docs/configuration.md shows one"
+    try:
+        spec = importlib.util.spec_from_file_location(
+            "own_config", path, loader=SourceFileLoader("own_config", path)
+        )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"{path} has no function get_config(arg): {remedy}")
+        config = module.get_config(*arg)
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        if isinstance(error, SyntaxError) and error.filename:
+            path, line = error.filename, f", line {error.lineno}"
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        reason = " ".join(f"{type(error).__name__}: {reason}".split())
+        reason = reason if len(reason) < 300 else f"{reason[:300]}..."
+        raise UserError(f"{path}{line}: {reason}: fix the configuration") from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"{path}: get_config returned {kind}, not an ml_collections.ConfigDict: {remedy}")
+
+
 def last_of_each(words: Sequence[str]) -> list[str]:
     """Words of a command line with each --config.KEY once, as it was given last.
 
@@ -200,14 +296,24 @@ def last_of_each(words: Sequence[str]) -> list[str]:
 
 
 def _parse() -> Any:
+    from ml_collections import ConfigDict
+
     _find_configuration()
     names = [f"--{off}{name}" for name in flags.FLAGS for off in ("", "no")]
     sys.argv[1:] = last_of_each(respell(sys.argv[1:], names))
     try:
-        arguments = flags.FLAGS(sys.argv)[1:]
-        config = flags.FLAGS.config
-        if config is not None:
-            config.keys()  # a file that could not be read raises at its first use
+        try:
+            arguments = flags.FLAGS(sys.argv)[1:]
+            config = flags.FLAGS.config
+            if config is not None:
+                config.keys()  # a file that could not be read raises at its first use
+            if not isinstance(config, ConfigDict):
+                _check_file()
+        except UserError:
+            raise
+        except Exception:
+            _check_file()
+            raise
     except OSError as error:
         path = next((word.split("=")[-1] for word in sys.argv if word.startswith("--config=")), "")
         raise UserError(f"cannot read the configuration {path}: name a file.py[:variant]") from error
@@ -226,4 +332,34 @@ def _parse() -> Any:
         raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
     if config is None:
         raise UserError("no configuration: name one with --config=configs/wan.py[:variant]")
+    _check_flags()
+    _expand_paths(config)
     return config
+
+
+def _check_flags() -> None:
+    """Expands ~ in the flags of the command. Raises UserError on addresses, and on numbers not finite."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if not flag.present or name in ("config", *TEXTS) or name.startswith("config."):
+            continue
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        for value in values:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name}={value} is not a finite number: fix it")
+        values = [
+            local_path(value, f"--{name}={value}") if isinstance(value, str) else value for value in values
+        ]
+        flag.value = values if isinstance(flag.value, list) else values[0]
+
+
+def _expand_paths(config: Any, prefix: str = "config.") -> None:
+    """Expands ~ in all keys of a configuration that may be paths. Raises UserError on addresses."""
+    for key, value in config.items():
+        name = prefix + key
+        if hasattr(value, "items"):
+            _expand_paths(value, f"{name}.")
+        elif isinstance(value, str) and not any(fnmatch.fnmatchcase(name, text) for text in TEXTS):
+            path = local_path(value, f"{name}={value}")
+            if path != value:
+                config[key] = path

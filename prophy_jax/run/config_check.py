@@ -1,10 +1,13 @@
 """Refuses values of a configuration that no run can have, before anything is read or written."""
 
+import difflib
 import fnmatch
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import RENAMED
 
 INT32 = 2**31 - 1
 # Key -> the least and the largest number that it may be, or that each number of it may be; the first match
@@ -43,11 +46,40 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
+_ELSEWHERE = ("losses.*", "data.side", "data.side.*", "parts.*") + tuple(
+    f"{name}.*" for name in ("backbone", "codec", "text_encoder", "objective")
+)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that was probably meant, "" without a guess: one of this name, or a similar one."""
+    table, _, name = key.rpartition(".")
+    known = list(known)
+    if same := [own for own in known if own.split(".")[-1] == name]:  # in another table
+        return same[0]
+    beside = {own.split(".")[-1]: own for own in known if own.rpartition(".")[0] == table}
+    if similar := difflib.get_close_matches(name, beside, 1, 0.6):
+        return beside[similar[0]]
+    return next(iter(difflib.get_close_matches(key, set(known) - set(beside.values()), 1, 0.75)), "")
+
+
 def check(config: Any) -> None:
-    """Raises UserError on NaN, on a number out of its limits, and on buckets and weights of another form."""
-    from prophy_jax.run.config_help import list_keys
+    """Raises UserError on an unknown key, NaN, a number out of limits, and ill-formed buckets and weights.
+
+    Keys of what a `module=` describes, of `losses` and of `data.side` are checked where they are read.
+    """
+    from prophy_jax.run.config_help import MEANINGS, list_keys
 
     for key, value in list_keys(config):
+        old = next((old for old in RENAMED if f"{key}.".startswith(f"{old}.")), None)
+        if old:
+            raise UserError(f"config.{old} is now config.{RENAMED[old]}: rename it in the configuration")
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in (*MEANINGS, *_ELSEWHERE)):
+            hint = nearest(key, MEANINGS)
+            raise UserError(
+                f"the configuration has an unknown key, config.{key}"
+                + (f": did you mean config.{hint}?" if hint else ": remove it")
+            )
         limits = next((LIMITS[pattern] for pattern in LIMITS if fnmatch.fnmatchcase(key, pattern)), None)
         for number in _numbers(value, key):
             if math.isnan(number):

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from prophy_jax.run import cli
 from prophy_jax.run.checkpoints import TrainCheckpoints
 from prophy_jax.run.errors import UserError
 
@@ -87,29 +88,37 @@ class Progress:
         self._bar.close()
 
 
+# What `sample` reads of a configuration, and what `evaluate` does not.
+_SAMPLED = "data|backbone|parts|codec|text_encoder|objective|samples|mesh|attention|frozen_dtype|.*_params"
+_TRAINED = "steps|caption_dropout|log|checkpoint"
+
+
 def describe_folder(workdir: str, trained: Sequence[str]) -> str:
     """What a finished run has written where, and what to do with it."""
+    place = {name: shlex.quote(os.path.join(workdir, name)) for name in ("tensorboard", *trained)}
     meanings = {
         "metrics.jsonl": "losses, gradients, routers and times, a JSON line each time",
-        "tensorboard": f"the same as curves: tensorboard --logdir={os.path.join(workdir, 'tensorboard')}",
+        "tensorboard": f"the same as curves: tensorboard --logdir={place['tensorboard']}",
         "samples": "sample clips above the real ones",
         "checkpoints": "to resume from",
-        **{name: "trained parameters (EMA)" for name in trained},
+        **{name: f"trained parameters of the {name} (EMA)" for name in trained},
     }
     there = {name: text for name, text in meanings.items() if os.path.exists(os.path.join(workdir, name))}
     width = max(map(len, there))
-    parts = [f"--branch={os.path.join(workdir, name)}" for name in trained if name != "backbone"]
-    backbone = [f"--checkpoint={os.path.join(workdir, 'backbone')}"] if "backbone" in trained else []
-    folders = " ".join(backbone + parts)
-    pairs = zip(sys.argv, sys.argv[1:], strict=False)  # --config FILE is two words
-    chosen = shlex.join(word for last, word in pairs if re.match("--?config", word) or last == "--config")
+    backbone = [f"--checkpoint={place['backbone']}"] if "backbone" in trained else []
+    folders = " ".join(backbone + [f"--branch={place[name]}" for name in trained if name != "backbone"])
+    file, keys = cli.typed_configuration()
+    sampled, measured = (
+        shlex.join(file + [word for key in keys if matches(key.partition(".")[0]) for word in keys[key]])
+        for matches in (re.compile(_SAMPLED).fullmatch, lambda name: not re.fullmatch(_TRAINED, name))
+    )
     return "\n".join(
         [
             f"done: {workdir} holds",
             *(f"  {name:<{width}}  {text}" for name, text in there.items()),
             "next:",
-            f'  python -m prophy_jax.sample {chosen} {folders} --prompt="..." --out=samples',
-            f"  python -m prophy_jax.evaluate {chosen} --workdir={workdir}",
+            f'  python -m prophy_jax.sample {sampled} {folders} --prompt="..." --out=samples',
+            f"  python -m prophy_jax.evaluate {measured} --workdir={shlex.quote(workdir)}",
         ]
     )
 

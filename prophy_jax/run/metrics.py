@@ -77,8 +77,8 @@ def check_wandb(project: str) -> None:
         import wandb
     except ImportError as error:
         raise UserError(
-            f'config.log.wandb={project!r} needs a package: pip install "prophy_jax[wandb]", or leave '
-            "config.log.wandb empty"
+            f'config.log.wandb={project!r} needs a package: pip install "/path/to/prophy_jax[wandb]", or '
+            "leave config.log.wandb empty"
         ) from error
     if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return
