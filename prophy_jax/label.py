@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "pillow", "av")  # these shape the labels
 PROBED = 8  # clips that must not all be unreadable
 SEARCHED = 20  # clips of a part of the data, to find one with a phenomenon
-PANEL = 416  # pixels: wider panels of a preview are halved
 
 
 def label(
@@ -763,22 +762,19 @@ def draw(
 ) -> np.ndarray:
     """frames (F, H, W, 3), and next to them the positive part of each of maps (P, N) over them, named.
 
-    Full colour is the 99th percentile of a map's positive part: single tokens stand far out.
+    Full colour is the 99th percentile of a map's positive part: single tokens stand far out. Large clips are
+    halved, small ones enlarged, so that the panels are side by side and the names can be read.
     """
-    from PIL import Image, ImageDraw
+    from prophy_jax.evaluation import pictures
 
-    from prophy_jax.evaluation import pictures as visualize
-
-    step = 2 if frames.shape[2] > PANEL else 1
-    panels = [frames[:, ::step, ::step]]
+    step = 2 if frames.shape[2] >= 2 * pictures.PANEL else 1
+    panels = [pictures.enlarge(frames[:, ::step, ::step])]
     for name, tokens in zip(names, maps.astype(np.float32), strict=True):
         full = np.quantile(tokens[tokens > 0], 0.99) if (tokens > 0).any() else 1.0
-        heat = visualize.tokens_to_frames(np.clip(tokens / full, 0, 1), grid, frames.shape[:3])
-        images = [Image.fromarray(frame) for frame in visualize.overlay(frames, heat)[:, ::step, ::step]]
-        for image in images:
-            ImageDraw.Draw(image).text((3, 1), name, fill="white", stroke_fill="black", stroke_width=1)
-        panels.append(np.stack([np.asarray(image) for image in images]))
-    return np.concatenate(panels, 2)  # (F, H, (1 + P) W, 3)
+        heat = pictures.tokens_to_frames(np.clip(tokens / full, 0, 1), grid, frames.shape[:3])
+        panel = pictures.enlarge(pictures.overlay(frames, heat)[:, ::step, ::step])
+        panels.append(pictures.write_name(panel, name))
+    return np.concatenate(panels, 2)  # (F, H', (1 + P) W', 3)
 
 
 # --- What was made ---------------------------------------------------------------------------------

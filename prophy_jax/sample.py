@@ -5,7 +5,7 @@
     ... --branch=WORKDIR/branch   a part of a finished run, such as the physical branch; several may be given
     ... --prompts=FILE            one prompt a line
     ... --baseline                also the backbone alone, from the same noise
-    ... --overlay                 also each clip with the token routing laid over it
+    ... --overlay                 also each clip with the token routing laid over it: the strongest categories
 
 Solver, steps, shift, guidance and the negative prompt are those of `config.samples`, size and length of the
 clips those of `config.data`; override them as --config.samples.KEY. OUT/manifest.json says how each clip was
@@ -298,13 +298,16 @@ def main(config: Any) -> None:
                     named = (f"{indices[row]:04d}{suffix}.mp4" for row in error.rows if row < len(indices))
                     raise UserError(f"{', '.join(named)}: {error}") from error
                 maps = observe(params, latents, inputs) if options.overlay and not suffix else {}
-                maps = [model.parts[name].token_maps(seen) for name, seen in maps.items()]
-                maps = [np.asarray(one) for one in maps if one is not None]
+                maps = [
+                    (model.parts[name], model.parts[name].token_maps(seen)) for name, seen in maps.items()
+                ]
+                maps = [(part.categories, np.asarray(one)) for part, one in maps if one is not None]
                 for row, index in enumerate(indices):
                     path, *overlay = files(index, suffix)
                     video.write_mp4(path, frames[row], config.data.fps)
                     for path in overlay:
-                        shown = pictures.overlay_strongest(frames[row], maps[0][row], grid)
+                        names, tokens = maps[0]
+                        shown = pictures.overlay_strongest(frames[row], tokens[row], grid, names)
                         video.write_mp4(path, shown, config.data.fps)
     here = sum(len(indices) for indices, _ in share)
     whose = f", process {process} of {processes}" if processes > 1 else ""
