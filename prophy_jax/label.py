@@ -49,7 +49,7 @@ from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
 from prophy_jax.run import cli, hub
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 from prophy_jax.run.workdir import run_identity
 
 if TYPE_CHECKING:
@@ -228,10 +228,11 @@ def import_labels(
     print(*wrong, sep="\n", end="\n" if wrong else "")
     if wrong:
         raise UserError(
-            f"{len(wrong)} of {len(found)} files of {folder} are wrong, as listed; nothing was written"
+            f"{len(wrong)} of {counted(len(found), 'file')} of {folder} cannot be used, as listed; "
+            "nothing was written"
         )
     unlabelled = [name for name in clips if name not in found]
-    print(f"{folder}: {len(found)} files are right")
+    print(f"{folder}: no fault in {counted(len(found), 'file')}")
     records.print_list("files left out, which are not labels", others, "")
     records.print_list("files that label no category, with shares of 0 alone", empty, "")
     if unlabelled:
@@ -260,7 +261,8 @@ def import_labels(
     about = {**plan, "categories": list(known.names), "clips": len(clips), "unlabelled": unlabelled}
     made = job.finish(lambda reports: (features, about))
     print(
-        f"{out}: labels of {len(found)} of {len(clips)} clips; train with --config.data.side.alignment={out}"
+        f"{out}: labels of {len(found)} of {counted(len(clips), 'clip')}; "
+        f"train with --config.data.side.alignment={out}"
     )
     return made
 
@@ -341,7 +343,10 @@ def propose(
     # 3. The table, and what to do with it.
     named = proposing.write(table, list(clips.values()), unfinished.scores, known, threshold)
     unfinished.path.unlink()
-    print(f"{table}: {len(clips)} clips, {len(asked)} of them without a category; {named} got one or more")
+    print(
+        f"{table}: {counted(len(clips), 'clip')}, {len(asked)} of them without a category; "
+        f"{named} got one or more"
+    )
     cut = [clip.id for clip in asked if len(clip.caption) > proposing.LONGEST]
     records.print_list(f"asked about the first {proposing.LONGEST} characters of the caption", cut, "")
     skipped = [name for name, _ in manifest.get("skipped", ())]
@@ -435,8 +440,8 @@ def print_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> N
     }
     print(
         f"{bucket}: {times} x {height} x {width} video tokens, frames of {28 * height}x{28 * width}; for "
-        f"{settings.batch} clips at a time with 3 phenomena each about {need['peak']} GiB: weights "
-        f"{need['weights']}, keys and values {need['cache']}",
+        f"{counted(settings.batch, 'clip')} at a time, each with 3 phenomena, about {need['peak']} GiB: "
+        f"weights {need['weights']}, keys and values {need['cache']}",
         flush=True,
     )
     last = int((times - 1) * model.time_step(view.seconds))
@@ -570,8 +575,8 @@ class PreparedClips:
         if changed:
             names = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
             raise UserError(
-                f"{len(changed)} videos changed since {self.data} was prepared ({names}): run "
-                "prophy_jax.prepare again, which encodes these anew, then this command"
+                f"{counted(len(changed), 'video')} changed since {self.data} was prepared ({names}): run "
+                "prophy_jax.prepare again, which encodes anew what changed, then this command"
             )
 
     def _changed(self, row: Mapping[str, Any], read: bool) -> bool:
@@ -818,9 +823,10 @@ def describe(
 
 def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
     """Prints what was made, and what was left out."""
+    clips, questions = counted(manifest["clips"], "clip"), counted(manifest["questions"], "question")
     print(
-        f"{out}: labels of {manifest['clips']} clips, {manifest['questions']} questions asked, "
-        f"{manifest['seconds_per_clip']:.2f} s per clip, {manifest['peak_bytes'] / 2**30:.1f} GiB at most"
+        f"{out}: labels of {clips}, {questions} asked, {manifest['seconds_per_clip']:.2f} s per clip, "
+        f"{manifest['peak_bytes'] / 2**30:.1f} GiB at most"
     )
     unreadable = [f"{name}: {problem}" for name, problem in manifest["unreadable"]]
     records.print_list("without labels, their videos cannot be read", unreadable)

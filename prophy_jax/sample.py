@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from prophy_jax.run import workdir
-from prophy_jax.run.errors import NotFinite, UserError
+from prophy_jax.run.errors import NotFinite, UserError, counted
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -207,7 +207,7 @@ def main(config: Any) -> None:
     rows = batch * (2 if config.samples.guidance > 1 else 1)
     if rows % ways:
         raise UserError(
-            f"--batch={batch} is {rows} rows with those of guidance, which do not divide over "
+            f"--batch={batch}: {counted(rows, 'row')}, with those of guidance, cannot be divided over "
             f"data x fsdp = {ways}: name another --batch or fix config.mesh"
         )
     layout = build.place(model, mesh, config.frozen_dtype)
@@ -257,7 +257,8 @@ def main(config: Any) -> None:
             if lost := encoder.words_lost(prompt):
                 words = " ".join(prompt.split()[-lost:])
                 print(
-                    f"warning: no room for the last {lost} words of a prompt, lost: {words}", file=sys.stderr
+                    f"warning: no room for the end of a prompt, {counted(lost, 'word')} lost: {words}",
+                    file=sys.stderr,
                 )
         text, text_mask = encoder([*prompts, config.samples.negative_prompt])
         negative = {"text": text[-1], "text_mask": text_mask[-1]}
@@ -311,7 +312,7 @@ def main(config: Any) -> None:
                         video.write_mp4(path, shown, config.data.fps)
     here = sum(len(indices) for indices, _ in share)
     whose = f", process {process} of {processes}" if processes > 1 else ""
-    print(f"{here} clips in {options.out}, {here - made} of them from before{whose}")
+    print(f"{counted(here, 'clip')} in {options.out}, {here - made} of them from before{whose}")
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def test_only_clips_that_changed_are_labelled_anew(prepared, model_folder, tmp_p
 
     noise = np.random.default_rng(99).integers(0, 256, (9, 4, 6, 3), dtype=np.uint8)
     video.write_mp4(source / "clip1.mp4", noise.repeat(8, 1).repeat(8, 2), FPS)
-    with pytest.raises(UserError, match="1 videos changed since .*data was prepared .clip1.: run .*prepare"):
+    with pytest.raises(UserError, match="1 video changed since .*data was prepared .clip1.: run .*prepare"):
         run()
     shutil.rmtree(data)
     make_records(sources.read_sources([source]), source, data, known=True)
@@ -968,7 +968,9 @@ def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys,
             np.savez(file, **arrays)
     else:
         (own / name).write_bytes(arrays or b"")
-    with pytest.raises(UserError, match="1 of . files of .*own are wrong, as listed; nothing was written"):
+    with pytest.raises(
+        UserError, match="1 of . files of .*own cannot be used, as listed; nothing was written"
+    ):
         label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
     [line] = capsys.readouterr().out.splitlines()
     assert re.search(f"own/{name}: .*{why}|{why}", line)
@@ -989,7 +991,7 @@ def test_what_own_labels_leave_open_is_listed(prepared, own, tmp_path, capsys):
     (own / "._clip0.npz").write_bytes(b"Mac OS X")
     label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
     printed = capsys.readouterr().out
-    assert "own: 4 files are right\n" in printed and "labels of 4 of 7 clips" in printed
+    assert "own: no fault in 4 files\n" in printed and "labels of 4 of 7 clips" in printed
     assert "files left out, which are not labels: 3\n  ._clip0.npz\n  clip3.pt\n  clip5.npz\n" in printed
     assert "files that label no category, with shares of 0 alone: 1\n  clip1\n" in printed
     assert read_labels(tmp_path / "labels", prepared[1])["clip2"][0].any()

@@ -132,7 +132,10 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
         (["--checkpoint={backbone}", "--config.data.frames=8"], "4n + 1"),
         (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8, such as 48 x 32"),
         (["--checkpoint={backbone}", "--prompts=nowhere.txt"], "nowhere.txt"),
-        (["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"], "do not divide"),
+        (
+            ["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"],
+            "3 rows, with those of guidance, cannot be",
+        ),
         (["--checkpoint={backbone}", "--config.samples.skip=(3,)"], "samples.skip=(3,)"),
         (["--checkpoint={backbone}", "--config.samples.solver=heun"], "heun"),
     ],

@@ -20,7 +20,7 @@ import numpy as np
 
 from prophy_jax.data import batch, job, records, taxonomy
 from prophy_jax.run import workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 # Threads suffice: reading a record is checking and copying it, in code that releases Python's lock. Each
 # reads a whole batch, so the buffer counts batches.
@@ -58,8 +58,8 @@ class _Bucket:
             dataset = self._datasets[stored] = records.open_dataset(folder, stored, bucket, split)
             if len(dataset) != len(self):
                 raise UserError(
-                    f"{folders[batch.RECORDS]} has {len(self)} records of {bucket}, split {split!r}, but "
-                    f"{stored!r} of {folder} has {len(dataset)} examples; make {stored!r} again"
+                    f"{folders[batch.RECORDS]} has {counted(len(self), 'record')} of {bucket}, "
+                    f"split {split!r}, but {stored!r} of {folder} has {len(dataset)}; make {stored!r} again"
                 )
             self._columns[stored] = {
                 name: (column.dtype, [-1 if side is None else side for side in column.shape(sizes)])
@@ -163,8 +163,8 @@ def make_loader(
     count = sum(len(indices) for stream in streams for _, indices in stream)
     if repeat and count < batch_size:
         raise UserError(
-            f"split {split!r} of {data_dir} has {count} records, fewer than the batch size {batch_size}; "
-            "lower the batch size or prepare more clips"
+            f"split {split!r} of {data_dir} has {counted(count, 'record')}, fewer than the batch size "
+            f"{batch_size}; lower the batch size or prepare more clips"
         )
     parts, shares = [], []
     for bucket, stream in zip(buckets, streams, strict=True):
@@ -210,7 +210,9 @@ def _weigh(
         )
     counts = Counter(row["source"] for row in rows)
     paths = records.read_manifest(data_dir)["sources"]
-    found = ", ".join(f"{number} {path}: {counts[number]} clips" for number, path in enumerate(paths))
+    found = ", ".join(
+        f"{number} {path}: {counted(counts[number], 'clip')}" for number, path in enumerate(paths)
+    )
     found = f"the sources of {data_dir} are, in split {split!r}, {found}"
     if not max(counts) < len(weights) <= len(paths):
         raise UserError(f"{what}: give one number for each source; {found}")
