@@ -57,9 +57,10 @@ class _Bucket:
         for stored, folder in folders.items():
             dataset = self._datasets[stored] = records.open_dataset(folder, stored, bucket, split)
             if len(dataset) != len(self):
+                own = counted(len(self), "record")
                 raise UserError(
-                    f"{folders[batch.RECORDS]} has {counted(len(self), 'record')} of {bucket}, "
-                    f"split {split!r}, but {stored!r} of {folder} has {len(dataset)}; make {stored!r} again"
+                    f"{folders[batch.RECORDS]} has {own} of {bucket}, split {split!r}, but "
+                    f"{stored!r} of {folder} has {len(dataset)} examples; make {stored!r} again"
                 )
             self._columns[stored] = {
                 name: (column.dtype, [-1 if side is None else side for side in column.shape(sizes)])
