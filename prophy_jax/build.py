@@ -21,7 +21,7 @@ from prophy_jax.diffusion import generate
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model, Part
 from prophy_jax.run import checkpoints, optim, parallel, workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 # --- What is computed --------------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ def warn_of_idle_losses(config: ConfigDict, model: Model, chosen: losses.Chosen)
     from prophy_jax.data import loader  # the planner needs no Grain
 
     zero, looked = loader.find_zero_fields(config.data, "train", chosen.fields)
-    where = f" ({looked} clips of {config.data.dir} were looked at)" if zero else ""
+    where = f" (looked at {counted(looked, 'clip')} of {config.data.dir})" if zero else ""
     for name, reason in chosen.idle(model, config.batch_size, zero).items():
         print(f"warning: the loss {name!r} {reason}{where}", file=sys.stderr)
 

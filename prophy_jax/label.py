@@ -49,7 +49,7 @@ from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job, Shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
 from prophy_jax.run import cli, hub
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 from prophy_jax.run.workdir import run_identity
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "pillow", "av")  # these shape the labels
 PROBED = 8  # clips that must not all be unreadable
 SEARCHED = 20  # clips of a part of the data, to find one with a phenomenon
-PANEL = 416  # pixels: wider panels of a preview are halved
 
 
 def label(
@@ -229,10 +228,11 @@ def import_labels(
     print(*wrong, sep="\n", end="\n" if wrong else "")
     if wrong:
         raise UserError(
-            f"{len(wrong)} of {len(found)} files of {folder} are wrong, as listed; nothing was written"
+            f"{len(wrong)} of {counted(len(found), 'file')} of {folder} cannot be used, as listed; "
+            "nothing was written"
         )
     unlabelled = [name for name in clips if name not in found]
-    print(f"{folder}: {len(found)} files are right")
+    print(f"{folder}: no fault in {counted(len(found), 'file')}")
     records.print_list("files left out, which are not labels", others, "")
     records.print_list("files that label no category, with shares of 0 alone", empty, "")
     if unlabelled:
@@ -261,7 +261,8 @@ def import_labels(
     about = {**plan, "categories": list(known.names), "clips": len(clips), "unlabelled": unlabelled}
     made = job.finish(lambda reports: (features, about))
     print(
-        f"{out}: labels of {len(found)} of {len(clips)} clips; train with --config.data.side.alignment={out}"
+        f"{out}: labels of {len(found)} of {counted(len(clips), 'clip')}; "
+        f"train with --config.data.side.alignment={out}"
     )
     return made
 
@@ -342,7 +343,10 @@ def propose(
     # 3. The table, and what to do with it.
     named = proposing.write(table, list(clips.values()), unfinished.scores, known, threshold)
     unfinished.path.unlink()
-    print(f"{table}: {len(clips)} clips, {len(asked)} of them without a category; {named} got one or more")
+    print(
+        f"{table}: {counted(len(clips), 'clip')}, {len(asked)} of them without a category; "
+        f"{named} got one or more"
+    )
     cut = [clip.id for clip in asked if len(clip.caption) > proposing.LONGEST]
     records.print_list(f"asked about the first {proposing.LONGEST} characters of the caption", cut, "")
     skipped = [name for name, _ in manifest.get("skipped", ())]
@@ -439,8 +443,8 @@ def print_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> N
     }
     print(
         f"{bucket}: {times} x {height} x {width} video tokens, frames of {28 * height}x{28 * width}; for "
-        f"{settings.batch} clips at a time with 3 phenomena each about {need['peak']} GiB: weights "
-        f"{need['weights']}, keys and values {need['cache']}",
+        f"{counted(settings.batch, 'clip')} at a time, each with 3 phenomena, about {need['peak']} GiB: "
+        f"weights {need['weights']}, keys and values {need['cache']}",
         flush=True,
     )
     last = int((times - 1) * model.time_step(view.seconds))
@@ -574,8 +578,8 @@ class PreparedClips:
         if changed:
             names = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
             raise UserError(
-                f"{len(changed)} videos changed since {self.data} was prepared ({names}): run "
-                "prophy_jax.prepare again, which encodes these anew, then this command"
+                f"{counted(len(changed), 'video')} changed since {self.data} was prepared ({names}): run "
+                "prophy_jax.prepare again, which encodes anew what changed, then this command"
             )
 
     def _changed(self, row: Mapping[str, Any], read: bool) -> bool:
@@ -766,22 +770,19 @@ def draw(
 ) -> np.ndarray:
     """frames (F, H, W, 3), and next to them the positive part of each of maps (P, N) over them, named.
 
-    Full colour is the 99th percentile of a map's positive part: single tokens stand far out.
+    Full colour is the 99th percentile of a map's positive part: single tokens stand far out. Large clips are
+    halved, small ones enlarged, so that the panels are side by side and the names can be read.
     """
-    from PIL import Image, ImageDraw
+    from prophy_jax.evaluation import pictures
 
-    from prophy_jax.evaluation import pictures as visualize
-
-    step = 2 if frames.shape[2] > PANEL else 1
-    panels = [frames[:, ::step, ::step]]
+    step = 2 if frames.shape[2] >= 2 * pictures.PANEL else 1
+    panels = [pictures.enlarge(frames[:, ::step, ::step])]
     for name, tokens in zip(names, maps.astype(np.float32), strict=True):
         full = np.quantile(tokens[tokens > 0], 0.99) if (tokens > 0).any() else 1.0
-        heat = visualize.tokens_to_frames(np.clip(tokens / full, 0, 1), grid, frames.shape[:3])
-        images = [Image.fromarray(frame) for frame in visualize.overlay(frames, heat)[:, ::step, ::step]]
-        for image in images:
-            ImageDraw.Draw(image).text((3, 1), name, fill="white", stroke_fill="black", stroke_width=1)
-        panels.append(np.stack([np.asarray(image) for image in images]))
-    return np.concatenate(panels, 2)  # (F, H, (1 + P) W, 3)
+        heat = pictures.tokens_to_frames(np.clip(tokens / full, 0, 1), grid, frames.shape[:3])
+        panel = pictures.enlarge(pictures.overlay(frames, heat)[:, ::step, ::step])
+        panels.append(pictures.write_name(panel, name))
+    return np.concatenate(panels, 2)  # (F, H', (1 + P) W', 3)
 
 
 # --- What was made ---------------------------------------------------------------------------------
@@ -825,9 +826,10 @@ def describe(
 
 def print_summary(out: str | Path, manifest: Mapping[str, Any]) -> None:
     """Prints what was made, and what was left out."""
+    clips, questions = counted(manifest["clips"], "clip"), counted(manifest["questions"], "question")
     print(
-        f"{out}: labels of {manifest['clips']} clips, {manifest['questions']} questions asked, "
-        f"{manifest['seconds_per_clip']:.2f} s per clip, {manifest['peak_bytes'] / 2**30:.1f} GiB at most"
+        f"{out}: labels of {clips}, {questions} asked, {manifest['seconds_per_clip']:.2f} s per clip, "
+        f"{manifest['peak_bytes'] / 2**30:.1f} GiB at most"
     )
     unreadable = [f"{name}: {problem}" for name, problem in manifest["unreadable"]]
     records.print_list("without labels, their videos cannot be read", unreadable)

@@ -52,7 +52,7 @@ from prophy_jax.data.sources.source import (
 from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run import cli
-from prophy_jax.run.errors import NotFinite, UserError
+from prophy_jax.run.errors import NotFinite, UserError, counted
 from prophy_jax.run.workdir import run_identity
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
@@ -94,7 +94,8 @@ def prepare(
     if dry_run:
         if sources:
             print_dry_run(source, [clip for clips in splits.values() for clip in clips], config.data, known)
-        print(", ".join(f"{split} {len(clips)}" for split, clips in splits.items()), "clips would be taken")
+        taken = {split: len(clips) for split, clips in splits.items()}
+        print(f"{count_clips(taken)} would be taken; nothing was written")
         return None
 
     # 2. The encoders, and the folder: everything that can be wrong shows before the first clip.
@@ -491,7 +492,7 @@ class Progress:
         seconds = time.perf_counter() - self._start
         if self._clips:
             reading, encoding = (spent / seconds for spent in self._spent.values())
-            each = f"{self._clips} clip{'s' * (self._clips != 1)} in {seconds:.0f} s"
+            each = f"{counted(self._clips, 'clip')} in {seconds:.0f} s"
             share = f"{reading:.0%} of the time went to reading videos, {encoding:.0%} to encoding"
             print(f"{each}, {seconds / self._clips:.2f} s each: {share}")
 
@@ -549,7 +550,7 @@ def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known
                 unusable.append(f"{clip.id}: too small: {shown[0]} x {shown[1]} pixels (H x W)")
     kept = [share_kept(*shown, places[name]) for name, shown in sizes.items()]
     print(statistics.table(statistics.summarise(source, known, kept)))
-    print(f"{len(chosen)} clips were opened")
+    print(f"opened {counted(len(chosen), 'clip')}")
     records.print_list("of these cannot be used", unusable, "")
     print_cropped(list_cropped(sizes, places), data, "")
     records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped], "")
@@ -593,7 +594,9 @@ def describe(
                 "; --config.codec.dtype=float32, --config.text_encoder.dtype=float32 or other weights "
                 "(config.codec_params, config.text_encoder_params) may help"
             )
-        raise UserError(f"none of the {clips} videos can be used; the first: {skipped[0][1]}{remedy}")
+        raise UserError(
+            f"none of the {counted(clips, 'video')} can be used; the first: {skipped[0][1]}{remedy}"
+        )
 
     text, mask = text_encoder([""])
     sizes, padding = measure_text(grids, text_encoder, known)
@@ -651,12 +654,19 @@ def describe(
     return features, manifest
 
 
+def count_clips(counts: Mapping[str, int]) -> str:
+    """Such as "3 clips (train 2, val 1)"."""
+    listed = ", ".join(f"{split} {number:,}" for split, number in counts.items())
+    return f"{counted(sum(counts.values()), 'clip')} ({listed})"
+
+
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
     """Prints what was made, and what was left out."""
     counts = manifest["counts"]
-    print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " clips")
+    print(f"{out}: {count_clips(counts)}")
     for bucket, found in manifest["buckets"].items():
-        print(f"  {bucket}: {sum(found['counts'].values())} clips of latents {tuple(found['latent_shape'])}")
+        clips = counted(sum(found["counts"].values()), "clip")
+        print(f"  {bucket}: {clips} of latents {tuple(found['latent_shape'])}")
     for split in manifest["stand_in"]:
         print(f"no clip of split {split!r} can be used: clips of the other stand in, so that they overlap")
     records.print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
@@ -669,10 +679,15 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
         ],
     )
     records.print_list("clips without a category", manifest["unannotated"])
+    if manifest["unannotated"]:
+        print(
+            "  they train the diffusion loss alone; categories can be proposed from captions: "
+            "label --propose (docs/data.md)"
+        )
     records.print_list("clips whose label is not among their answers", manifest["label_not_among_answers"])
     records.print_list(
         f"captions cut to {manifest['text_length']} text rows",
-        [f"{name}: {lost} words lost" for name, lost in manifest["captions_cut"].items()],
+        [f"{name}: {counted(lost, 'word')} lost" for name, lost in manifest["captions_cut"].items()],
     )
 
 

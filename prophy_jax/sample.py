@@ -5,7 +5,7 @@
     ... --branch=WORKDIR/branch   a part of a finished run, such as the physical branch; several may be given
     ... --prompts=FILE            one prompt a line
     ... --baseline                also the backbone alone, from the same noise
-    ... --overlay                 also each clip with the token routing laid over it
+    ... --overlay                 also each clip with the token routing laid over it: the strongest categories
 
 Solver, steps, shift, guidance and the negative prompt are those of `config.samples`, size and length of the
 clips those of `config.data`; override them as --config.samples.KEY. OUT/manifest.json says how each clip was
@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from prophy_jax.run import workdir
-from prophy_jax.run.errors import NotFinite, UserError
+from prophy_jax.run.errors import NotFinite, UserError, counted
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -207,7 +207,7 @@ def main(config: Any) -> None:
     rows = batch * (2 if config.samples.guidance > 1 else 1)
     if rows % ways:
         raise UserError(
-            f"--batch={batch} is {rows} rows with those of guidance, which do not divide over "
+            f"--batch={batch}: {counted(rows, 'row')}, with those of guidance, cannot be divided over "
             f"data x fsdp = {ways}: name another --batch or fix config.mesh"
         )
     layout = build.place(model, mesh, config.frozen_dtype)
@@ -257,7 +257,8 @@ def main(config: Any) -> None:
             if lost := encoder.words_lost(prompt):
                 words = " ".join(prompt.split()[-lost:])
                 print(
-                    f"warning: no room for the last {lost} words of a prompt, lost: {words}", file=sys.stderr
+                    f"warning: no room for the end of a prompt, {counted(lost, 'word')} lost: {words}",
+                    file=sys.stderr,
                 )
         text, text_mask = encoder([*prompts, config.samples.negative_prompt])
         negative = {"text": text[-1], "text_mask": text_mask[-1]}
@@ -298,19 +299,22 @@ def main(config: Any) -> None:
                     named = (f"{indices[row]:04d}{suffix}.mp4" for row in error.rows if row < len(indices))
                     raise UserError(f"{', '.join(named)}: {error}") from error
                 maps = observe(params, latents, inputs) if options.overlay and not suffix else {}
-                maps = [model.parts[name].token_maps(seen) for name, seen in maps.items()]
-                maps = [np.asarray(one) for one in maps if one is not None]
+                maps = [
+                    (model.parts[name], model.parts[name].token_maps(seen)) for name, seen in maps.items()
+                ]
+                maps = [(part.categories, np.asarray(one)) for part, one in maps if one is not None]
                 for row, index in enumerate(indices):
                     path, *overlay = files(index, suffix)
                     video.write_mp4(path, frames[row], config.data.fps)
                     for path in overlay:
-                        shown = pictures.overlay_strongest(frames[row], maps[0][row], grid)
+                        names, tokens = maps[0]
+                        shown = pictures.overlay_strongest(frames[row], tokens[row], grid, names)
                         video.write_mp4(path, shown, config.data.fps)
     here = sum(len(indices) for indices, _ in share)
     whose = f", process {process} of {processes}" if processes > 1 else ""
     before = "" if made == here else f", {here - made} of them from before"
     done = ", already there: nothing to do" if here and not made else before
-    print(f"{here} clip{'s' * (here != 1)} in {options.out}{done}{whose}")
+    print(f"{counted(here, 'clip')} in {options.out}{done}{whose}")
 
 
 if __name__ == "__main__":

@@ -223,5 +223,5 @@ def test_two_processes_share_the_prompts(alone, tmp_path):
     )  # fmt: skip
     with Job(tmp_path / "logs", "sample", 2, *arguments) as job:
         assert job.wait() == [0, 0], job.log(0)
-        assert "2 clips in" in job.log(0) and "1 clips in" in job.log(1)
+        assert "2 clips in" in job.log(0) and "1 clip in" in job.log(1)
     assert sorted(os.listdir(tmp_path / "clips")) == ["0000.mp4", "0001.mp4", "0002.mp4", "manifest.json"]

@@ -1,5 +1,6 @@
 """The measures by hand and by brute force, and the command end to end on runs of the tiny configuration."""
 
+import html
 import importlib.util
 import itertools
 import json
@@ -242,17 +243,67 @@ def test_report_says_what_missed_its_aim(measured, tmp_path):
     assert text.count('class="missed"') == 3 and text.count('class="met"') == 0
 
 
-def test_a_report_of_one_clip_says_not_measured(measured, tmp_path):
+def words(path) -> str:
+    """What a report says, in one line, without its configuration."""
+    text = path.read_text().partition("<body>")[2].partition("<details>")[0]
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+
+
+def test_a_report_of_one_clip_says_not_measured_and_why(measured, tmp_path):
     config, _, results = measured
     one = diffusion.compare(np.full((1, len(diffusion.SIGMAS)), 1.1), np.ones((1, len(diffusion.SIGMAS))))
     assert diffusion.no_worse(one[-1]) == "not measured"
     results = json.loads(json.dumps(results))
-    results |= {"clips": 1, "diffusion": {"val": json.loads(json.dumps(one).replace("NaN", "null"))}}
+    results |= {"clips": 1, "steps": 1, "split": "val"}
+    results |= {"diffusion": {"val": json.loads(json.dumps(one).replace("NaN", "null"))}}
     results["localisation"]["mean"]["auc_after"][0] = 0.6
-    path = str(tmp_path / "report.html")
-    report.write(path, folders.config_as_json(config), results, [], {}, {})
-    text = open(path).read()
-    assert text.count("not measured") == 3 and 'class="missed"' not in text and 'class="met"' not in text
+    path = tmp_path / "report.html"
+    report.write(str(path), folders.config_as_json(config), results, [("A ball.", {})], {}, {})
+    text = words(path)
+    assert text.count("not measured, too few validation clips (1).") == text.count("not measured") == 3
+    assert 'class="missed"' not in path.read_text() and 'class="met"' not in path.read_text()
+    assert "trained for 1 step, on the 1 clip (" in text and "The held-out prompt:" in text
+    assert "\N{EN DASH}" not in text and "alike" not in text  # no numbers that there are not
+    assert "No standard error: too few validation clips (1)." in text
+
+
+def test_a_report_leaves_out_what_cannot_be_measured(measured, tmp_path):
+    config, _, results = measured
+    path, settings = tmp_path / "report.html", folders.config_as_json(config)
+
+    def write(*without: str) -> str:
+        """The words of a report whose AUC and specificity are known but for these."""
+        changed = json.loads(json.dumps(results))
+        rows, mean = changed["localisation"]["categories"], changed["localisation"]["mean"]
+        for row in (*rows, mean):
+            for key in ("auc", "specificity"):
+                gone = key in without or (row is rows[0] and "first" in without)
+                row |= {f"{key}_{when}": 3 * [None if gone else 0.7] for when in ("before", "after")}
+        report.write(str(path), settings, changed, [], {}, {})
+        return words(path)
+
+    first = results["localisation"]["categories"][0]["category"]
+    text = write()
+    assert "specificity before" in text and "Left out" not in text
+    text = write("specificity", "first")
+    assert "specificity before" not in text and "(specificity)" not in text and "cannot be measured" in text
+    assert f"Left out, with no token that is covered or none that is uncovered: {first}." in text
+    assert "\N{EN DASH}" not in text
+    text = write("specificity", "auc")
+    assert "localisation was not measured" in text and "Finds where" not in text and "AUC" not in text
+
+
+def test_most_and_least_alike_are_never_the_same_pair(measured, tmp_path):
+    config, _, results = measured
+    path, settings = tmp_path / "report.html", folders.config_as_json(config)
+    for categories, listed in ((1, 0), (2, 0), (3, 1), (5, 3)):
+        names, table = [f"c{i}" for i in range(categories)], np.eye(categories).tolist()
+        changed = {**results, "semantic": {"categories": names, "correlation": table}}
+        report.write(str(path), settings, changed, [], {}, {})
+        text = words(path)
+        assert ("Semantic router: " in text) == (categories > 1)  # one alone is like no other
+        assert ("Most alike: " in text) == (listed > 0)
+        assert len(re.findall(r"c\d and c\d", text)) == 2 * listed
 
 
 @pytest.mark.parametrize("ablation", ["pb", "pb+reb"])

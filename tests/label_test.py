@@ -281,7 +281,7 @@ def test_only_clips_that_changed_are_labelled_anew(prepared, model_folder, tmp_p
 
     noise = np.random.default_rng(99).integers(0, 256, (9, 4, 6, 3), dtype=np.uint8)
     video.write_mp4(source / "clip1.mp4", noise.repeat(8, 1).repeat(8, 2), FPS)
-    with pytest.raises(UserError, match="1 videos changed since .*data was prepared .clip1.: run .*prepare"):
+    with pytest.raises(UserError, match="1 video changed since .*data was prepared .clip1.: run .*prepare"):
         run()
     shutil.rmtree(data)
     make_records(sources.read_sources([source]), source, data, known=True)
@@ -322,7 +322,7 @@ def test_preview(prepared, model_folder, tmp_path):
     # Of the seven in the order bucket, split, record: 0 1 3 5, then 2 4, then 6; of each third, the first.
     assert len(found) == 6 and found[:2] == ["train-clip0.mp4", "train-clip0.txt"]
     frames, fps = read_video(tmp_path / "p" / "train-clip0.mp4")
-    assert frames.shape == (9, 32, 96, 3) and fps == FPS
+    assert frames.shape == (9, 6 * 32, 2 * 6 * 48, 3) and fps == FPS
     text = (tmp_path / "p" / "train-clip0.txt").read_text()
     assert taxonomy.WISA.questions["melting"] in text and taxonomy.WISA.background in text
 
@@ -360,13 +360,15 @@ def test_drawing_shows_a_map_where_it_is():
     maps = np.full((1, 2, 4, 4), -1, np.float16)
     maps[0, 1, 2, 3] = 0.5  # frames 1 to 4, rows 16 to 23, the last 8 columns
     drawn = label.draw(frames, ["melting"], maps.reshape(1, -1), (2, 4, 4))
-    assert drawn.shape == (5, 32, 64, 3)
-    assert (drawn[:, :, :32] == frames).all()
-    panel = drawn[:, 13:, 32:]  # below the name
+    assert drawn.shape == (5, 256, 512, 3)  # enlarged, so that a name fits
+    assert (drawn[:, :, :256] == 100).all()
+    panel = drawn[:, 24:, 256:]  # below the name
     hot = np.abs(panel.astype(int) - 100).max(-1) > 20
-    expected = np.zeros((5, 19, 32), bool)
-    expected[1:, 3:11, 24:] = True
+    expected = np.zeros((5, 232, 256), bool)
+    expected[1:, 104:168, 192:] = True
     np.testing.assert_array_equal(hot, expected)
+    assert label.draw(np.zeros((5, 480, 832, 3), np.uint8), [], maps[:0], (2, 4, 4)).shape[1:3] == (240, 416)
+    assert label.draw(np.zeros((5, 832, 480, 3), np.uint8), [], maps[:0], (2, 4, 4)).shape[1:3] == (832, 480)
 
 
 # --- The sandbox -----------------------------------------------------------------------------------
@@ -966,7 +968,9 @@ def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys,
             np.savez(file, **arrays)
     else:
         (own / name).write_bytes(arrays or b"")
-    with pytest.raises(UserError, match="1 of . files of .*own are wrong, as listed; nothing was written"):
+    with pytest.raises(
+        UserError, match="1 of . files of .*own cannot be used, as listed; nothing was written"
+    ):
         label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
     [line] = capsys.readouterr().out.splitlines()
     assert re.search(f"own/{name}: .*{why}|{why}", line)
@@ -987,7 +991,7 @@ def test_what_own_labels_leave_open_is_listed(prepared, own, tmp_path, capsys):
     (own / "._clip0.npz").write_bytes(b"Mac OS X")
     label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
     printed = capsys.readouterr().out
-    assert "own: 4 files are right\n" in printed and "labels of 4 of 7 clips" in printed
+    assert "own: no fault in 4 files\n" in printed and "labels of 4 of 7 clips" in printed
     assert "files left out, which are not labels: 3\n  ._clip0.npz\n  clip3.pt\n  clip5.npz\n" in printed
     assert "files that label no category, with shares of 0 alone: 1\n  clip1\n" in printed
     assert read_labels(tmp_path / "labels", prepared[1])["clip2"][0].any()

@@ -18,7 +18,7 @@ from prophy_jax.data import batch as contract
 from prophy_jax.data import loader, records
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 LENGTH, WIDTH = 6, 5
 WIDE, TALL = "5x16x32", "9x32x16"
@@ -380,6 +380,11 @@ def test_empty_text(data_dir, tmp_path):
         (tmp_path / "empty_text.npz").write_bytes(part)
         with pytest.raises(UserError, match="empty_text.npz is damaged"):
             loader.load_empty_text(tmp_path)
+
+
+def test_one_of_a_thing_is_singular():
+    assert [counted(n, "clip") for n in (0, 1, 2, 20_000)] == ["0 clips", "1 clip", "2 clips", "20,000 clips"]
+    assert counted(1, "category", "categories") == "1 category" and counted(2, "y", "ies") == "2 ies"
 
 
 def test_refusals(data_dir, tmp_path):

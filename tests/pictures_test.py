@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageSequence
 
@@ -42,18 +43,45 @@ def test_stretch():
     assert (pictures.stretch(np.full(5, 2.0)) == 0).all()
 
 
-def test_overlay_strongest_shows_the_category_with_the_highest_peak():
+def test_overlay_strongest_shows_the_categories_with_the_highest_peaks():
     clip = np.full((9, 16, 32, 3), 100, np.uint8)
-    alignment = np.random.default_rng(1).uniform(0, 0.5, (24, 17))
-    alignment[5, 3] = 0.9
-    shown = pictures.overlay_strongest(clip, alignment, GRID)
+    alignment = np.random.default_rng(1).uniform(0, 0.3, (24, 17))
+    for (token, category), peak in {(5, 3): 0.9, (11, 8): 0.5, (2, 1): 0.4}.items():
+        alignment[token, category] = peak  # the last is below half of the highest
+    shown = pictures.overlay_strongest(clip, alignment, GRID, [f"name {e}" for e in range(17)])
+    height, width = 8 * 16, 8 * 32  # enlarged to 256
+    assert shown.shape == (9, height + pictures.LEGEND, 2 * width, 3)
+    for panel, category in zip(np.split(shown, 2, axis=2), (3, 8), strict=True):
+        heat = pictures.tokens_to_frames(pictures.stretch(alignment[:, category]), GRID, (9, 16, 32))
+        expected = pictures.enlarge(pictures.overlay(clip, heat))
+        assert (panel[:, 32:height] == expected[:, 32:]).all()  # below the name
+        assert (panel[:, :height] == pictures.write_name(expected, f"routing: name {category}")).all()
+        low, high = np.quantile(alignment[:, category], pictures.RANGE)
+        assert (panel[:, height:] == pictures.legend(width, low, high)).all()
+    nameless = pictures.overlay_strongest(clip, alignment, GRID)[:, :height, :width]
     heat = pictures.tokens_to_frames(pictures.stretch(alignment[:, 3]), GRID, (9, 16, 32))
-    np.testing.assert_array_equal(shown[:, :16], pictures.overlay(clip, heat))
-    # Below, on every frame: from the colour of what is low to that of what is high.
-    assert shown.shape == (9, 16 + pictures.LEGEND, 32, 3) and (shown[:, 16:] == shown[:1, 16:]).all()
-    assert shown[0, -1, 0].sum() < 20 and shown[0, -1, -1].sum() > 500
-    wide = [pictures.legend(320, index, 17) for index in (3, 4)]
-    assert not np.array_equal(*wide)  # it says which map
+    expected = pictures.enlarge(pictures.overlay(clip, heat))
+    assert (nameless == pictures.write_name(expected, "routing: map 4 of 17")).all()
+
+
+def test_overlay_strongest_shows_at_most_three_and_one_where_no_peak_is_positive():
+    clip = np.zeros((9, 16, 32, 3), np.uint8)
+    for alignment, maps in ((np.ones((24, 17)), 3), (-np.ones((24, 17)), 1), (np.ones((24, 1)), 1)):
+        assert pictures.overlay_strongest(clip, alignment, GRID).shape[2] == maps * 256
+
+
+def test_the_ends_of_a_legend_do_not_touch():
+    ramp = pictures.legend(pictures.PANEL, -0.00123, -12345.678)
+    plain = (matplotlib.colormaps["inferno"](np.linspace(0, 1, pictures.PANEL))[:, :3] * 255).astype(np.uint8)
+    written = np.flatnonzero((ramp != plain).any((0, 2)))
+    assert written.min() >= 2 and written.max() < pictures.PANEL - 2 and np.diff(written).max() > 30
+
+
+def test_long_names_are_wrapped_within_the_picture():
+    black = np.zeros((1, 64, pictures.PANEL, 3), np.uint8)
+    wide = pictures.write_name(black, "MWMW " * 12)
+    assert wide.any() and not wide[:, :, -4:].any()  # nothing is cut
+    assert pictures.write_name(black, "collision")[:, 24:].max() == 0 < wide[:, 24:].max()
 
 
 def test_webp_is_lossless_and_keeps_time():

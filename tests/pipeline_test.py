@@ -137,7 +137,7 @@ def test_two_processes_prepare_the_same_bytes(place, tmp_path):
         return succeed("prophy_jax.prepare", *arguments, cwd=place, devices=1)
 
     prepare("one")
-    assert "1 shards are left" in prepare("two", "--process=1/2")
+    assert "1 shard left" in prepare("two", "--process=1/2")
     prepare("two", "--process=0/2")
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.array_record*")}

@@ -326,6 +326,18 @@ def test_captions_that_do_not_fit_are_listed(tmp_path):
     assert manifest["captions_cut"] == {"clip0": 2}  # 8 rows: 7 words and the end token
 
 
+def test_clips_without_a_category_are_listed_with_what_that_means(tmp_path, capsys):
+    source = _wisa(tmp_path / "wisa", 2)
+    labels = json.loads((source / "wisa-80k.json").read_text())
+    del labels[1]["physical_annotation"]
+    (source / "wisa-80k.json").write_text(json.dumps(labels))
+    prepare(_config(tmp_path / "out", val_share=0.5), [source])
+    printed = capsys.readouterr().out
+    assert "out: 2 clips (train 1, val 1)\n" in printed and ": 2 clips of latents" in printed
+    assert "clips without a category: 1\n  clip1\n  they train the diffusion loss alone; " in printed
+    assert "label --propose" in printed
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     source = _wisa(tmp_path / "wisa", 3)
     listed = json.loads((source / "wisa-80k.json").read_text())
@@ -333,7 +345,9 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert prepare(_config(tmp_path / "out"), [source], dry_run=True) is None
     assert os.listdir(tmp_path) == ["wisa"]
     printed = capsys.readouterr().out
-    assert "collision" in printed and "train 2, val 1 clips would be taken" in printed
+    assert "collision" in printed and printed.endswith(
+        "3 clips (train 2, val 1) would be taken; nothing was written\n"
+    )
     assert "skipped: 1\n  x: no caption: record 3\n" in printed
 
 
@@ -627,7 +641,7 @@ def test_clips_that_lose_most_of_their_picture_are_listed(tmp_path, capsys):
         "--config.data.buckets='((5, 48, 32),)'\n"
     )
     printed = capsys.readouterr().out
-    assert "3 clips were opened\n" in printed and listed in printed
+    assert "opened 3 clips\n" in printed and listed in printed
     spread = next(line for line in printed.splitlines() if "% of the picture kept" in line)
     assert spread.split(" | ")[1:4] == ["37.5", "40.42", "66.67"]  # of 37.5, 66.7 and 88.9
 

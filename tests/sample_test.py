@@ -16,7 +16,7 @@ import pytest
 
 from prophy_jax import build, models, sample
 from prophy_jax.diffusion import generate, solvers, v_prediction
-from prophy_jax.evaluation import validation
+from prophy_jax.evaluation import pictures, validation
 from prophy_jax.prepare import list_grids
 from prophy_jax.run import checkpoints, encoders, parallel, workdir
 from prophy_jax.run.errors import NotFinite, UserError
@@ -24,7 +24,7 @@ from prophy_jax.testing.counting import count_compiles
 from tests import tiny_pipeline
 from tests.commands import run_here
 from tests.conftest import ROOT, build_run, get_config, xla_flags
-from tests.videos import read_clip
+from tests.videos import read_clip, read_video
 
 PROMPTS = ["a red ball bounces on the left", "orange flames burn on logs", "blue ink spreads in water"]
 
@@ -82,6 +82,8 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
     clips = [f"{i:04d}{suffix}.mp4" for i in range(3) for suffix in ("", "_baseline")]
     overlays = [f"{i:04d}_routing.mp4" for i in range(3)]
     assert sorted(os.listdir(out)) == sorted([*clips, *overlays, "manifest.json"])
+    shown, _ = read_video(out / overlays[0])
+    assert shown.shape[1] == 256 + pictures.LEGEND and shown.shape[2] in (256, 512, 768)
     manifest = json.loads((out / "manifest.json").read_text())
     assert [clip["file"] for clip in manifest["clips"]] == clips
     assert manifest["clips"][3] == {
@@ -133,7 +135,10 @@ def test_what_a_run_writes_and_that_it_goes_on(weights, tmp_path):
         (["--checkpoint={backbone}", "--config.data.frames=8"], "4n + 1"),
         (["--checkpoint={backbone}", "--config.data.height=44"], "multiples of 8, such as 48 x 32"),
         (["--checkpoint={backbone}", "--prompts=nowhere.txt"], "nowhere.txt"),
-        (["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"], "do not divide"),
+        (
+            ["--checkpoint={backbone}", "--batch=3", "--config.samples.guidance=1.0"],
+            "3 rows, with those of guidance, cannot be",
+        ),
         (["--checkpoint={backbone}", "--config.samples.skip=(3,)"], "samples.skip=(3,)"),
         (["--checkpoint={backbone}", "--config.samples.solver=heun"], "heun"),
     ],

@@ -365,7 +365,7 @@ def test_jsonl(tmp_path):
         ("a.csv", b"", "lists no records"),
         ("a.csv", b"video,caption\n", "lists no records"),
         ("a.jsonl", b"\n{oops\n", "is not a JSONL file .*line 2"),
-        ("a.json", b'[{"video": "a.mp4", "caption": ""}]', "none of the 1 records .*no caption: record 0.$"),
+        ("a.json", b'[{"video": "a.mp4", "caption": ""}]', "none of the 1 record .*no caption: record 0.$"),
         ("a.jsonl", b"[1, 2]\n", "is not a JSONL file .*line 1 of a.jsonl is not an object"),
         ("a.jsonl", b'{"video": "a.mp4"}\n', "no column for the caption"),
         ("a.jsonl", b"\n", "lists no records"),

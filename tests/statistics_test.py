@@ -65,6 +65,12 @@ def test_table_is_markdown(tmp_path):
         "| 640x480 | 2 | 50.0% |",
     ):
         assert line in lines
+    # What no clip has is no row of 0.
+    assert "thermodynamics" in "".join(lines) and not [
+        line for line in lines if line.endswith("| 0 | 0.0% |")
+    ]
+    (rest,) = (line for line in lines if line.startswith("No clip shows "))
+    assert "explosion" in rest and "collision" not in rest
     assert "| words in the caption | 1 | 1.3 | 3 | 3 | 4.7 | 5 |" in lines
     assert '| q1: "steam\\|fog" | 1 |' in lines  # the bar does not end the cell
     # Every table is set off, and every row of it has as many cells as its head.
@@ -81,9 +87,11 @@ def test_what_is_not_stated_is_left_out(tmp_path):
     stats = statistics.summarise(sources.read_sources(tmp_path))
     assert stats["duration"] == stats["fps"] == stats["resolution"] == stats["skipped"] == {}
     assert stats["phenomena_per_clip"] == {"0": 1}
-    assert "seconds" not in statistics.table(stats)
+    table = statistics.table(stats)
+    assert table.startswith("1 of 1 record is used.\n\nNo clip has a category.\n\n| | min |")
+    assert "seconds" not in table and "collision" not in table and "dynamics" not in table
     statistics.picture(stats, tmp_path / "picture.png")
-    assert Image.open(tmp_path / "picture.png").width > 1000
+    assert Image.open(tmp_path / "picture.png").size == (1100, 374)  # one row, no column of categories
 
 
 @pytest.mark.parametrize("values", [[5.0], [5.062, 5.067], list(range(100)), [1, 1, 1, 1000]])

@@ -23,7 +23,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import records
 from prophy_jax.run import workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 CLIPS = "clips.jsonl"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -159,7 +159,9 @@ class Job:
         with _writing(self.out):
             if missing := self.missing():
                 index, count = self._process
-                print(f"process {index} of {count} is done; {len(missing)} shards are left to the others")
+                print(
+                    f"process {index} of {count} is done; {counted(len(missing), 'shard')} left to the others"
+                )
                 return None
             try:
                 with _lock(self._work / "finish.lock", wait=True):

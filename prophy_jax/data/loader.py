@@ -20,7 +20,7 @@ import numpy as np
 
 from prophy_jax.data import batch, job, records, taxonomy
 from prophy_jax.run import workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 # Threads suffice: reading a record is checking and copying it, in code that releases Python's lock. Each
 # reads a whole batch, so the buffer counts batches.
@@ -57,8 +57,9 @@ class _Bucket:
         for stored, folder in folders.items():
             dataset = self._datasets[stored] = records.open_dataset(folder, stored, bucket, split)
             if len(dataset) != len(self):
+                own = counted(len(self), "record")
                 raise UserError(
-                    f"{folders[batch.RECORDS]} has {len(self)} records of {bucket}, split {split!r}, but "
+                    f"{folders[batch.RECORDS]} has {own} of {bucket}, split {split!r}, but "
                     f"{stored!r} of {folder} has {len(dataset)} examples; make {stored!r} again"
                 )
             self._columns[stored] = {
@@ -199,8 +200,8 @@ def _too_few(data_dir: str | Path, split: str, count: int, batch_size: int, weig
         held = f" ({counts['val']} of {sum(counts.values())} went to validation)"
     kind = {"train": "training", "val": "validation"}.get(split, split)
     return (
-        f"{data_dir} has {count} {kind} clip{'s' * (count != 1)}{held}, fewer than config.batch_size="
-        f"{batch_size}: pass --config.batch_size={count}{' or less' * (count > 1)}, or prepare more clips"
+        f"{data_dir} has {counted(count, f'{kind} clip')}{held}, fewer than config.batch_size={batch_size}"
+        f": pass --config.batch_size={count}{' or less' * (count > 1)}, or prepare more clips"
     )
 
 
@@ -220,7 +221,9 @@ def _weigh(
         )
     counts = Counter(row["source"] for row in rows)
     paths = records.read_manifest(data_dir)["sources"]
-    found = ", ".join(f"{number} {path}: {counts[number]} clips" for number, path in enumerate(paths))
+    found = ", ".join(
+        f"{number} {path}: {counted(counts[number], 'clip')}" for number, path in enumerate(paths)
+    )
     found = f"the sources of {data_dir} are, in split {split!r}, {found}"
     if not max(counts) < len(weights) <= len(paths):
         raise UserError(f"{what}: give one number for each source; {found}")

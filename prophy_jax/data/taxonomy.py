@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 QUESTIONS = ("q0", "q1", "q2")  # fields of WISA-80K's annotation
 
@@ -105,7 +105,7 @@ def _says_none(label: str) -> bool:
 def describe(names: Iterable[str]) -> str:
     """Categories as messages list them."""
     names = tuple(names)
-    return f"{len(names)} categories ({', '.join(names)})"
+    return f"{counted(len(names), 'category', 'categories')} ({', '.join(names)})"
 
 
 def names_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:

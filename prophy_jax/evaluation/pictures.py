@@ -4,13 +4,17 @@ F H W video, M clips, T' H' W' token grid, N = T' H' W' tokens, E categories. Ca
 frame 0, latent k is frames 4k-3 to 4k.
 """
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-LEGEND = 16  # pixels
+PANEL = 256  # pixels: narrower clips are enlarged before anything is written on them
+LEGEND = 20  # pixels
+STRONGEST = 3  # maps side by side at most
+RANGE = 0.5, 0.99  # quantiles of a map that are its lowest and its highest colour
 
 
 def choose_clips(category: np.ndarray, sizes: Sequence[int]) -> list[int]:
@@ -50,32 +54,64 @@ def overlay(frames: np.ndarray, heat: np.ndarray, opacity: float = 0.65) -> np.n
     return ((1 - alpha) * grey + alpha * colour).astype(np.uint8)
 
 
-def legend(width: int, index: int, experts: int) -> np.ndarray:
-    """uint8 (LEGEND, width, 3): the colours of `overlay` from low to high, and which map is shown."""
+def enlarge(frames: np.ndarray) -> np.ndarray:
+    """(F, H, W, 3) with each pixel repeated both ways until the width is at least PANEL."""
+    times = -(-PANEL // frames.shape[2])
+    return frames.repeat(times, axis=1).repeat(times, axis=2)
+
+
+def write_name(frames: np.ndarray, name: str) -> np.ndarray:
+    """uint8 frames (F, H, W, 3), W at least PANEL, with a name at the upper left, wrapped to fit."""
+    images = [Image.fromarray(frame) for frame in frames]
+    place, style = (4, 2), {"font_size": 13, "stroke_width": 2}
+    pens = [ImageDraw.Draw(image) for image in images]
+    for letters in range(frames.shape[2] // 6, 0, -1):
+        lines = "\n".join(textwrap.wrap(name, letters))
+        if pens[0].multiline_textbbox(place, lines, **style)[2] <= frames.shape[2] - 4:
+            break
+    for pen in pens:
+        pen.text(place, lines, fill="white", stroke_fill="black", **style)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def legend(width: int, low: float, high: float) -> np.ndarray:
+    """uint8 (LEGEND, width, 3): the colours of `overlay`, with the values of both ends."""
     ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, width))[None, :, :3] * 255  # (1, width, 3)
     image = Image.fromarray(ramp.astype(np.uint8).repeat(LEGEND, 0))
     draw = ImageDraw.Draw(image)
-    draw.text((2, 2), "low", fill="white")
-    draw.text((width - 26, 2), "high", fill="black")
-    if width >= 160:  # otherwise the words would not fit
-        draw.text((width // 2, 2), f"map {index + 1} of {experts}", fill="white", anchor="ma")
+    middle = LEGEND // 2
+    draw.text((4, middle), f"low: {low:.2g}", fill="white", anchor="lm", font_size=12)
+    draw.text((width - 4, middle), f"high: {high:.2g}", fill="black", anchor="rm", font_size=12)
     return np.asarray(image)
 
 
-def overlay_strongest(frames: np.ndarray, alignment: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """Frames (F, H, W, 3) under the map of the category whose P'_r (N, E) peaks highest, over its own range.
+def overlay_strongest(
+    frames: np.ndarray, alignment: np.ndarray, grid: tuple[int, int, int], names: Sequence[str] = ()
+) -> np.ndarray:
+    """Frames (F, H, W, 3) under the maps of the categories whose P'_r (N, E) peaks highest, side by side.
 
-    Returns uint8 (F, H + LEGEND, W, 3), with the `legend` below.
+    Those that peak at half of the highest peak or more are shown, the highest first, at most STRONGEST. Each
+    map has its own range, which the `legend` below says; above is its name, from `names` of all E categories.
+
+    Returns:
+        uint8 (F, H' + LEGEND, maps W', 3), of clips that `enlarge` made H' x W'.
     """
-    index = int(alignment.max(0).argmax())
-    shown = overlay(frames, tokens_to_frames(stretch(alignment[:, index]), grid, frames.shape[:3]))
-    below = legend(frames.shape[2], index, alignment.shape[1])[None].repeat(len(frames), 0)
-    return np.concatenate([shown, below], axis=1)
+    peaks = alignment.max(0)
+    order = np.argsort(-peaks, kind="stable")[:STRONGEST]
+    panels = []
+    for index in [order[0], *(e for e in order[1:] if peaks[e] >= peaks[order[0]] / 2 > 0)]:
+        tokens = alignment[:, index]
+        heat = tokens_to_frames(stretch(tokens), grid, frames.shape[:3])
+        panel = enlarge(overlay(frames, heat))
+        name = names[index] if names else f"map {index + 1} of {len(peaks)}"
+        below = legend(panel.shape[2], *np.quantile(tokens, RANGE))[None].repeat(len(frames), 0)
+        panels.append(np.concatenate([write_name(panel, f"routing: {name}"), below], axis=1))
+    return np.concatenate(panels, axis=2)
 
 
 def stretch(tokens: np.ndarray) -> np.ndarray:
     """Token values over their own range: the median and below become 0, the 99th percentile becomes 1."""
-    low, high = np.quantile(tokens, (0.5, 0.99))
+    low, high = np.quantile(tokens, RANGE)
     return np.clip((tokens - low) / max(high - low, 1e-6), 0, 1)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from prophy_jax import evaluation
 from prophy_jax.evaluation import charts, diffusion, pictures
+from prophy_jax.run.errors import counted
 from prophy_jax.run.workdir import write_atomically
 
 SPLITS = {"val": "validation clips", "test": "test clips, whose prompts are worded in new ways"}
@@ -53,7 +54,8 @@ def write(
         "webp": _webp,
         "json": lambda value: json.dumps(value, indent=1),
     }
-    page.globals |= {"splits": SPLITS, "no_worse": diffusion.no_worse, "curve_chart": charts.curve_chart}
+    page.globals |= {"splits": SPLITS, "no_worse": diffusion.no_worse, "curve_chart": charts.curve_chart,
+        "counted": counted, "too_few": _too_few}  # fmt: skip
     parts = {name: spec for name, spec in (config["parts"] or {}).items() if spec}
     files = evaluation.measures(parts)
     measured = [
@@ -70,6 +72,11 @@ def write(
         config=config, results=results, clips=clips, curves=curves, **about
     )
     write_atomically(path, text)
+
+
+def _too_few(split: str) -> str:
+    """Why something was not measured that takes more than one clip."""
+    return f"too few {'test' if split == 'test' else 'validation'} clips (1)"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -243,7 +243,12 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
     if routers:
         found |= {"routers": routers, "least_even": min(numbers[1] for _, numbers in routers)}
     if results["localisation"]:
-        found["auc_chart"] = auc_chart(results["localisation"]["categories"])
+        rows, mean = results["localisation"]["categories"], results["localisation"]["mean"]
+        measured = [row for row in rows if row["auc_after"][0] is not None]
+        found["left_out"] = [row["category"] for row in rows if row not in measured]
+        found["specific"] = mean["specificity_after"][0] is not None
+        if measured:
+            found |= {"rows": measured, "auc_chart": auc_chart(measured)}
     if results.get("experts"):
         table = results["experts"]
         values = np.array(list(table.values()))  # (C + 1, E)
@@ -251,7 +256,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         found["expert_chart"] = charts.heat_chart(
             values, list(table), experts, "viridis", 0, values.max(), "refinement expert"
         )
-    if results.get("semantic"):
+    # Of one clip, all categories are alike: they have the same logits.
+    if results.get("semantic") and results["clips"] > 1 and len(results["semantic"]["categories"]) > 1:
         names = results["semantic"]["categories"]
         matrix = np.array(results["semantic"]["correlation"], float)  # None becomes NaN
         found["pairs"] = sorted(
@@ -273,13 +279,14 @@ def auc_chart(rows: Sequence[Mapping[str, Any]]) -> Figure:
         values = np.array([row[key][0] for row in rows], float)
         axes.barh(y + offset, values, 0.36, color=colour, label=label)
     values = np.array([row["specificity_after"][0] for row in rows], float)
-    axes.plot(values, y, "D", color=charts.ORANGE, markersize=5, label="specificity after training")
+    if not np.isnan(values).all():
+        axes.plot(values, y, "D", color=charts.ORANGE, markersize=5, label="specificity after training")
     axes.axvline(0.5, color="#1d242c", linewidth=0.8, linestyle=":")
     axes.set_yticks(y, [row["category"] for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("0.5 is guessing", fontsize=9)
-    specificity, *aucs = axes.get_legend_handles_labels()[0]
+    handles = axes.get_legend_handles_labels()[0]  # lines before bars
     place = dict(loc="lower left", bbox_to_anchor=(0, 1))
-    axes.legend(handles=[*aucs, specificity], fontsize=8, frameon=False, ncols=3, **place)
+    axes.legend(handles=[*handles[-2:], *handles[:-2]], fontsize=8, frameon=False, ncols=3, **place)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 from prophy_jax.plan import flops, hardware
 from prophy_jax.plan.planner import REMATS, USABLE, Plan
 from prophy_jax.run import parallel
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 
 def gigabytes(size: float) -> str:
@@ -19,7 +19,7 @@ def gigabytes(size: float) -> str:
 def describe(plan: Plan) -> str:
     """The settings that a search chooses."""
     mesh = ",".join(str(size) for size in plan.mesh.values())
-    return f"mesh {mesh}, {plan.clips} clips a step, remat {plan.remat}"
+    return f"mesh {mesh}, {counted(plan.clips, 'clip')} a step, remat {plan.remat}"
 
 
 def table(plan: Plan) -> str:
@@ -30,8 +30,9 @@ def table(plan: Plan) -> str:
     if plan.compiled:
         rows["all, as the compiler reports it"] = plan.compiled
     lines = [
-        f"{plan.mode} on {plan.topology}: {plan.devices} devices, mesh {mesh}",
-        f"{plan.clips} clips of {plan.tokens} tokens a step, attention {plan.attention}, remat {plan.remat}",
+        f"{plan.mode} on {plan.topology}: {counted(plan.devices, 'device')}, mesh {mesh}",
+        f"{counted(plan.clips, 'clip')} of {plan.tokens} tokens a step, attention {plan.attention}, "
+        f"remat {plan.remat}",
         "",
         f"{'memory of a device':<36}{'GB':>10}{'of ' + gigabytes(plan.capacity):>16}",
         *(f"  {kind:<34}{size / 1e9:10.3f}{size / plan.capacity:16.1%}" for kind, size in rows.items()),

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 # Marks of Orbax, of when and where a tree was written; it writes them last.
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -95,5 +95,5 @@ def _fault(path: str, entry: Any) -> str:
 
 def _refuse(faults: list[str], remedy: str, error: Exception | None = None) -> None:
     if faults:
-        more = f", and {len(faults) - 1} more files are damaged" if len(faults) > 1 else ""
+        more = f", and {counted(len(faults) - 1, 'more file')} damaged" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{more}: {remedy}") from error

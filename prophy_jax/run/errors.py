@@ -1,4 +1,4 @@
-"""The one exception that commands show to the user as a single line."""
+"""What commands say to the user: the one exception that they show as a single line, and counts."""
 
 import contextlib
 import sys
@@ -15,6 +15,11 @@ class NotFinite(UserError):
     def __init__(self, message: str, rows: Iterable[int]) -> None:
         super().__init__(message)
         self.rows = list(rows)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """How messages count: "1 clip", "20,000 clips"; `plural` is needed where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 @contextlib.contextmanager

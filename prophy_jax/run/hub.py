@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import huggingface_hub
 from huggingface_hub import errors
 
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 _WORD = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([\w./-]+))?", re.ASCII)
@@ -84,11 +84,11 @@ class Repository:
                     break
                 self._download(fill)
         what = (
-            f"{len(missing)} files of {self.name}, revision {self.commit[:12]}, "
+            f"{counted(len(missing), 'file')} of {self.name}, revision {self.commit[:12]}, "
             f"{sum(self.sizes.get(name, 0) for name in missing) / 1e9:.3f} GB"
         )
         if missing and dry_run:
-            print(f"would fetch {what}; the tensors in them are checked once they are here")
+            print(f"would fetch {what}; the tensors are checked once they are here")
             return None
         if missing:
             print(f"fetching {what}", flush=True)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 AXES = ("data", "fsdp", "context")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -37,11 +37,11 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
     if sizes.count(-1) == 1 and count % -math.prod(sizes) == 0:
         sizes[sizes.index(-1)] = count // -math.prod(sizes)
     if min(sizes) < 1 or math.prod(sizes) != count:
-        raise UserError(f"mesh={dict(shape)} does not fit {count} devices: fix config.mesh")
+        raise UserError(f"mesh={dict(shape)} does not fit {counted(count, 'device')}: fix config.mesh")
     if batch_size % (sizes[0] * sizes[1]):
         raise UserError(
-            f"a batch of {batch_size} clips at a time (config.batch_size / config.accumulation) does not "
-            f"divide over data x fsdp = {sizes[0] * sizes[1]}: lower config.accumulation, raise "
+            f"a batch of {counted(batch_size, 'clip')} at a time (config.batch_size / config.accumulation) "
+            f"does not divide over data x fsdp = {sizes[0] * sizes[1]}: lower config.accumulation, raise "
             "config.batch_size or change config.mesh"
         )
     # `jax.make_mesh` refuses an axis of 8 on a torus of 4x4x4 or 16x16.

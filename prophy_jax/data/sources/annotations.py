@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
 from prophy_jax.data.sources.video_files import IMAGES, VIDEOS, VideoFolder
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 # Names that tables use for a column, in any case; the first one present counts.
 VIDEO = (
@@ -498,8 +498,8 @@ def _read_lines(path: Path) -> Iterable[Row]:
             own.pop()
     if len(names) != len(texts):
         raise UserError(
-            f"{path} has {len(names)} lines, but {captions.name} has {len(texts)}; each video needs one line "
-            "of both"
+            f"{path} has {counted(len(names), 'line')}, but {captions.name} has {len(texts)}; each video "
+            "needs one line of both"
         )
     for number, (name, text) in enumerate(zip(names, texts, strict=True), 1):
         odd = [file.name for file, line in ((path, name), (captions, text)) if _odd_byte(line)]

@@ -30,7 +30,7 @@ from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 T = TypeVar("T")
 _LONGEST = 200  # characters of a text that is reported
@@ -412,7 +412,7 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
         where, entry, reason = located[0]
         missing = str(reason).startswith("missing")
         raise UserError(
-            f"none of the {len(located)} records of {path} can be used (first, "
+            f"none of the {counted(len(located), 'record')} of {path} can be used (first, "
             f"{_short(entry.video or where)}: {reason})"
             + (f"; put the videos, in folders or zip files, under {folder.folder}" if missing else "")
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from prophy_jax.data import taxonomy
 from prophy_jax.data.sources.source import Source
+from prophy_jax.run.errors import counted
 
 GROUP_COLOURS = {"dynamics": "#2563a8", "thermodynamics": "#c8502d", "optics": "#2f8f6b"}
 _INK, _GREY, _BARS = "#1d242c", "#586473", "#8a97a6"
@@ -79,9 +80,11 @@ def summarise(
 def table(stats: Mapping[str, Any]) -> str:
     """The statistics as Markdown."""
     used = stats["used"]
-    lines = [f"{used:,} of {stats['records']:,} records are used.", ""]
+    are = "is" if stats["records"] == 1 else "are"
+    lines = [f"{used:,} of {counted(stats['records'], 'record')} {are} used.", ""]
 
     def add(title: str, counts: Mapping[str, int], share: bool = True) -> None:
+        counts = {name: count for name, count in counts.items() if count}
         if not counts:
             return
         lines.extend(
@@ -94,9 +97,14 @@ def table(stats: Mapping[str, Any]) -> str:
         lines.append("")
 
     add("skipped", stats["skipped"], share=False)
-    add("group", stats["groups"])
-    add("phenomenon", stats["phenomena"])
-    add("phenomena in a clip", stats["phenomena_per_clip"])
+    if shown := _shown(stats):
+        add("group", stats["groups"])
+        add("phenomenon", stats["phenomena"])
+        add("phenomena in a clip", stats["phenomena_per_clip"])
+        if rest := [name for name in stats["phenomena"] if name not in shown]:
+            lines.extend([f"No clip shows {', '.join(rest)}.", ""])
+    else:
+        lines.extend(["No clip has a category.", ""])
     spreads = {
         "words in the caption": stats["caption_words"],
         "seconds": stats["duration"],
@@ -117,35 +125,41 @@ def picture(stats: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Draws the statistics into a PNG. The same statistics give the same pixels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.4), dpi=110, facecolor="white", layout="constrained")
+    charts = [
+        ("words in the caption", _draw_histogram, "caption_words"),
+        ("seconds", _draw_histogram, "duration"),
+        ("frames per second", _draw_rows, "fps"),
+        ("width x height", _draw_rows, "resolution"),
+        ("records skipped", _draw_rows, "skipped"),
+    ]
+    charts = [chart for chart in charts if stats[chart[2]]]
+    if shown := _shown(stats):
+        charts.insert(0, ("phenomena in a clip", _draw_columns, "phenomena_per_clip"))
+    rows = 3 if shown else -(-len(charts) // 2)
+    size = (13, 8.4) if shown else (10, 0.9 + 2.5 * rows)
+    figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
     figure.suptitle(
-        f"{stats['used']:,} clips of {stats['records']:,} records",
+        f"{counted(stats['used'], 'clip')} of {counted(stats['records'], 'record')}"
+        + ("" if shown else "; no clip has a category"),
         x=0.012, ha="left", fontsize=17, fontweight="bold", color=_INK,
     )  # fmt: skip
-    unknown = sum(stats["labels_not_understood"].values())
-    figure.text(0.988, 0.985, f"labels not understood: {unknown:,}", ha="right", va="top", color=_GREY)
-    grid = figure.add_gridspec(3, 3, width_ratios=(1.55, 1, 1))
-    _draw_phenomena(figure.add_subplot(grid[:, 0]), stats)
-    panels = iter([(row, column) for row in range(3) for column in (1, 2)])
-
-    def panel(title: str) -> Any:
-        axes = figure.add_subplot(grid[next(panels)])
+    if unknown := sum(stats["labels_not_understood"].values()):
+        text = f"labels not understood: {unknown:,}"
+        figure.text(0.988, 0.985, text, ha="right", va="top", color=_GREY)
+    grid = figure.add_gridspec(rows, 3 if shown else 2, width_ratios=(1.55, 1, 1) if shown else (1, 1))
+    if shown:
+        _draw_phenomena(figure.add_subplot(grid[:, 0]), stats)
+    for place, (title, draw, key) in enumerate(charts):
+        axes = figure.add_subplot(grid[place // 2, place % 2 + (1 if shown else 0)])
         _style(axes, title)
-        return axes
-
-    _draw_columns(panel("phenomena in a clip"), stats["phenomena_per_clip"])
-    _draw_histogram(panel("words in the caption"), stats["caption_words"])
-    if stats["duration"]:
-        _draw_histogram(panel("seconds"), stats["duration"])
-    for title, key in (
-        ("frames per second", "fps"),
-        ("width x height", "resolution"),
-        ("records skipped", "skipped"),
-    ):
-        if stats[key]:
-            _draw_rows(panel(title), stats[key])
+        draw(axes, stats[key])
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _shown(stats: Mapping[str, Any]) -> list[str]:
+    """The categories that some clip has."""
+    return [name for name, count in stats["phenomena"].items() if count]
 
 
 _SPREAD = ("min", "p5", "median", "mean", "p95", "max")
@@ -209,7 +223,7 @@ def _draw_phenomena(axes: Any, stats: Mapping[str, Any]) -> None:
         return
     axes.legend(
         handles=[
-            Patch(color=colour, label=f"{group}: {stats['groups'][group]:,} clips")
+            Patch(color=colour, label=f"{group}: {counted(stats['groups'][group], 'clip')}")
             for group, colour in of_group.items()
         ],
         loc="upper center", bbox_to_anchor=(0.4, -0.01), ncols=3, frameon=False, fontsize=9.5,
@@ -221,7 +235,10 @@ def _draw_rows(axes: Any, counts: Mapping[str, int], colours: Any = _BARS, whole
     """Horizontal bars from the top down, with their counts, and shares of `whole`."""
     if whole is None and len(counts) > _SHOWN:
         shown = dict(list(counts.items())[: _SHOWN - 1])
-        counts = {**shown, f"{len(counts) - len(shown)} others": sum(counts.values()) - sum(shown.values())}
+        counts = {
+            **shown,
+            counted(len(counts) - len(shown), "other"): sum(counts.values()) - sum(shown.values()),
+        }
     names, values = list(counts), list(counts.values())
     bars = axes.barh(range(len(names)), values, color=colours, height=0.72)
     labels = [f"{value:,}" + (f"  ({value / whole:.0%})" if whole else "") for value in values]

@@ -41,9 +41,11 @@ class Part:
 
     Attributes:
         fields: Fields of the batch that `read` takes besides text and text_mask.
+        categories: Names of the E maps of `token_maps`; empty: they are not known.
     """
 
     fields: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
     def init(self, key: jax.Array, backbone: Backbone, backbone_params: Params) -> Params:
         """Draws this part's parameters, fp32. At step 0 the model must be the backbone, bit for bit."""
