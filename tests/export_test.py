@@ -516,7 +516,7 @@ def narrow_text(root):
     [
         (missing, "no folder .*nowhere"),
         (empty, "nothing to export in .*empty"),
-        (unfinished_run, "no parameters in .*run/checkpoints/3: name another folder"),
+        (unfinished_run, "no checkpoint at .*run/checkpoints/3: name another folder"),
         (half_written, "vae is not complete"),
         (cut_off_conversion, "transformer.partial is not finished"),
         (without_tree, "no .*_METADATA.*convert or train again"),

@@ -241,7 +241,7 @@ def test_what_a_run_cannot_begin_with_is_named(uninterrupted, tmp_path):
     assert build.find_starts(config, layout, [branch]) == {"branch": branch}
     for given, message in (
         ([branch, uninterrupted], "--init names 'branch' twice"),
-        ([str(tmp_path)], f"no parameters in {tmp_path}: name a run"),
+        ([str(tmp_path)], f"no checkpoint at {tmp_path}: name a run"),
     ):
         with pytest.raises(UserError, match=message):
             build.find_starts(config, layout, given)

@@ -297,7 +297,7 @@ def find_parts(folder: str, remedy: str = "name another folder") -> dict[str, st
     Of a run those that it wrote at its end, unless there is a later checkpoint; of a checkpoint the averaged
     ones (EMA). Raises UserError when there are none.
     """
-    folder = folder.rstrip("/")
+    folder = os.fspath(folder).rstrip("/")
     if in_checkpoint(folder) or os.path.exists(os.path.join(folder, "manifest.json")):
         return {read_manifest(folder, remedy).get("part", ""): folder}
     if os.path.isdir(os.path.join(folder, "state")):
@@ -317,7 +317,7 @@ def find_parts(folder: str, remedy: str = "name another folder") -> dict[str, st
         if manifest.get("step", -1) >= max(steps, default=0):
             ended[manifest.get("part", "")] = os.path.dirname(path)
     if not ended and not steps:
-        raise UserError(f"no parameters in {folder}: {remedy}")
+        raise UserError(f"no checkpoint at {folder}: {remedy}")
     return ended or find_parts(os.path.join(checkpoints, str(max(steps))), remedy)
 
 
@@ -328,7 +328,7 @@ def holds_params(folder: str) -> bool:
 
 def in_checkpoint(folder: str) -> re.Match | None:
     """(folder of the checkpoint, "ema" or "params", part) of a folder that names parameters in one."""
-    found = re.fullmatch(r"(.*/checkpoints/\d+)/(ema|params)/(\w+)", folder.rstrip("/"))
+    found = re.fullmatch(r"(.*/checkpoints/\d+)/(ema|params)/(\w+)", os.fspath(folder).rstrip("/"))
     return found if found and os.path.isdir(os.path.join(found[1], "state")) else None
 
 
@@ -377,7 +377,7 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {folder}: {remedy}")
     manifest = read_json(path, remedy or "name another folder", _MANIFEST)
     if not checksums.is_intact(manifest):
-        raise UserError(f"{path} is damaged, its text is not that written: {remedy or 'name another folder'}")
+        raise UserError(f"{path} is damaged (not as it was written): {remedy or 'name another folder'}")
     if not {"sha256", "shapes"} <= manifest.keys():
         raise UserError(f"{path} is of no parameters: {remedy or 'name another folder'}")
     return manifest
