@@ -373,6 +373,8 @@ def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
             names = Counter(name.strip().lower() for name in header)
             if twice := [name for name in names if name and names[name] > 1]:
                 raise ValueError(f"it has two columns {twice[0]!r}")
+            if header:
+                _check_columns(path, header)
         elif any(cell.strip() for cell in cells):
             quoted = re.search(rf'(^|{separator})\s*"', row)  # whoever quotes a cell knows what commas do
             cut = None if quoted else _find_cut(header, cells)
@@ -447,7 +449,7 @@ def _find_cut(header: Sequence[str], cells: Sequence[str]) -> Cut | None:
         if not words or name in (*VIDEO, *SPLIT):
             found = False
         elif name in CATEGORY:
-            found = behind
+            found, text = behind, _labels(text)
             spaced = spaced or bool(halves)
         elif name == "id":
             named = any(text in cell for cell in cells[:caption])  # a video's name may be several words
@@ -590,10 +592,12 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
     ]
     if missing:
         unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
-        bare = any(Path(name).suffix.lower() in VIDEOS for name in columns)
+        bare = any(Path(name).suffix.lower() in VIDEOS or name.startswith("#") for name in columns[:2])
+        bars = any("|" in name for name in columns)
         raise UserError(
             f"{path} has {', and '.join(missing)}; found {shorten(unread) or 'none'}"
             + ("; the first line of a table must name its columns" if bare else "")
+            + (f"; between them {', '.join(SEPARATORS.values())} are read, and no |" if bars else "")
         )
 
 
@@ -622,5 +626,7 @@ def _text(value: Any) -> str:
 
 def _labels(value: Any) -> str:
     """Labels as one text for `Taxonomy.parse_labels`; whatever is not text is left for its report."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.S):  # as pandas writes a list
+        value = [part.strip(" '\"\n") for part in value.strip()[1:-1].split(",")]
     values = value if isinstance(value, list) else [value]
     return ", ".join(_text(str(item)) for item in values if item is not None)
