@@ -89,7 +89,7 @@ class Taxonomy:
             )
 
 
-_SEPARATORS = r"[,;|\n]"
+_SEPARATORS = r"[,;\n]"
 
 
 def _normal_form(label: str) -> str:

@@ -449,7 +449,7 @@ def _find_cut(header: Sequence[str], cells: Sequence[str]) -> Cut | None:
         if not words or name in (*VIDEO, *SPLIT):
             found = False
         elif name in CATEGORY:
-            found, text = behind, _labels(text)
+            found, text = behind, _categories(text)
             spaced = spaced or bool(halves)
         elif name == "id":
             named = any(text in cell for cell in cells[:caption])  # a video's name may be several words
@@ -555,7 +555,7 @@ def _parse_row(record: Record) -> Entry:
 
     clip_id = columns.get("id")
     clip_id = str(clip_id) if isinstance(clip_id, int) else clip_id
-    labels = {"category": _labels(column(CATEGORY))}
+    labels = {"category": _categories(column(CATEGORY))}
     video, caption, split = (_text(column(names)) for names in (VIDEO, CAPTION, SPLIT))
     return Entry(_text(clip_id), video, caption, labels, split)
 
@@ -597,7 +597,7 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
         raise UserError(
             f"{path} has {', and '.join(missing)}; found {shorten(unread) or 'none'}"
             + ("; the first line of a table must name its columns" if bare else "")
-            + (f"; between them {', '.join(SEPARATORS.values())} are read, and no |" if bars else "")
+            + ("; cells are separated by commas, semicolons or tabs, not by |" if bars else "")
         )
 
 
@@ -624,9 +624,17 @@ def _text(value: Any) -> str:
     return value.strip().encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
+def _categories(value: Any) -> str:
+    """`_labels` of a table, whose cells may be lists as programs write them: "['melting', 'fog']", "a|b"."""
+    if not isinstance(value, str):
+        return _labels(value)
+    text = value.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = ", ".join(part.strip(" '\"\n") for part in text[1:-1].split(","))
+    return _labels(text.replace("|", ","))
+
+
 def _labels(value: Any) -> str:
     """Labels as one text for `Taxonomy.parse_labels`; whatever is not text is left for its report."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.S):  # as pandas writes a list
-        value = [part.strip(" '\"\n") for part in value.strip()[1:-1].split(",")]
     values = value if isinstance(value, list) else [value]
     return ", ".join(_text(str(item)) for item in values if item is not None)
