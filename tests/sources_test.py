@@ -368,6 +368,11 @@ def test_jsonl(tmp_path):
             r"found video\|caption; cells are separated by .*, not by \|$",
         ),
         ("a.json", b"[{}]", "no column for the video"),
+        (
+            "a.json",
+            b'{"train": [{"video": "a.mp4"}], "val": [{"video": "b.mp4"}]}',
+            "is not a JSON list of rec",
+        ),
         ("a.json", b'{"video": ["a.mp4"], "caption": ["A"]}', "is not a JSON list of records"),
         ("a.json", b'{"a.mp4": "A", "a.mp4": "B"}', "is not a JSON file .it has the key 'a.mp4' twice"),
         ("a.json", b'{"a.mp4": 1}', "is not a JSON list of records; .* or an object of captions"),

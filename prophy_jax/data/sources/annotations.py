@@ -328,8 +328,8 @@ def _of_object(content: Record | _Twice) -> list[Any] | None:
         return [content] if _parse_row(content).video else None
     lists = [value for value in content.values() if isinstance(value, list)]
     tables = [value for value in lists if any(isinstance(one, dict | _Twice) for one in value)]
-    if len(tables) == 1:
-        return tables[0]
+    if tables:
+        return tables[0] if len(tables) == 1 else None  # which is meant is not known
     named = all(isinstance(value, list | None) for value in content.values()) and not columns & {*_KNOWN}
     if any(isinstance(value, str) for value in content.values()) or named and lists:
         return [{"video": name, "caption": caption} for name, caption in content.items()]
