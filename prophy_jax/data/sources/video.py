@@ -30,7 +30,14 @@ from prophy_jax.run.workdir import replacing
 
 Video = str | os.PathLike | BinaryIO
 # Pillow's names. FFmpeg takes an AVIF or HEIF image for a video of one frame a second, or for one tile of it.
-IMAGES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+IMAGES = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    *(("AVIF",) if "avif" in features.get_supported_modules() else ()),
+)
 _BRANDS = ("avif", "heic", "heix", "mif1")
 
 
