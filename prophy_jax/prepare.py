@@ -647,8 +647,8 @@ def describe(
         "records_listed": listing.records,
         "skipped": [*listing.skipped, *skipped],
         "labels_not_understood": labels,
-        "unannotated": listing.unannotated,
-        "label_not_among_answers": listing.label_differs,
+        "unannotated": [name for name in listing.unannotated if name in places],
+        "label_not_among_answers": [name for name in listing.label_differs if name in places],
         "versions": records.versions(PACKAGES),
     }
     return features, manifest

@@ -277,11 +277,14 @@ def test_bad_videos_are_skipped_and_listed(tmp_path, capsys):
     (source / "videos" / "clip6.mp4").write_bytes(b"")
     labels = json.loads((source / "wisa-80k.json").read_text())
     labels[7]["captions"] = " "
+    for index in (0, 1, 2):
+        labels[index]["physical_annotation"] = None
     (source / "wisa-80k.json").write_text(json.dumps(labels))
     manifest = prepare(_config(tmp_path), [source], tmp_path / "out")
     # One clip is left: it is both splits, and that is said.
     assert _ids(tmp_path / "out", "val") == _ids(tmp_path / "out", "train") == ["clip0"]
     assert len(manifest["stand_in"]) == 1 and manifest["counts"] == {"train": 1, "val": 1}
+    assert manifest["unannotated"] == ["clip0"]  # of those that are used
     reasons = dict(manifest["skipped"])
     assert sorted(reasons) == [f"clip{index}" for index in range(1, 8)]
     kinds = ("cut short", "missing: no video", "too short", "too small", "same content as clip0", "damaged")

@@ -357,6 +357,22 @@ def test_jsonl(tmp_path):
         ("a.csv", b"video;captoin\nb.mp4;A\n", r"found video, captoin .did you mean caption\?.$"),
         ("a.tsv", b"video\tcaption\na.mp4\tA\tB\n", "line 2 .* cells than columns, 3 of 2.*texts with tabs"),
         ("a.csv", b"a.mp4,A\nb.mp4,B\n", "found a.mp4, A; the first line of a table must name its columns$"),
+        (
+            "a.csv",
+            b"# mine\nvideo,caption\na.mp4,A\n",
+            "found # mine; the first line of a table must name its",
+        ),
+        (
+            "a.csv",
+            b"video|caption\na.mp4|A\n",
+            r"found video\|caption; cells are separated by .*, not by \|$",
+        ),
+        ("a.json", b"[{}]", "no column for the video"),
+        (
+            "a.json",
+            b'{"train": [{"video": "a.mp4"}], "val": [{"video": "b.mp4"}]}',
+            "is not a JSON list of rec",
+        ),
         ("a.json", b'{"video": ["a.mp4"], "caption": ["A"]}', "is not a JSON list of records"),
         ("a.json", b'{"a.mp4": "A", "a.mp4": "B"}', "is not a JSON file .it has the key 'a.mp4' twice"),
         ("a.json", b'{"a.mp4": 1}', "is not a JSON list of records; .* or an object of captions"),
@@ -496,6 +512,28 @@ def test_a_wrong_row_of_a_csv_is_listed_and_the_others_are_used(tmp_path):
     assert "0xe9) that is not utf-8" in problems["line 8 of clips.csv"]
     assert problems["g"] == "no caption: line 9 of clips.csv"
     assert [clip for clip, _ in source.annotations()] == source.clips
+
+
+@pytest.mark.parametrize("cell", ["['melting', 'collision']", '["melting","collision"]', "melting|collision"])
+def test_lists_of_categories_as_programs_write_them(tmp_path, cell):
+    rows = [["video", "caption", "category"], ["a.mp4", "A", cell], ["b.mp4", "B", "['reflection']"]]
+    source = sources.read_sources(plain(tmp_path, rows, {"a.mp4": b"1", "b.mp4": b"2"}))
+    for clip, names in zip(source.clips, (["melting", "collision"], ["reflection"]), strict=True):
+        np.testing.assert_array_equal(clip.category, taxonomy.multi_hot(names))
+    assert not source.report.unknown_labels and not source.report.unused
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_byte_order_mark(tmp_path, encoding):
+    table = "video,caption\na.mp4,Ümläut 雪\n".encode(encoding)
+    [clip] = sources.read_sources(write_files(tmp_path, {"a.mp4": b"1", "clips.csv": table})).clips
+    assert clip.caption == "Ümläut 雪"
+
+
+def test_the_same_clips_to_train_on_and_to_validate(tmp_path):
+    plain(tmp_path, [["video", "caption"], ["a.mp4", "A"]], {"a.mp4": b"1"})
+    with pytest.raises(UserError, match="is named by --source and by --val"):
+        sources.read_sources(tmp_path, validation=[tmp_path / "clips.csv"])
 
 
 def test_a_category_that_is_the_rest_of_a_caption(tmp_path):
@@ -1004,6 +1042,16 @@ def test_whatever_a_damaged_video_raises_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{name}.mp4: .*cut short"):
             source.read(clips[name], [Bucket(5, 24, 32)], 8, math.inf)
     assert source.read(clips["ok"], [Bucket(5, 24, 32), Bucket(9, 24, 32)], 8, math.inf).bucket == (9, 24, 32)
+    for content, problem in (
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "is a pointer of Git LFS.*`git lfs pull`",
+        ),
+        (b"\n<!DOCTYPE html><html>", "is a web page and not a video"),
+    ):
+        (root / "videos" / "text.mp4").write_bytes(content)
+        with pytest.raises(UserError, match=f"text.mp4: {problem}"):
+            source.read(clips["text"], [Bucket(5, 24, 32)], 8, math.inf)
     with pytest.raises(UserError, match="too small"):
         source.read(clips["ok"], [Bucket(5, 96, 128)], 8, max_upscale=1)
 

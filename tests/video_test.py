@@ -492,7 +492,7 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path, orientation):
         read_clip(path, 9, 8, 48, 64)
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow that writes AVIF")
+@pytest.mark.skipif("avif" not in features.get_supported_modules(), reason="needs a Pillow that writes AVIF")
 def test_an_avif_image_is_no_video(tmp_path, monkeypatch):
     """FFmpeg shows it for a second, which would be a clip in which nothing moves."""
     path = tmp_path / "a.avif"

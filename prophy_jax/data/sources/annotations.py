@@ -328,8 +328,8 @@ def _of_object(content: Record | _Twice) -> list[Any] | None:
         return [content] if _parse_row(content).video else None
     lists = [value for value in content.values() if isinstance(value, list)]
     tables = [value for value in lists if any(isinstance(one, dict | _Twice) for one in value)]
-    if len(tables) == 1:
-        return tables[0]
+    if tables:
+        return tables[0] if len(tables) == 1 else None  # which is meant is not known
     named = all(isinstance(value, list | None) for value in content.values()) and not columns & {*_KNOWN}
     if any(isinstance(value, str) for value in content.values()) or named and lists:
         return [{"video": name, "caption": caption} for name, caption in content.items()]
@@ -373,6 +373,8 @@ def _csv_rows(path: Path, lines: Sequence[str]) -> Iterator[Row]:
             names = Counter(name.strip().lower() for name in header)
             if twice := [name for name in names if name and names[name] > 1]:
                 raise ValueError(f"it has two columns {twice[0]!r}")
+            if header:
+                _check_columns(path, header)
         elif any(cell.strip() for cell in cells):
             quoted = re.search(rf'(^|{separator})\s*"', row)  # whoever quotes a cell knows what commas do
             cut = None if quoted else _find_cut(header, cells)
@@ -447,7 +449,7 @@ def _find_cut(header: Sequence[str], cells: Sequence[str]) -> Cut | None:
         if not words or name in (*VIDEO, *SPLIT):
             found = False
         elif name in CATEGORY:
-            found = behind
+            found, text = behind, _categories(text)
             spaced = spaced or bool(halves)
         elif name == "id":
             named = any(text in cell for cell in cells[:caption])  # a video's name may be several words
@@ -553,7 +555,7 @@ def _parse_row(record: Record) -> Entry:
 
     clip_id = columns.get("id")
     clip_id = str(clip_id) if isinstance(clip_id, int) else clip_id
-    labels = {"category": _labels(column(CATEGORY))}
+    labels = {"category": _categories(column(CATEGORY))}
     video, caption, split = (_text(column(names)) for names in (VIDEO, CAPTION, SPLIT))
     return Entry(_text(clip_id), video, caption, labels, split)
 
@@ -590,10 +592,12 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
     ]
     if missing:
         unread = [name if name.strip().lower() in _KNOWN else _with_nearest(name) for name in columns]
-        bare = any(Path(name).suffix.lower() in VIDEOS for name in columns)
+        bare = any(Path(name).suffix.lower() in VIDEOS or name.startswith("#") for name in columns[:2])
+        bars = any("|" in name for name in columns)
         raise UserError(
             f"{path} has {', and '.join(missing)}; found {shorten(unread) or 'none'}"
             + ("; the first line of a table must name its columns" if bare else "")
+            + ("; cells are separated by commas, semicolons or tabs, not by |" if bars else "")
         )
 
 
@@ -618,6 +622,16 @@ def says_something(caption: str) -> bool:
 def _text(value: Any) -> str:
     """A stripped string that UTF-8 can store; "" for anything but a string."""
     return value.strip().encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
+
+def _categories(value: Any) -> str:
+    """`_labels` of a table, whose cells may be lists as programs write them: "['melting', 'fog']", "a|b"."""
+    if not isinstance(value, str):
+        return _labels(value)
+    text = value.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = ", ".join(part.strip(" '\"\n") for part in text[1:-1].split(","))
+    return _labels(text.replace("|", ","))
 
 
 def _labels(value: Any) -> str:

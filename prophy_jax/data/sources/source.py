@@ -266,6 +266,12 @@ def read_sources(
         raise UserError(f'categories must be "answers" or "label", not {categories!r}')
     training = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [annotations.find_annotations(path) for path in (*training, *validation)]
+    for number, path in enumerate(files[: len(training)]):
+        if any(path.samefile(own) for own in files[len(training) :]):
+            raise UserError(
+                f"{training[number]} is named by --source and by --val, which would leave no clip to train "
+                "on: name other clips, or say in a column `split` which are for validation"
+            )
     report = Report()
     listed = [_locate(path, known, report) for path in files]
     keys = content_keys(found for source in listed for _, _, found in source if isinstance(found, VideoFile))

@@ -11,6 +11,7 @@ seekable binary file with a `name`, such as a member of a zip file held in memor
 BMP, TIFF, AVIF) is a clip of one frame.
 """
 
+import codecs
 import contextlib
 import itertools
 import math
@@ -29,7 +30,14 @@ from prophy_jax.run.workdir import replacing
 
 Video = str | os.PathLike | BinaryIO
 # Pillow's names. FFmpeg takes an AVIF or HEIF image for a video of one frame a second, or for one tile of it.
-IMAGES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+IMAGES = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    *(("AVIF",) if "avif" in features.get_supported_modules() else ()),
+)
 _BRANDS = ("avif", "heic", "heix", "mif1")
 
 
@@ -300,9 +308,24 @@ def _open_video(video: Video) -> Iterator[tuple[Fraction | None, Iterator]]:
             frames = _frames(video, container, stream, rate)
             yield rate, ((time, _Frame(name, frame, pixel_aspect)) for time, frame in frames)
     except av.error.FFmpegError as error:
+        if instead := _instead(video):
+            raise UserError(f"{name}: is {instead}") from error
         raise UserError(
             f"{name}: cannot be decoded; it is empty, damaged, cut short or not a video ({error.strerror})"
         ) from error
+
+
+def _instead(video: Video) -> str:
+    """What a file is that is often found in place of a video, "" for any other."""
+    with contextlib.ExitStack() as opened:
+        file = video if hasattr(video, "read") else opened.enter_context(open(video, "rb"))
+        file.seek(0)
+        head = file.read(200).lstrip(codecs.BOM_UTF8).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, without the video: run `git lfs pull` in its folder"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page and not a video: download it again"
+    return ""
 
 
 def _best_stream(container) -> Any:

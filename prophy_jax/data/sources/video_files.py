@@ -160,10 +160,11 @@ class VideoFolder:
         self._no_files: dict[str, str] = {}  # name -> what it is instead
         for path in walk(str(folder)) if folder.is_dir() else ():
             name = os.path.relpath(path, root).replace(os.sep, "/")
-            if instead := _no_file(path):
-                self._no_files[name] = instead
+            file = _file(name, path)
+            if isinstance(file, str):
+                self._no_files[name] = file
                 continue
-            found = _zip_members(name, path) if path.lower().endswith(".zip") else [_file(name, path)]
+            found = _zip_members(name, path) if path.lower().endswith(".zip") else [file]
             self._files += found
             for video in found:
                 names = video.member.names if video.member else (name,)
@@ -284,17 +285,14 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", stem + ending.lower())
 
 
-def _no_file(path: str) -> str:
-    """What is there instead of a file; "" for a file."""
+def _file(name: str, path: str) -> VideoFile | str:
+    """The file at a path, or what is there instead."""
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
+        status = os.stat(path)
     except OSError:
         return "a link to nothing"
-    return "" if regular else "a pipe, a socket or a device, and no file"  # reading it may never end
-
-
-def _file(name: str, path: str) -> VideoFile:
-    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading it may never end
+        return "a pipe, a socket or a device, and no file"
     return VideoFile(name, path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))
 
 
