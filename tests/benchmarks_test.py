@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -209,6 +210,17 @@ def test_a_whole_run_at_tiny_sizes_needs_no_more_than_a_gpu_machine_has(tmp_path
     assert {row["branch"] for row in results["sample"]["result"]["rows"]} == {False, True}
     assert all(row.get("compiled_later", 0) == 0 for row in results["sample"]["result"]["rows"])
     assert "not measured" in done.stdout
+
+
+def test_loading_is_timed_with_checksums_and_without():
+    command = [sys.executable, "-m", "benchmarks.load", "--gb=0.1", "--rounds=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    times = dict(re.findall(r"^(compared|not compared) +median ([\d.]+) s, best \2 s$", done.stdout, re.M))
+    (ratio,) = re.findall(
+        r"^0.1 GB: with checksums compared, loading takes ([\d.]+) times", done.stdout, re.M
+    )
+    assert len(times) == 2 and float(ratio) > 0
 
 
 def test_sizes_of_a_shape_are_those_that_wan_is_built_with():

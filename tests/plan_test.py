@@ -256,10 +256,18 @@ def test_every_line_of_the_table_has_its_figures():
     text = table.table(found)
     for words in ("parameters", "optimizer and EMA", "activations", "all-reduce over data", "limited by"):
         assert words in text
+    assert text.endswith("GB of the 76.00 GB that h100 has for it") and "\nfits: needs " in text
     kinds = found.memory
     assert found.bytes == sum(kinds.values())
     work = max(found.floors["compute"], found.floors["memory"])
     assert found.seconds["unhidden"] == work + found.floors["links"]
+
+
+def test_a_plan_of_one_device_says_nothing_of_links():
+    found = make_plan(Job.of(tiny((1, 1, 1))), "h100:1", compiled=False)
+    text = table.table(found)
+    assert "1 device, mesh" in text and "nothing is sent between devices" in text
+    assert "links" not in text and "communication" not in text and "efficiency" not in text
 
 
 @pytest.mark.parametrize(

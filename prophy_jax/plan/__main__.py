@@ -12,8 +12,8 @@ job. For GPUs the program is compiled for as many simulated devices, which gives
 is counted from the traced program (see prophy_jax.plan.memory).
 
 Prints bytes of a device by kind, next to the chip's memory; model FLOPs; what is sent over each axis of the
-mesh; the floors of time from published rates, the share of peak that they allow, and what limits it. A job
-that does not fit ends with one line that says what would help, and exit status 1.
+mesh; the least time that published rates allow, the share of peak that goes with it, what limits it, and
+whether the job fits. One that does not fit ends with one line that says what would help, and exit status 1.
 """
 
 import json

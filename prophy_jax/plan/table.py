@@ -29,9 +29,10 @@ def table(plan: Plan) -> str:
     rows = plan.memory | {"all, counted": sum(plan.memory.values())}
     if plan.compiled:
         rows["all, as the compiler reports it"] = plan.compiled
+    unit = "step" if plan.mode == "train" else "run"
     lines = [
         f"{plan.mode} on {plan.topology}: {counted(plan.devices, 'device')}, mesh {mesh}",
-        f"{counted(plan.clips, 'clip')} of {plan.tokens} tokens a step, attention {plan.attention}, "
+        f"{counted(plan.clips, 'clip')} of {plan.tokens} tokens a {unit}, attention {plan.attention}, "
         f"remat {plan.remat}",
         "",
         f"{'memory of a device':<36}{'GB':>10}{'of ' + gigabytes(plan.capacity):>16}",
@@ -40,26 +41,39 @@ def table(plan: Plan) -> str:
         f"FLOPs of a device: {plan.model_flops:.4g} of the model, {plan.executed_flops:.4g} executed",
         f"  rule: {flops.RULE}",
         "",
-        f"{'sent by a device in a step':<36}{'calls':>10}{'array GB':>16}{'sent GB':>12}{'ms':>10}",
     ]
-    for row in plan.collectives:
-        name = f"{row['kind']} over {'+'.join(row['axes'])}"
-        size, sent, seconds = row["bytes"] / 1e9, row["sent"] / 1e9, 1e3 * row["seconds"]
-        lines.append(f"  {name:<34}{row['calls']:10d}{size:16.5f}{sent:12.5f}{seconds:10.3f}")
-    rates = {
-        "compute": f"{plan.peak / 1e12:.0f} TFLOP/s",
-        "memory": f"{chip.bandwidth / 1e9:.0f} GB/s",
-        "links": f"up to {chip.link / 1e9:.0f} GB/s",
-    }
-    lines += ["" if plan.collectives else "  nothing\n", "floors of a step"]
+    rates = {"compute": f"{plan.peak / 1e12:.0f} TFLOP/s", "memory": f"{chip.bandwidth / 1e9:.0f} GB/s"}
+    if plan.collectives:
+        head = f"sent by a device in a {unit}"
+        lines.append(f"{head:<36}{'calls':>10}{'array GB':>16}{'sent GB':>12}{'ms':>10}")
+        for row in plan.collectives:
+            name = f"{row['kind']} over {'+'.join(row['axes'])}"
+            size, sent, seconds = row["bytes"] / 1e9, row["sent"] / 1e9, 1e3 * row["seconds"]
+            lines.append(f"  {name:<34}{row['calls']:10d}{size:16.5f}{sent:12.5f}{seconds:10.3f}")
+        rates["links"] = f"up to {chip.link / 1e9:.0f} GB/s"
+        totals = {"communication overlapped": "hidden", "communication not overlapped": "unhidden"}
+        efficiency = f"; scaling efficiency {plan.efficiency:.2%} without overlap"
+    else:
+        lines.append("nothing is sent between devices")
+        totals, efficiency = {"": "hidden"}, ""
+    lines += ["", f"least time of a {unit}, at published rates; real kernels take longer"]
     lines += [f"  {name:<34}{1e3 * plan.floors[name]:10.3f} ms at {rate}" for name, rate in rates.items()]
-    for how, seconds in plan.seconds.items():
+    for title, how in totals.items():
+        name = f"all, {title}" if title else "all"
         lines.append(
-            f"  {'all, communication ' + how:<34}{1e3 * seconds:10.3f} ms, at most "
-            f"{plan.share_of_peak(how):.1%} of peak"
+            f"  {name:<34}{1e3 * plan.seconds[how]:10.3f} ms, at most {plan.share_of_peak(how):.1%} of peak"
         )
-    lines.append(f"limited by {plan.limit}; scaling efficiency {plan.efficiency:.2%} with nothing hidden")
+    limit = "memory bandwidth" if plan.limit == "memory" else plan.limit
+    lines.append(f"limited by {limit}{efficiency}")
+    if plan.fits:
+        lines.append(f"fits: needs {_share(plan)}")
     return "\n".join(lines)
+
+
+def _share(plan: Plan) -> str:
+    """What is needed, of how much."""
+    own = f"{gigabytes(plan.bytes)} of the {gigabytes(USABLE * plan.capacity)}"
+    return f"{own} that {plan.topology.partition(':')[0]} has for it"
 
 
 def does_not_fit(plan: Plan) -> str:
@@ -78,8 +92,7 @@ def does_not_fit(plan: Plan) -> str:
     else:
         remedy = ["a larger fsdp in --mesh", *remat] if plan.mode == "train" else ["a chip with more memory"]
     return (
-        f"{describe(plan)} needs {gigabytes(plan.bytes)} of the {gigabytes(USABLE * plan.capacity)} that "
-        f"{plan.topology.partition(':')[0]} has for it, most of it {kind} ({gigabytes(plan.memory[kind])} "
+        f"{describe(plan)} needs {_share(plan)}, most of it {kind} ({gigabytes(plan.memory[kind])} "
         f"counted): try {' or '.join(remedy)}"
     )
 
