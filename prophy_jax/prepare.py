@@ -113,6 +113,8 @@ def prepare(
         for split, clips in splits.items()
     }
     plan = make_plan(config, splits, codec, text_encoder, known)
+    if not sources and config.data.sandbox.seed:  # earlier versions noted none
+        plan["sandbox_seed"] = config.data.sandbox.seed
     out = Path(out or config.data.dir)
     earlier = Earlier(out)
     rows = {

@@ -550,6 +550,8 @@ def test_folder_of_another_configuration_is_kept(sandbox_dir):
     other = {"train": 7, "val": 2, "test": 2, "seed": 0}
     with pytest.raises(UserError, match=r"made differently \(different clips; data.fps was 8, is 4\)"):
         prepare(_config(sandbox_dir, sandbox=other, fps=4))
+    with pytest.raises(UserError, match=r"made differently \(sandbox_seed was None, is 3\)"):
+        prepare(_config(sandbox_dir, sandbox={"train": 6, "val": 2, "test": 2, "seed": 3}))
     assert _bytes(sandbox_dir) == before
 
 
