@@ -1060,14 +1060,15 @@ def test_files_that_are_not_an_archive_of_torch_are_refused(tmp_path):
 
 
 def write_large(file, table, kind: str) -> int:
-    """Writes random bytes under the names of a table. Returns the bytes of the largest tensor."""
-    size = {"F32": 4, "BF16": 2}[kind]
+    """Writes random numbers under the names of a table. Returns the bytes of the largest tensor."""
+    dtype = np.dtype({"F32": np.float32, "BF16": ml_dtypes.bfloat16}[kind])
+    size = dtype.itemsize
     header, end, largest = {}, 0, 0
     for name, shape in lv.tensor_shapes(table).items():
         nbytes = int(np.prod(shape)) * size
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + nbytes]}
         end, largest = end + nbytes, max(largest, nbytes)
-    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32).tobytes()
+    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(dtype).tobytes()
     with open(file, "wb") as out:
         out.write(with_header(header, b""))
         for start in range(0, end, len(block)):
