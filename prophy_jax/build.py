@@ -158,8 +158,7 @@ def find_starts(config: ConfigDict, layout: Mapping[str, Any], folders: Sequence
 
     Raises UserError on a part that is frozen, not of the model, or does not fit.
     """
-    groups = optim.groups_of(config.optimizer)
-    trainable = optim.split({name: layout[name] for name in layout}, groups)[0]
+    trainable, _ = optim.split(layout, optim.groups_of(config.optimizer))
     found: dict[str, str] = {}
     for folder in folders:
         parts = checkpoints.find_parts(
