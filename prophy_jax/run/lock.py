@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prophy_jax.run.errors import UserError
+from prophy_jax.run.workdir import name_partial
 
 LOCK = "lock.json"
 BEAT_S = 5.0  # between touches
@@ -38,6 +39,8 @@ def held(folder: str | os.PathLike, what: str) -> Iterator[None]:
     own = {**_this_process(), "what": what, "token": secrets.token_hex(8)}
     while not _create(path, own):
         holder = _read(path)
+        if holder is None:
+            continue
         if _lives(path, holder):
             what, pid, host, since = (holder.get(key, "?") for key in ("what", "pid", "host", "since"))
             raise UserError(
@@ -59,7 +62,7 @@ def held(folder: str | os.PathLike, what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        if _read(path).get("token") == own["token"]:
+        if (_read(path) or {}).get("token") == own["token"]:
             path.unlink(missing_ok=True)
 
 
@@ -105,7 +108,7 @@ def _stamp(path: Path) -> int | None:
 
 def _create(path: Path, content: dict[str, Any]) -> bool:
     """Writes the file, whole, unless it is there."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    partial = name_partial(path)
     partial.write_text(json.dumps(content), encoding="utf-8")
     try:
         os.link(partial, path)
@@ -122,21 +125,32 @@ def _create(path: Path, content: dict[str, Any]) -> bool:
     return True
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What the file says; {} where it is gone, damaged, or only half written."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the file says; {} where it is damaged, or only half written; None where it is gone."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, RecursionError):
         return {}
 
 
 def _remove(path: Path, holder: dict[str, Any]) -> None:
-    """Takes away the lock of a holder that is gone; of several processes that try, one does."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, aside)
-        if _read(aside) != holder:  # another process took it over in the meantime
-            os.rename(aside, path)
-            return
-        aside.unlink()
+    """Takes away the lock of a holder that is gone; one process at a time, so that it takes no other's."""
+    guard = path.with_name(f".{path.name}.removing")
+    until = time.monotonic() + WATCH_S
+    while True:
+        try:
+            guard.mkdir()
+            break
+        except FileExistsError:
+            if time.monotonic() > until:  # who made it died there
+                break
+            time.sleep(BEAT_S / 5)
+    try:
+        if _read(path) == holder:
+            path.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            guard.rmdir()

@@ -389,7 +389,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     When the body raises, nothing remains of the file.
     """
     path = Path(path)
-    partial = _partial(path)
+    partial = name_partial(path)
     try:
         yield partial
         put_in_place(partial, path)
@@ -407,7 +407,7 @@ def put_in_place(partial: str | os.PathLike, path: str | os.PathLike) -> None:
 
 def _create(path: Path, text: str) -> None:
     """As `write_atomically`, but a file that is there already stays as it is."""
-    partial = _partial(path)
+    partial = name_partial(path)
     try:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
@@ -423,7 +423,8 @@ def _create(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _partial(path: Path) -> Path:
+def name_partial(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
