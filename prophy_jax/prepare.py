@@ -51,7 +51,7 @@ from prophy_jax.data.sources.source import (
 )
 from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run import cli
+from prophy_jax.run import cli, storage
 from prophy_jax.run.errors import NotFinite, UserError, counted
 from prophy_jax.run.workdir import run_identity
 
@@ -115,7 +115,7 @@ def prepare(
     plan = make_plan(config, splits, codec, text_encoder, known)
     if not sources and config.data.sandbox.seed:  # earlier versions noted none
         plan["sandbox_seed"] = config.data.sandbox.seed
-    out = Path(out or config.data.dir)
+    out = storage.path(out or config.data.dir)
     earlier = Earlier(out)
     rows = {
         (split, index): [earlier.row(source, clip) for clip in part]
@@ -142,7 +142,7 @@ def prepare(
     progress.report()
 
     # 4. The last process to be done puts the folder together.
-    paths = [str(Path(path).resolve()) for path in (*sources, *validation)]
+    paths = [storage.resolved(path) for path in (*sources, *validation)]
     manifest = job.finish(
         lambda reports: describe(out, config, paths, source, reports, grids, text_encoder, known)
     )
@@ -242,7 +242,7 @@ class Earlier:
         made: id -> row of each clip that `read` was asked for.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: storage.AnyPath) -> None:
         self._out = out
         self._rows = read_clips(out)
         self._finished = (out / "manifest.json").exists()
@@ -562,7 +562,7 @@ def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known
 
 
 def describe(
-    out: Path,
+    out: storage.AnyPath,
     config: ConfigDict,
     paths: list[str],
     source: Source,
@@ -602,15 +602,15 @@ def describe(
 
     text, mask = text_encoder([""])
     sizes, padding = measure_text(grids, text_encoder, known)
-    np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
+    storage.write_atomically(out / "empty_text.npz", lambda file: np.savez(file, text=text[0], mask=mask[0]))
     rows = [row for report in reports for row in report.get("rows", []) if row["id"] in places]
     shown = {row["id"]: row["shown"] for row in rows if row.get("shown")}
     if paths:
         stats = statistics.summarise(
             source, known, [share_kept(*size, places[name]) for name, size in shown.items()]
         )
-        (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
-        statistics.picture(stats, out / "statistics.png")
+        storage.write_atomically(out / "statistics.md", statistics.table(stats))
+        storage.write_atomically(out / "statistics.png", lambda file: statistics.picture(stats, file))
 
     features = {}
     aligned = any(dataset.startswith("alignment/") for report in reports for dataset in report["datasets"])
@@ -662,7 +662,7 @@ def count_clips(counts: Mapping[str, int]) -> str:
     return f"{counted(sum(counts.values()), 'clip')} ({listed})"
 
 
-def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+def print_summary(out: storage.AnyPath, manifest: dict[str, Any]) -> None:
     """Prints what was made, and what was left out."""
     counts = manifest["counts"]
     print(f"{out}: {count_clips(counts)}")

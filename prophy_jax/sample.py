@@ -17,7 +17,6 @@ B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from prophy_jax.run import workdir
+from prophy_jax.run import storage, workdir
 from prophy_jax.run.errors import NotFinite, UserError, counted
 
 
@@ -52,13 +51,14 @@ def use_checkpoint(config, folder: str) -> None:
     """
     from prophy_jax.run import checkpoints
 
-    if os.path.isdir(os.path.join(folder, "transformer")):
+    root = storage.path(folder)
+    if (root / "transformer").is_dir():
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
         names = ("backbone", "codec", "text_encoder")
     else:
-        if os.path.isdir(os.path.join(folder, "checkpoints")) or os.path.isdir(os.path.join(folder, "state")):
+        if (root / "checkpoints").is_dir() or (root / "state").is_dir():
             found = checkpoints.find_parts(folder)
             if "backbone" not in found:
                 raise UserError(
@@ -173,8 +173,8 @@ def no_folder_without_clips(out: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if os.listdir(out) == ["manifest.json"] and jax.process_count() == 1:
-            shutil.rmtree(out)
+        if [*storage.list_files(out)] == ["manifest.json"] and jax.process_count() == 1:
+            storage.remove(out)
         raise
 
 
@@ -274,7 +274,7 @@ def main(config: Any) -> None:
         work = [
             (indices, suffix)
             for indices, suffix in share
-            if not all(os.path.exists(path) for index in indices for path in files(index, suffix))
+            if not all(storage.path(path).exists() for index in indices for path in files(index, suffix))
         ]
         made = sum(len(indices) for indices, _ in work)
         params = build.load_params(config, layout, folders) if work else {}

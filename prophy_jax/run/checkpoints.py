@@ -13,12 +13,10 @@ Both have checksums of their files, which are compared while they are loaded.
 
 import contextlib
 import functools
-import glob
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,9 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax.run import checksums, distributed, parallel
+from prophy_jax.run import checksums, distributed, parallel, storage
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import put_in_place, read_json, read_run, write_atomically
+from prophy_jax.run.workdir import read_json, read_run
 
 SLICE_BYTES = 2**24
 CHECKSUMS = "checksums.json"  # of a training checkpoint
@@ -74,7 +72,8 @@ class TrainCheckpoints:
 
     def __init__(self, workdir: str, keep: int):
         _cut_large_arrays_only()
-        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        storage.require_gs(workdir, "checkpoints")
+        self.folder = os.path.join(storage.absolute(workdir), "checkpoints")
         self._saving = 0
         self._manager = _Manager(
             self.folder,
@@ -90,9 +89,12 @@ class TrainCheckpoints:
         """Of all files of the checkpoint that is being written, before it gets its final name or mark."""
         if not distributed.is_first():
             return
-        own = glob.escape(os.path.join(self.folder, str(self._saving)))
-        folder = max(glob.glob(own) + glob.glob(f"{own}.*"), key=os.path.getmtime)
-        write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
+        folder = os.path.join(self.folder, str(self._saving))
+        if not storage.in_bucket(folder):
+            root = storage.path(self.folder)
+            own = [root / folder, *root.glob(f"{self._saving}.*")]
+            folder = max((path for path in own if path.exists()), key=os.path.getmtime)
+        storage.write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -140,7 +142,7 @@ class TrainCheckpoints:
 
 def _read_checksums(step_folder: str, remedy: str) -> dict[str, Any] | None:
     path = os.path.join(step_folder, CHECKSUMS)
-    return read_json(path, remedy) if os.path.exists(path) else None
+    return read_json(path, remedy) if storage.path(path).exists() else None
 
 
 def verify_checkpoint(step_folder: str, remedy: str) -> None:
@@ -176,7 +178,7 @@ def _paths(tree: Any) -> dict[str, Any]:
 def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            tree = checkpointer.metadata(os.path.abspath(folder)).item_metadata.tree
+            tree = checkpointer.metadata(storage.absolute(folder)).item_metadata.tree
         except (OSError, *_DAMAGE) as error:
             raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
@@ -255,13 +257,19 @@ def _refuse_not_finite(params: Mapping[str, Any], folder: str, remedy: str) -> N
 def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Writes a parameter tree and its manifest; replaces an earlier one at the end. Returns the hash.
 
-    All processes of a job call it, with storage that all share.
+    All processes of a job call it, with storage that all share. In a bucket, which has no renames, the
+    manifest goes first and comes last.
     """
-    folder = os.path.abspath(folder)
-    temporary, first = folder + ".writing", distributed.is_first()
+    storage.require_gs(folder, "parameters")
+    folder = storage.absolute(folder)
+    manifest_file = storage.path(folder) / "manifest.json"
+    bucket, first = storage.in_bucket(folder), distributed.is_first()
+    temporary = folder if bucket else folder + ".writing"
     with distributed.all_or_none():
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if bucket:
+                manifest_file.unlink(missing_ok=True)
+            storage.remove(temporary)
     _cut_large_arrays_only()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(os.path.join(temporary, "tree"), params)
@@ -275,11 +283,11 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     with distributed.all_or_none():
         if first:
             manifest["files"] = checksums.hash_files(temporary)
-            write_atomically(
-                os.path.join(temporary, "manifest.json"), json.dumps(checksums.sealed(manifest), indent=1)
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            put_in_place(temporary, folder)
+            text = json.dumps(checksums.sealed(manifest), indent=1)
+            storage.write_atomically(os.path.join(temporary, manifest_file.name), text)
+            if not bucket:
+                storage.remove(folder)
+                storage.put_in_place(temporary, folder)
     return manifest["sha256"]
 
 
@@ -298,38 +306,35 @@ def find_parts(folder: str, remedy: str = "name another folder") -> dict[str, st
     ones (EMA). Raises UserError when there are none.
     """
     folder = os.fspath(folder).rstrip("/")
-    if in_checkpoint(folder) or os.path.exists(os.path.join(folder, "manifest.json")):
+    root = storage.path(folder)
+    if holds_params(folder):
         return {read_manifest(folder, remedy).get("part", ""): folder}
-    if os.path.isdir(os.path.join(folder, "state")):
+    if (root / "state").is_dir():
         names = {
             path.split("/")[1] for path in _saved_shapes(os.path.join(folder, "state")) if path[:4] == "ema/"
         }
         return {name: os.path.join(folder, "ema", name) for name in sorted(names)}
-    checkpoints = os.path.join(folder, "checkpoints")
-    steps = (
-        [int(name) for name in os.listdir(checkpoints) if name.isdigit()]
-        if os.path.isdir(checkpoints)
-        else []
-    )
+    checkpoints = root / "checkpoints"
+    steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     ended = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "manifest.json"))):
-        manifest = read_manifest(os.path.dirname(path), remedy)
+    for path in sorted(root.glob("*/manifest.json")):
+        manifest = read_manifest(str(path.parent), remedy)
         if manifest.get("step", -1) >= max(steps, default=0):
-            ended[manifest.get("part", "")] = os.path.dirname(path)
+            ended[manifest.get("part", "")] = str(path.parent)
     if not ended and not steps:
         raise UserError(f"no checkpoint at {folder}: {remedy}")
-    return ended or find_parts(os.path.join(checkpoints, str(max(steps))), remedy)
+    return ended or find_parts(str(checkpoints / str(max(steps))), remedy)
 
 
 def holds_params(folder: str) -> bool:
     """Whether this is a folder of parameters, or names some in a training checkpoint."""
-    return bool(in_checkpoint(folder)) or os.path.exists(os.path.join(folder, "manifest.json"))
+    return bool(in_checkpoint(folder)) or (storage.path(folder) / "manifest.json").exists()
 
 
 def in_checkpoint(folder: str) -> re.Match | None:
     """(folder of the checkpoint, "ema" or "params", part) of a folder that names parameters in one."""
     found = re.fullmatch(r"(.*/checkpoints/\d+)/(ema|params)/(\w+)", os.fspath(folder).rstrip("/"))
-    return found if found and os.path.isdir(os.path.join(found[1], "state")) else None
+    return found if found and (storage.path(found[1]) / "state").is_dir() else None
 
 
 def _describe_in_checkpoint(folder: str) -> dict[str, Any]:
@@ -355,7 +360,7 @@ def _describe_in_checkpoint(folder: str) -> dict[str, Any]:
 def _sum_of(step_folder: str) -> str:
     """Tells the content of a checkpoint."""
     path = os.path.join(step_folder, CHECKSUMS)
-    return checksums.hash_file(path) if os.path.exists(path) else os.path.abspath(step_folder)
+    return storage.hash_file(path) if storage.path(path).exists() else storage.absolute(step_folder)
 
 
 def describe_part(
@@ -372,8 +377,8 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     """The manifest of a parameter tree. Raises UserError with `remedy` when there is none."""
     if in_checkpoint(folder):
         return _describe_in_checkpoint(folder)
-    path = os.path.join(folder, "manifest.json")
-    if not os.path.exists(path):
+    path = storage.path(folder) / "manifest.json"
+    if not path.exists():
         raise UserError(f"no checkpoint at {folder}: {remedy}")
     manifest = read_json(path, remedy or "name another folder", _MANIFEST)
     if not checksums.is_intact(manifest):
@@ -398,6 +403,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     of them; each by itself when it is not. Raises UserError when the folder is missing, does not fit, has
     other bytes than were written, or holds NaN or infinity.
     """
+    storage.require_gs(folder, "parameters")
     listed = check_params(folder, wanted, remedy).get("files")
     root, place, path = folder, "tree", ()
     if within := in_checkpoint(folder):
@@ -420,7 +426,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         wanted = {name: wanted}
     verifying = _verifying(root, listed, remedy or "name another folder", together=not alone)
     with verifying, ocp.Checkpointer(handler, **options) as checkpointer:
-        place = os.path.join(os.path.abspath(root), place)
+        place = os.path.join(storage.absolute(root), place)
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=bool(path))
         try:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError
 
 # Seconds.
@@ -161,7 +162,7 @@ def _all(value: bool) -> bool:
 def wait_for_file(path: str) -> None:
     """Waits until a file that the first process wrote appears. Raises UserError if it does not."""
     until = time.monotonic() + SHARED_S
-    while not os.path.exists(path):
+    while not storage.path(path).exists():
         if time.monotonic() > until:
             raise UserError(
                 f"{path} of process 0 cannot be seen on {socket.gethostname()}: "

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from prophy_jax.run import cli
+from prophy_jax.run import cli, storage
 from prophy_jax.run.checkpoints import TrainCheckpoints
 from prophy_jax.run.errors import UserError
 
@@ -103,7 +103,7 @@ def describe_folder(workdir: str, trained: Sequence[str]) -> str:
         "checkpoints": "to resume from",
         **{name: f"trained parameters of the {name} (EMA)" for name in trained},
     }
-    there = {name: text for name, text in meanings.items() if os.path.exists(os.path.join(workdir, name))}
+    there = {name: text for name, text in meanings.items() if (storage.path(workdir) / name).exists()}
     width = max(map(len, there))
     backbone = [f"--checkpoint={place['backbone']}"] if "backbone" in trained else []
     folders = " ".join(backbone + [f"--branch={place[name]}" for name in trained if name != "backbone"])
