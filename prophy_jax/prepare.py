@@ -116,6 +116,7 @@ def prepare(
     if not sources and config.data.sandbox.seed:  # earlier versions noted none
         plan["sandbox_seed"] = config.data.sandbox.seed
     out = storage.path(out or config.data.dir)
+    storage.require_gs(out, "training data")
     earlier = Earlier(out)
     rows = {
         (split, index): [earlier.row(source, clip) for clip in part]

@@ -35,6 +35,7 @@ import types  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytest_plugins = ["tests.bucket"]
 
 
 def pytest_collection_finish() -> None:

@@ -67,7 +67,6 @@ class Job:
         rows: Mapping[tuple[str, int], list[dict[str, Any]]] | None = None,
         inputs: tuple[str, ...] = (),
     ) -> None:
-        storage.require_gs(out, "training data")
         self.out = storage.path(out)
         self._plan, self._rows = plan, rows
         self._work = self.out / "work"
@@ -138,7 +137,7 @@ class Job:
         with contextlib.ExitStack() as stack:
             with _writing(self.out):
                 name = self._name(split, index).with_suffix(".lock").name
-                stack.enter_context(lock.held(self._work, "another process", name, remedy=remedy))
+                stack.enter_context(lock.held(self._work, "prophy_jax", name, remedy=remedy))
             scratch = None
             if storage.in_bucket(self.out):  # array_record writes to disks alone
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="prophy_jax-"))
@@ -170,7 +169,7 @@ class Job:
                 )
                 return None
             try:
-                with lock.held(self._work, "another process", "finish.lock", wait=True):
+                with lock.held(self._work, "prophy_jax", "finish.lock", wait=True):
                     if not self.complete():
                         self._put_together(describe)
                     storage.remove(self._work)

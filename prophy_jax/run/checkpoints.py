@@ -72,7 +72,6 @@ class TrainCheckpoints:
 
     def __init__(self, workdir: str, keep: int):
         _cut_large_arrays_only()
-        storage.require_gs(workdir, "checkpoints")
         self.folder = os.path.join(storage.absolute(workdir), "checkpoints")
         self._saving = 0
         self._manager = _Manager(
@@ -260,7 +259,6 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     All processes of a job call it, with storage that all share. In a bucket, which has no renames, the
     manifest goes first and comes last.
     """
-    storage.require_gs(folder, "parameters")
     folder = storage.absolute(folder)
     manifest_file = storage.path(folder) / "manifest.json"
     bucket, first = storage.in_bucket(folder), distributed.is_first()
@@ -403,7 +401,6 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
     of them; each by itself when it is not. Raises UserError when the folder is missing, does not fit, has
     other bytes than were written, or holds NaN or infinity.
     """
-    storage.require_gs(folder, "parameters")
     listed = check_params(folder, wanted, remedy).get("files")
     root, place, path = folder, "tree", ()
     if within := in_checkpoint(folder):

@@ -23,14 +23,16 @@ from prophy_jax.run.workdir import RENAMED
 INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
 STOPPED = 75  # exit status of a run that a signal stopped and that was saved: EX_TEMPFAIL, "try again"
 HELP = ("--help", "-h", "-help", "--helpfull")
-# What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
 _typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
+# What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
 TEXTS = ("prompt", "*_remedy", "*.negative_prompt")
-# What may be in a bucket: flags, and patterns of keys of a configuration.
-BUCKETS = (
-    *("workdir", "out", "data", "source", "val", "checkpoint", "branch", "init"),
-    *("config.data.dir", "config.data.side.*", "config.*_params"),
-)
+# What may be in which buckets: flags, and patterns of keys of a configuration. Orbax and array_record,
+# for weights, checkpoints and records, have no driver for s3://.
+BUCKETS = {
+    **dict.fromkeys(("out", "source", "val"), ("gs", "s3")),
+    **dict.fromkeys(("workdir", "data", "checkpoint", "branch", "init"), ("gs",)),
+    **dict.fromkeys(("config.data.dir", "config.data.side.*", "config.*_params"), ("gs",)),
+}
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
     "I of P, with process 0 at HOST:PORT, such as 10.0.0.1:8476,1/4."
@@ -41,7 +43,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Of a command that has no configuration: `description` is shown as it is written."""
 
     def __init__(self, prog: str, description: str, buckets: Container[str] = ()):
-        self.buckets = buckets  # names of the flags that may be an address in a bucket
+        self.buckets = buckets  # names of the flags that may be an address of gs://
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
@@ -49,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         words = respell(sys.argv[1:] if args is None else args, self._option_string_actions)
         named = itertools.pairwise(["", *words])
         words = [
-            name + equals + expand_path(value, word, (name or before).lstrip("-") in self.buckets)
+            name + equals + expand_path(value, word, ("gs",) * ((name or before)[2:] in self.buckets))
             for before, word in named
             for name, equals, value in [_cut(word)]
         ]
@@ -59,16 +61,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def expand_path(text: str, where: str, buckets: bool = False) -> str:
-    """`text`, given as `where`, with ~ expanded. Raises UserError on addresses, but for `buckets`."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        storage.check_address(text, where)
-        if not buckets:
-            raise UserError(
-                f"{where} is in a bucket, and this can only be on a disk: copy it there, and give the path"
-            )
-        return text
-    return os.path.expanduser(text)
+def expand_path(text: str, where: str, schemes: Sequence[str] = ()) -> str:
+    """`text`, given as `where`, with ~ expanded. Raises UserError on addresses, but those of `schemes`."""
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        return os.path.expanduser(text)
+    storage.check_address(text, where, schemes)
+    return text
 
 
 def _cut(word: str) -> tuple[str, str, str]:
@@ -180,8 +178,7 @@ def _keep_compiled() -> None:
     Not for jobs of several processes: one that finds a program on its own host would not join the others,
     who tune it together. They need a folder that all share, which only the user can name.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(root, "prophy_jax", "xla"))
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", storage.cache_folder("xla"))
     if "jax" in sys.modules:  # which has read its environment; label never imports it
         sys.modules["jax"].config.update("jax_compilation_cache_dir", folder)
 
@@ -359,7 +356,9 @@ def _check_flags() -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{name}={value} is not a finite number: fix it")
         values = [
-            expand_path(value, f"--{name}={value}", name in BUCKETS) if isinstance(value, str) else value
+            expand_path(value, f"--{name}={value}", BUCKETS.get(name, ()))
+            if isinstance(value, str)
+            else value
             for value in values
         ]
         flag.value = values if isinstance(flag.value, list) else values[0]
@@ -372,7 +371,7 @@ def _expand_paths(config: Any, prefix: str = "config.") -> None:
         if hasattr(value, "items"):
             _expand_paths(value, f"{name}.")
         elif isinstance(value, str) and not any(fnmatch.fnmatchcase(name, text) for text in TEXTS):
-            buckets = any(fnmatch.fnmatchcase(name, pattern) for pattern in BUCKETS)
-            path = expand_path(value, f"{name}={value}", buckets)
+            schemes = (BUCKETS[pattern] for pattern in BUCKETS if fnmatch.fnmatchcase(name, pattern))
+            path = expand_path(value, f"{name}={value}", next(schemes, ()))
             if path != value:
                 config[key] = path

@@ -59,8 +59,7 @@ def load_text_encoder(config, cache: str | None = None) -> Any:
 
 def default_cache() -> str:
     """The user's cache folder for encoded texts."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(root, "prophy_jax", "text")
+    return storage.cache_folder("text")
 
 
 class VideoCodec:

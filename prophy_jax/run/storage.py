@@ -17,10 +17,11 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
+import fsspec
 from etils import epath
 
 from prophy_jax.run.errors import UserError
@@ -29,7 +30,10 @@ PACKAGES = {
     "gs": "gcsfs",
     "s3": "s3fs",
 }  # scheme -> what reads and writes it; the extra has the scheme's name
-AnyPath = Path | epath.Path
+AnyPath: TypeAlias = Path | epath.Path
+# Of what is in a bucket nothing is remembered, also for `epath` and TFDS: other processes change it.
+for _scheme in (*PACKAGES, "gcs"):
+    fsspec.config.conf.setdefault(_scheme, {})["use_listings_cache"] = False
 
 
 def path(text: str | os.PathLike) -> AnyPath:
@@ -52,13 +56,13 @@ def resolved(text: str | os.PathLike) -> str:
     return absolute(text) if in_bucket(text) else str(Path(text).resolve())
 
 
-def check_address(text: str, where: str) -> None:
-    """Raises UserError, about `where`, unless what looks like an address is one that can be used here."""
+def check_address(text: str, where: str, schemes: Sequence[str]) -> None:
+    """Raises UserError, about `where`, unless what looks like an address is of `schemes`, and in reach."""
     scheme, slashes, rest = re.match(r"([A-Za-z][\w+.-]*):(/*)(.*)", text).groups()
-    if scheme not in PACKAGES:
+    if scheme not in schemes:
+        places = "".join(f" or in {own}://" for own in schemes)
         raise UserError(
-            f"{where} is an address, and only local paths, gs:// and s3:// can be read and written: copy "
-            "what is there, and give the path"
+            f"{where} is an address, and this must be on a disk{places}: copy it, and give the path"
         )
     if slashes != "//" or not rest:
         raise UserError(f"{where} is no address: write {scheme}://BUCKET/FOLDER")
@@ -69,9 +73,9 @@ def check_address(text: str, where: str) -> None:
 
 
 def require_gs(text: str | os.PathLike, what: str) -> None:
-    """Raises UserError for an address other than gs://, which `what` has no driver for."""
+    """Raises UserError for an address of another kind, for which `what` has no driver."""
     if in_bucket(text) and not os.fspath(text).startswith("gs://"):
-        raise UserError(f"{text}: {what} can be on a disk or in gs://, and not there: name another folder")
+        raise UserError(f"{text}: {what} must be on a disk or in gs://: name another folder")
 
 
 @contextlib.contextmanager
@@ -90,18 +94,16 @@ def one_line_errors() -> Iterator[None]:
         ) from error
 
 
-@functools.cache
-def _system(scheme: str) -> Any:
-    """The file system of a scheme. Nothing is remembered of what is there: other processes change it."""
-    import fsspec
-
-    for name in (*PACKAGES, "gcs"):
-        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
-    return fsspec.filesystem(scheme)
+def tensorstore_spec(text: str) -> dict[str, str]:
+    """What TensorStore calls a folder of a disk or of gs://."""
+    if not in_bucket(text):
+        return {"driver": "file", "path": text}
+    bucket, _, inside = text.partition("://")[2].partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": inside}
 
 
 def _system_of(text: str | os.PathLike) -> Any:
-    return _system(os.fspath(text).partition(":")[0])
+    return fsspec.filesystem(os.fspath(text).partition(":")[0])
 
 
 # --- Listing and reading -----------------------------------------------------------------------------
@@ -127,6 +129,21 @@ def list_files(folder: str | os.PathLike) -> dict[str, tuple[int, str]]:
         for name, about in sorted(found.items())
         if about["type"] == "file" and name.startswith(f"{root}/")
     }
+
+
+def files_in(folder: AnyPath) -> list[AnyPath]:
+    """The files right in a folder, in order of their names."""
+    if not in_bucket(folder):
+        return sorted(own for own in folder.iterdir() if own.is_file())
+    found = _system_of(folder).ls(os.fspath(folder), detail=True)
+    return sorted(folder / own["name"].rpartition("/")[2] for own in found if own["type"] == "file")
+
+
+def is_same(first: AnyPath, second: AnyPath) -> bool:
+    """Whether two paths, of files that exist, are of one file."""
+    if in_bucket(first) or in_bucket(second):
+        return absolute(first) == absolute(second)
+    return first.samefile(second)
 
 
 def _md5(about: dict[str, Any]) -> str:
@@ -174,6 +191,12 @@ def fetched(text: str | os.PathLike) -> Path:
     return _fetch(absolute(text), stamp_of_folder(text))
 
 
+def cache_folder(name: str) -> str:
+    """A folder of the user's cache, which may be deleted at any time."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "prophy_jax", name)
+
+
 def stamp_of_folder(folder: str | os.PathLike) -> str:
     """Tells the content of a folder, without reading it."""
     return hashlib.sha256(repr(list_files(folder)).encode()).hexdigest()
@@ -204,7 +227,7 @@ def name_partial(target: AnyPath) -> AnyPath:
 
 
 def create(target: AnyPath, content: bytes) -> bool:
-    """Writes a file, whole, unless it is there. Says whether it did; of several processes that try, one does."""
+    """Writes a file, whole, unless it is there, and says so; of several processes that try, one succeeds."""
     if in_bucket(target):
         try:
             _system_of(target).pipe_file(os.fspath(target), content, mode="create")
@@ -309,20 +332,22 @@ def copy(source: AnyPath, target: AnyPath) -> None:
             shutil.copyfile(source, partial)
 
 
-def upload(folder: Path, address: str, last: str) -> dict[str, tuple[int, str]]:
-    """Copies a local folder into a bucket, the file `last` last; what is there of the same MD5 stays.
+def upload(folder: Path, address: str | os.PathLike, without: Collection[str] = ()) -> None:
+    """Makes a folder of a bucket equal to a local one, but for files `without`; what is equal already stays.
 
-    Returns `list_files` of the address. Raises UserError where the bucket has another MD5 than the file.
+    Raises UserError where the bucket then has another MD5 than the file.
     """
-    system, there = _system_of(address), list_files(address)
-    own = {name: (size, hash_file(folder / name, "md5")) for name, (size, _) in list_files(folder).items()}
-    for name in sorted(own, key=lambda name: (name == last, name)):
-        if there.get(name) != own[name]:
-            system.put_file(str(folder / name), f"{absolute(address)}/{name}")
+    root, there = absolute(address), list_files(address)
+    own = {name: size for name, (size, _) in list_files(folder).items() if name not in without}
+    hashes = {name: (size, hash_file(folder / name, "md5")) for name, size in own.items()}
+    for name in sorted(there.keys() - own.keys()):
+        path(f"{root}/{name}").unlink(missing_ok=True)
+    for name in sorted(own):
+        if there.get(name) != hashes[name]:
+            send(folder / name, f"{root}/{name}")
     there = list_files(address)
-    if wrong := [name for name in own if there.get(name, (0, ""))[1] not in ("", own[name][1])]:
-        raise UserError(f"{address}/{wrong[0]} is not as it was sent: run the same command again")
-    return there
+    if wrong := [name for name in own if there.get(name, (0, ""))[1] not in ("", hashes[name][1])]:
+        raise UserError(f"{root}/{wrong[0]} is not as it was sent: run the same command again")
 
 
 def remove(folder: str | os.PathLike) -> None:
