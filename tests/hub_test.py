@@ -174,7 +174,7 @@ WANTED = {
 
 
 @pytest.fixture(params=["official", "diffusers"])
-def wan(server, params, tmp_path, request):
+def wan(server, params, tmp_path, request):  # noqa: F811
     """The repository Wan-AI/Tiny in a layout: its name."""
     shards = 1 if request.param == "official" else 2
     folder = save(params, tmp_path / "origin" / "Tiny", request.param, shards=shards)
