@@ -249,7 +249,7 @@ def main(config: Any) -> None:
         if process == 0:
             claim_folder(options.out, settings | references, clips)
     with distributed.all_or_none():
-        distributed.wait_for_file(os.path.join(options.out, "manifest.json"))
+        workdir.wait_for_file(os.path.join(options.out, "manifest.json"))
 
     with no_folder_without_clips(options.out):
         # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.

@@ -7,7 +7,6 @@ DIR/manifest.json and the rest   when all is there, see `prophy_jax.data.records
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import records
-from prophy_jax.run import workdir
+from prophy_jax.run import lock, workdir
 from prophy_jax.run.errors import UserError, counted
 
 CLIPS = "clips.jsonl"
@@ -43,7 +42,8 @@ class Job:
     A shard is a fixed piece of the work. What it holds depends on the plan alone, not on who writes it or
     when, so the finished folder is the same for 1 and for 100 processes, interrupted or not. A shard appears
     under its name when it is whole, with a JSON file that says so and reports on it; one that was interrupted
-    is made again. Process i of P makes the shards i, i + P, ...; the last to be done puts them together.
+    is made again. Process i of P makes the shards i, i + P, ..., or has them made (`prophy_jax.run.engine`);
+    the last to be done puts them together.
 
     Args:
         out: the folder.
@@ -111,12 +111,30 @@ class Job:
     def _name(self, split: str, index: int) -> Path:
         return self._work / f"{split}-{index:05d}"
 
-    def missing(self, mine: bool = False) -> list[tuple[str, int]]:
-        """(split, shard) of what is still to be made: by all processes, or by this one."""
+    def missing(self) -> list[tuple[str, int]]:
+        """(split, shard) of what is still to be made, by all processes."""
         if self.complete():
             return []
-        first, step = self._process if mine else (0, 1)
-        return [shard for shard in self._shards[first::step] if not self._made(*shard)]
+        return [shard for shard in self._shards if not self._made(*shard)]
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[list[tuple[str, int]]]:
+        """Gives (split, shard) of what this process is to make, and keeps others from making the same.
+
+        Raises UserError when another process is at it.
+        """
+        first, step = self._process
+        mine = set(self.missing()).intersection(self._shards[first::step])
+        with contextlib.ExitStack() as stack:
+            if mine:
+                remedy = (
+                    "wait for it, stop it, or give each its share of the work with --process=0/2, "
+                    "--process=1/2 and so on"
+                )
+                file = f"process-{first}-of-{step}.lock"
+                with _writing(self.out):
+                    stack.enter_context(lock.held(self._work, "another command", file, remedy))
+            yield [shard for shard in self._shards if shard in mine and not self._made(*shard)]
 
     def _made(self, split: str, index: int) -> bool:
         path = self._report(split, index)
@@ -126,25 +144,11 @@ class Job:
         return _agree(self._rows[split, index], stored)
 
     def _report(self, split: str, index: int) -> Path:
-        return self._name(split, index).with_suffix(".json")
+        return _report(self._name(split, index))
 
-    @contextlib.contextmanager
-    def shard(self, split: str, index: int) -> Iterator["Shard"]:
-        """Makes one shard: it is there when the body ends, and nothing of it is when the body raises.
-
-        Raises UserError when another process is at it, or when the disk is full.
-        """
-        with contextlib.ExitStack() as stack:
-            with _writing(self.out):
-                stack.enter_context(_lock(self._name(split, index).with_suffix(".lock")))
-            shard = Shard(self._name(split, index), self.out)
-            try:
-                yield shard
-                with _writing(self.out):
-                    workdir.write_atomically(self._report(split, index), json.dumps(shard.close()))
-            except BaseException:  # also on Ctrl-C
-                shard.discard()
-                raise
+    def shard(self, split: str, index: int) -> contextlib.AbstractContextManager["Shard"]:
+        """Makes one shard, see `make_shard`."""
+        return make_shard(self.out, split, index)
 
     def finish(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> dict[str, Any] | None:
         """Puts the folder together if every shard is made; does nothing otherwise.
@@ -165,7 +169,7 @@ class Job:
                 )
                 return None
             try:
-                with _lock(self._work / "finish.lock", wait=True):
+                with lock.held(self._work, "another process", "finish.lock", wait=True):
                     if not self.complete():
                         self._put_together(describe)
                     shutil.rmtree(self._work)
@@ -235,12 +239,34 @@ class Job:
         )
 
 
+@contextlib.contextmanager
+def make_shard(out: str | Path, split: str, index: int) -> Iterator["Shard"]:
+    """Makes one shard of a folder that a `Job` has claimed, in whatever process.
+
+    It is there when the body ends, and nothing of it is when the body raises. Two processes may make the same
+    shard, such as one that was given up as lost and its successor: neither sees the other's files until
+    they are whole, and these are equal.
+
+    Raises UserError where the folder cannot be seen or written, or when the disk is full.
+    """
+    work = Path(out) / "work"
+    workdir.wait_for_file(work / "plan.json")
+    shard = Shard(work / f"{split}-{index:05d}", Path(out))
+    try:
+        yield shard
+        with _writing(shard.out):
+            workdir.write_atomically(_report(shard.name), json.dumps(shard.close()))
+    except BaseException:  # also on Ctrl-C
+        shard.discard()
+        raise
+
+
 class Shard:
-    """The files of one shard, one per data set, while it is made; see `Job.shard`."""
+    """The files of one shard, one per data set, while it is made; see `make_shard`."""
 
     def __init__(self, name: Path, out: Path) -> None:
-        self._name, self._out = name, out
-        self._files: dict[str, array_record_module.ArrayRecordWriter] = {}
+        self.name, self.out = name, out
+        self._files: dict[str, tuple[Path, array_record_module.ArrayRecordWriter]] = {}
         self._report: dict[str, Any] = {"datasets": {}, "ids": {}}
 
     def write(self, dataset: str, features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> None:
@@ -248,13 +274,13 @@ class Shard:
         data = features.serialize_example(example)
         # TFDS writes the features in an order that differs from process to process.
         data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
-        with _writing(self._out):
+        with _writing(self.out):
             if dataset not in self._files:
-                path = str(_partial(_part(self._name, dataset)))
-                self._files[dataset] = array_record_module.ArrayRecordWriter(path, _OPTIONS)
+                partial = workdir.name_partial(_part(self.name, dataset))
+                self._files[dataset] = partial, array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
                 self._report["datasets"][dataset] = {"count": 0, "bytes": 0}
                 self._report["ids"][dataset] = []
-            self._files[dataset].write(data)
+            self._files[dataset][1].write(data)
         self._report["datasets"][dataset]["count"] += 1
         self._report["datasets"][dataset]["bytes"] += len(data)
         self._report["ids"][dataset].append(example["id"])
@@ -264,23 +290,23 @@ class Shard:
         self._report |= values
 
     def close(self) -> dict[str, Any]:
-        for dataset, file in self._files.items():
+        for dataset, (partial, file) in self._files.items():
             file.close()  # here, not earlier, a full disk shows
-            path = _part(self._name, dataset)
-            reader = array_record_module.ArrayRecordReader(str(_partial(path)))
+            path = _part(self.name, dataset)
+            reader = array_record_module.ArrayRecordReader(str(partial))
             if reader.num_records() != self._report["datasets"][dataset]["count"]:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            workdir.sync(_partial(path))  # the folder is synced with the report, which comes last
-            os.replace(_partial(path), path)
+            workdir.sync(partial)  # the folder is synced with the report, which comes last
+            os.replace(partial, path)
         return self._report
 
     def discard(self) -> None:
-        for dataset, file in self._files.items():
+        for partial, file in self._files.values():
             with contextlib.suppress(Exception):  # it failed, and says so elsewhere
                 file.close()
-            _partial(_part(self._name, dataset)).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
@@ -362,8 +388,8 @@ def _part(shard: Path, dataset: str) -> Path:
     return shard.with_suffix("." + dataset.replace("/", "."))
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+def _report(shard: Path) -> Path:
+    return shard.with_suffix(".json")
 
 
 def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
@@ -393,20 +419,6 @@ def _writing(out: Path) -> Iterator[None]:
             f"cannot write {out}: {reason}; nothing that was finished is lost: fix this and run the same "
             "command again"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds a lock that the system releases when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is writing to {path.parent}: wait for it, or give each its share of the "
-                "work with --process=0/2, --process=1/2 and so on"
-            ) from error
-        yield
 
 
 def parse_process(text: str) -> tuple[int, int]:

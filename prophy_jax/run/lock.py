@@ -25,27 +25,35 @@ WATCH_S = 20.0  # without a touch, the holder is gone
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike, what: str) -> Iterator[None]:
+def held(
+    folder: str | os.PathLike, what: str, file: str = LOCK, remedy: str = "", wait: bool = False
+) -> Iterator[None]:
     """Holds FOLDER/lock.json while the body runs.
 
     Args:
         folder: a folder that exists.
         what: what this process does there, for others' messages: "a run of prophy_jax.train".
+        file: the lock's name, where the folder has several.
+        remedy: what a process may do that is refused.
+        wait: for the other process, instead of refusing this one. FileNotFoundError when the folder goes.
 
     Raises:
         UserError: another process holds it; it names that.
     """
-    path = Path(folder) / LOCK
+    path = Path(folder) / file
     own = {**_this_process(), "what": what, "token": secrets.token_hex(8)}
     while not _create(path, own):
         holder = _read(path)
         if holder is None:
             continue
         if _lives(path, holder):
+            if wait:
+                time.sleep(BEAT_S / 5)
+                continue
             what, pid, host, since = (holder.get(key, "?") for key in ("what", "pid", "host", "since"))
             raise UserError(
-                f"{folder} is written by {what}, process {pid} on {host} since {since}: wait for it, stop "
-                "it, or name another folder"
+                f"{folder} is written by {what}, process {pid} on {host} since {since}: "
+                + (remedy or "wait for it, stop it, or name another folder")
             )
         _remove(path, holder)
     done = threading.Event()

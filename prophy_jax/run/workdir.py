@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import secrets
+import socket
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, BinaryIO
 
 from prophy_jax.run.errors import UserError
 
+SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
 _VIDEO = ("data.height", "data.width", "data.frames", "data.fps")
 _ENCODERS = ("codec", "text_encoder")
 # Scope -> the keys that decide what is made, each with all that is below it ("": all keys), and those of them
@@ -361,6 +364,18 @@ def _fits(value: Any, form: Any) -> bool:
     if isinstance(form, tuple):
         return isinstance(value, list) and len(value) == len(form) and all(map(_fits, value, form))
     return isinstance(value, form) if isinstance(form, type | types.UnionType) else form(value)
+
+
+def wait_for_file(path: str | os.PathLike) -> None:
+    """Waits until a file appears that another process wrote. Raises UserError if it does not."""
+    until = time.monotonic() + SHARED_S
+    while not os.path.exists(path):
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path}, which another process wrote, cannot be seen on {socket.gethostname()}: "
+                "name a folder on storage that all hosts share"
+            )
+        time.sleep(0.5)
 
 
 # --- Files that are whole or not there -------------------------------------------------------------
