@@ -20,8 +20,8 @@ order of the records.
 `config.label` has the settings, `config.label_check` the clips of --check; --config may name another file.
 Any number of processes may share the work (--process=0/4 to --process=3/4), and any of them may be stopped
 and started again. Process I takes GPU I modulo the number of GPUs it sees; a model larger than one GPU is
-spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES. With --engine=ray the workers of
-a Ray cluster share it, one for each GPU (docs/launch.md). Needs the extra "label".
+spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES. With --engine=ray the workers
+of a Ray cluster share it, one for each GPU (docs/launch.md). Needs the extra "label".
 
 T h w token grid, N = T h w tokens, E categories, P of a clip, T' H' W' grid of the vision-language model.
 """
