@@ -25,7 +25,7 @@ STOPPED = 75  # exit status of a run that a signal stopped and that was saved: E
 HELP = ("--help", "-h", "-help", "--helpfull")
 # What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
 _typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
-TEXTS = ("prompt", "*_remedy", "*.negative_prompt")
+TEXTS = ("prompt", "engine", "*_remedy", "*.negative_prompt")
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
     "I of P, with process 0 at HOST:PORT, such as 10.0.0.1:8476,1/4."

@@ -24,6 +24,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -158,17 +159,25 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
                 f"no Ray cluster at {named} ({error}): start one with `ray start --head`, or name the "
                 "address that it printed"
             ) from error
-    ended = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: another version of Ray
         raise UserError(f"cannot join the Ray cluster {named}: {error}") from error
-    with contextlib.suppress(ValueError):  # not the main thread, where Ray has changed nothing
-        signal.signal(signal.SIGTERM, ended)
+    in_main = threading.current_thread() is threading.main_thread()  # which alone can set handlers
     try:
+        if in_main:
+            signal.signal(signal.SIGTERM, _terminate)
         yield
     finally:
         ray.shutdown()
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _: Any) -> None:
+    """Ends this process as the signal would, but lets it end its workers first."""
+    sys.exit(128 + number)
 
 
 class _Actor:
