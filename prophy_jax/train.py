@@ -243,7 +243,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
             if first:
                 held.enter_context(lock.held(workdir, "a run of prophy_jax.train"))
         with distributed.all_or_none():
-            distributed.wait_for_file(os.path.join(workdir, "config.json"))
+            folders.wait_for_file(os.path.join(workdir, "config.json"))
 
         # 3. Where a former run of this workdir stopped.
         saved = checkpoints.TrainCheckpoints(workdir, config.checkpoint.keep)

@@ -22,8 +22,8 @@ from tests.conftest import ROOT, get_config, xla_flags
 # Short deadlines, and parameters that are small are split too. "slow" makes each step take a while.
 BOOT = """
 import runpy, sys, time
-from prophy_jax.run import distributed, parallel
-distributed.START_S, distributed.LOST_S, distributed.SHARED_S = {start}, 10, 2
+from prophy_jax.run import distributed, parallel, workdir
+distributed.START_S, distributed.LOST_S, workdir.SHARED_S = {start}, 10, 2
 parallel.MIN_SHARDED_SIZE = 256
 if "slow" in sys.argv:
     sys.argv.remove("slow")

@@ -9,7 +9,6 @@ DIR/manifest.json and the rest   when all is there, see `prophy_jax.data.records
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +41,8 @@ class Job:
     A shard is a fixed piece of the work. What it holds depends on the plan alone, not on who writes it or
     when, so the finished folder is the same for 1 and for 100 processes, interrupted or not. A shard appears
     under its name when it is whole, with a JSON file that says so and reports on it; one that was interrupted
-    is made again. Process i of P makes the shards i, i + P, ...; the last to be done puts them together.
+    is made again. Process i of P makes the shards i, i + P, ..., or has them made (`prophy_jax.run.engine`);
+    the last to be done puts them together.
 
     Args:
         out: the folder.
@@ -110,12 +110,30 @@ class Job:
     def _name(self, split: str, index: int) -> storage.AnyPath:
         return self._work / f"{split}-{index:05d}"
 
-    def missing(self, mine: bool = False) -> list[tuple[str, int]]:
-        """(split, shard) of what is still to be made: by all processes, or by this one."""
+    def missing(self) -> list[tuple[str, int]]:
+        """(split, shard) of what is still to be made, by all processes."""
         if self.complete():
             return []
-        first, step = self._process if mine else (0, 1)
-        return [shard for shard in self._shards[first::step] if not self._made(*shard)]
+        return [shard for shard in self._shards if not self._made(*shard)]
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[list[tuple[str, int]]]:
+        """Gives (split, shard) of what this process is to make, and keeps others from making the same.
+
+        Raises UserError when another process is at it.
+        """
+        first, step = self._process
+        mine = set(self.missing()).intersection(self._shards[first::step])
+        with contextlib.ExitStack() as stack:
+            if mine:
+                remedy = (
+                    "wait for it, stop it, or give each its share of the work with --process=0/2, "
+                    "--process=1/2 and so on"
+                )
+                file = f"process-{first}-of-{step}.lock"
+                with _writing(self.out):
+                    stack.enter_context(lock.held(self._work, "prophy_jax", file, remedy=remedy))
+            yield [shard for shard in self._shards if shard in mine and not self._made(*shard)]
 
     def _made(self, split: str, index: int) -> bool:
         path = self._report(split, index)
@@ -125,30 +143,11 @@ class Job:
         return _agree(self._rows[split, index], stored)
 
     def _report(self, split: str, index: int) -> storage.AnyPath:
-        return self._name(split, index).with_suffix(".json")
+        return _report(self._name(split, index))
 
-    @contextlib.contextmanager
-    def shard(self, split: str, index: int) -> Iterator["Shard"]:
-        """Makes one shard: it is there when the body ends, and nothing of it is when the body raises.
-
-        Raises UserError when another process is at it, or when the disk is full.
-        """
-        remedy = "wait for it, or give each its share of the work with --process=0/2, --process=1/2 and so on"
-        with contextlib.ExitStack() as stack:
-            with _writing(self.out):
-                name = self._name(split, index).with_suffix(".lock").name
-                stack.enter_context(lock.held(self._work, "prophy_jax", name, remedy=remedy))
-            scratch = None
-            if storage.in_bucket(self.out):  # array_record writes to disks alone
-                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="prophy_jax-"))
-            shard = Shard(self._name(split, index), self.out, scratch)
-            try:
-                yield shard
-                with _writing(self.out):
-                    storage.write_atomically(self._report(split, index), json.dumps(shard.close()))
-            except BaseException:  # also on Ctrl-C
-                shard.discard()
-                raise
+    def shard(self, split: str, index: int) -> contextlib.AbstractContextManager["Shard"]:
+        """Makes one shard, see `make_shard`."""
+        return make_shard(self.out, split, index)
 
     def finish(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> dict[str, Any] | None:
         """Puts the folder together if every shard is made; does nothing otherwise.
@@ -239,12 +238,34 @@ class Job:
         )
 
 
-class Shard:
-    """The files of one shard, one per data set, while it is made; see `Job.shard`."""
+@contextlib.contextmanager
+def make_shard(out: str | Path, split: str, index: int) -> Iterator["Shard"]:
+    """Makes one shard of a folder that a `Job` has claimed, in whatever process.
 
-    def __init__(self, name: storage.AnyPath, out: storage.AnyPath, scratch: str | None) -> None:
-        self._name, self._out, self._scratch = name, out, scratch
-        self._files: dict[str, array_record_module.ArrayRecordWriter] = {}
+    It is there when the body ends, and nothing of it is when the body raises. Two processes may make the same
+    shard, such as one that was given up as lost and its successor: neither sees the other's files until
+    they are whole, and these are equal.
+
+    Raises UserError where the folder cannot be seen or written, or when the disk is full.
+    """
+    out = storage.path(out)
+    workdir.wait_for_file(out / "work" / "plan.json")
+    shard = Shard(out / "work" / f"{split}-{index:05d}", out)
+    try:
+        yield shard
+        with _writing(shard.out):
+            storage.write_atomically(_report(shard.name), json.dumps(shard.close()))
+    except BaseException:  # also on Ctrl-C
+        shard.discard()
+        raise
+
+
+class Shard:
+    """The files of one shard, one per data set, while it is made; see `make_shard`."""
+
+    def __init__(self, name: storage.AnyPath, out: storage.AnyPath) -> None:
+        self.name, self.out = name, out
+        self._files: dict[str, tuple[Path, array_record_module.ArrayRecordWriter]] = {}
         self._report: dict[str, Any] = {"datasets": {}, "ids": {}}
 
     def write(self, dataset: str, features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> None:
@@ -252,13 +273,15 @@ class Shard:
         data = features.serialize_example(example)
         # TFDS writes the features in an order that differs from process to process.
         data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
-        with _writing(self._out):
+        with _writing(self.out):
             if dataset not in self._files:
-                path = str(self._partial(dataset))
-                self._files[dataset] = array_record_module.ArrayRecordWriter(path, _OPTIONS)
+                partial = storage.name_partial(_part(self.name, dataset))
+                if storage.in_bucket(partial):  # array_record writes to disks alone
+                    partial = Path(tempfile.gettempdir()) / partial.name
+                self._files[dataset] = partial, array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
                 self._report["datasets"][dataset] = {"count": 0, "bytes": 0}
                 self._report["ids"][dataset] = []
-            self._files[dataset].write(data)
+            self._files[dataset][1].write(data)
         self._report["datasets"][dataset]["count"] += 1
         self._report["datasets"][dataset]["bytes"] += len(data)
         self._report["ids"][dataset].append(example["id"])
@@ -268,30 +291,26 @@ class Shard:
         self._report |= values
 
     def close(self) -> dict[str, Any]:
-        for dataset, file in self._files.items():
+        for dataset, (partial, file) in self._files.items():
             file.close()  # here, not earlier, a full disk shows
-            path, partial = _part(self._name, dataset), self._partial(dataset)
+            path = _part(self.name, dataset)
             reader = array_record_module.ArrayRecordReader(str(partial))
             if reader.num_records() != self._report["datasets"][dataset]["count"]:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            storage.place(partial, path)
+            storage.place(partial, path)  # the folder is synced with the report, which comes last
+            partial.unlink(missing_ok=True)
         return self._report
 
     def discard(self) -> None:
-        for dataset, file in self._files.items():
+        for partial, file in self._files.values():
             with contextlib.suppress(Exception):  # it failed, and says so elsewhere
                 file.close()
-            self._partial(dataset).unlink(missing_ok=True)
-
-    def _partial(self, dataset: str) -> Path:
-        """The file that is written; it has another name than the finished one, or another place."""
-        path = _part(self._name, dataset)
-        return Path(self._scratch or path.parent) / f".{path.name}"
+            partial.unlink(missing_ok=True)
 
 
-def read_clips(out: str | os.PathLike, working: bool = False) -> list[dict[str, Any]]:
+def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     """The rows of a finished folder's clips, in order; if `working`, of the shards that are made in "work".
 
     Each has the keys that its maker noted; of a finished folder also "split", and "bucket" and "index", where
@@ -359,6 +378,10 @@ def _fill_empty_split(reports: list[dict[str, Any]]) -> None:
 
 def _part(shard: storage.AnyPath, dataset: str) -> storage.AnyPath:
     return shard.with_suffix("." + dataset.replace("/", "."))
+
+
+def _report(shard: storage.AnyPath) -> storage.AnyPath:
+    return shard.with_suffix(".json")
 
 
 def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ STOPPED = 75  # exit status of a run that a signal stopped and that was saved: E
 HELP = ("--help", "-h", "-help", "--helpfull")
 _typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
 # What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
-TEXTS = ("prompt", "*_remedy", "*.negative_prompt")
+TEXTS = ("prompt", "engine", "*_remedy", "*.negative_prompt")
 # What may be in which buckets: flags, and patterns of keys of a configuration. Orbax and array_record,
 # for weights, checkpoints and records, have no driver for s3://.
 BUCKETS = {

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 
@@ -18,13 +17,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError
 
 # Seconds.
 START_S = 300  # all processes must join in this time: hosts of a pod start minutes apart
 LOST_S = 60  # a process that is silent for so long counts as dead
-SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
 END_S = 7 * 24 * 3600  # a process that is done waits for the others; dead ones are noticed without this
 
 
@@ -157,18 +154,6 @@ def all_or_none() -> Iterator[None]:
 
 def _all(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(value)).all())
-
-
-def wait_for_file(path: str) -> None:
-    """Waits until a file that the first process wrote appears. Raises UserError if it does not."""
-    until = time.monotonic() + SHARED_S
-    while not storage.path(path).exists():
-        if time.monotonic() > until:
-            raise UserError(
-                f"{path} of process 0 cannot be seen on {socket.gethostname()}: "
-                "name a folder on storage that all hosts share"
-            )
-        time.sleep(0.5)
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

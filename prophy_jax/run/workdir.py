@@ -5,6 +5,8 @@
 
 import json
 import os
+import socket
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError
 
+SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
 _VIDEO = ("data.height", "data.width", "data.frames", "data.fps")
 _ENCODERS = ("codec", "text_encoder")
 # Scope -> the keys that decide what is made, each with all that is below it ("": all keys), and those of them
@@ -358,3 +361,15 @@ def _fits(value: Any, form: Any) -> bool:
     if isinstance(form, tuple):
         return isinstance(value, list) and len(value) == len(form) and all(map(_fits, value, form))
     return isinstance(value, form) if isinstance(form, type | types.UnionType) else form(value)
+
+
+def wait_for_file(path: str | os.PathLike) -> None:
+    """Waits until a file appears that another process wrote. Raises UserError if it does not."""
+    until = time.monotonic() + SHARED_S
+    while not storage.path(path).exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path}, which another process wrote, cannot be seen on {socket.gethostname()}: "
+                "name a folder on storage that all hosts share"
+            )
+        time.sleep(0.5)

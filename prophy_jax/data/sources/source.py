@@ -143,6 +143,9 @@ class Source(Protocol):
     def size(self, clip: Clip) -> int | None:
         """Bytes of a clip's video; None for a clip that is not there, or has no file."""
 
+    def first_files(self) -> list[str]:
+        """A video, or a zip file, of each source: whoever reads the clips must see it."""
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         """Each clip with its raw record, read again from the annotation file; {} without one."""
 
@@ -193,6 +196,9 @@ class CaptionedVideos(Source):
         found = self._videos.get((clip.source, clip.video))
         return None if found is None else found.size
 
+    def first_files(self) -> list[str]:
+        return list({source: found.path for (source, _), found in reversed(self._videos.items())}.values())
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         clips = iter(self.clips)  # in the order of sources, and of records within each
         clip = next(clips)
@@ -234,6 +240,9 @@ class Sandbox(Source):
 
     def size(self, clip: Clip) -> int | None:
         return None
+
+    def first_files(self) -> list[str]:
+        return []
 
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         return ((clip, {}) for clip in self.clips)
