@@ -76,23 +76,48 @@ class TrainCheckpoints:
         _cut_large_arrays_only()
         self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
         self._saving = 0
+        self._wait = ocp.multihost.get_barrier_sync_fn()
         self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self._hash_and_wait, post_finalization_callback=self._write_checksums
+                ),
             ),
             item_names=("state", "data", "config"),
         )
 
+    def _written(self) -> str:
+        """The folder of the checkpoint that is being written, before it gets its final name or mark."""
+        own = glob.escape(os.path.join(self.folder, str(self._saving)))
+        return max(glob.glob(own) + glob.glob(f"{own}.*"), key=os.path.getmtime)
+
+    def _hash_and_wait(self, *, key: str, timeout_ms: int) -> None:
+        """A barrier of Orbax's. Before the one after writing, each process hashes the arrays that it wrote.
+
+        They are in its memory still; the first process would read all of them from the storage.
+        """
+        if "async_write_complete" in key and jax.process_count() > 1:
+            with contextlib.suppress(OSError, ValueError):  # the first process hashes what is not known
+                folder, process = self._written(), jax.process_index()
+                own = f"state/ocdbt.process_{process}/d"  # files that nobody writes again
+                found = checksums.hash_files(os.path.join(folder, own))
+                listed = {f"{own}/{name}": entry for name, entry in found.items()}
+                write_atomically(os.path.join(folder, f"{process}.{CHECKSUMS}"), json.dumps(listed))
+        self._wait(key=key, timeout_ms=timeout_ms)
+
     def _write_checksums(self) -> None:
-        """Of all files of the checkpoint that is being written, before it gets its final name or mark."""
+        """Of all files of the checkpoint that is being written."""
         if not distributed.is_first():
             return
-        own = glob.escape(os.path.join(self.folder, str(self._saving)))
-        folder = max(glob.glob(own) + glob.glob(f"{own}.*"), key=os.path.getmtime)
-        write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
+        folder, known = self._written(), {}
+        for path in glob.glob(os.path.join(glob.escape(folder), f"*.{CHECKSUMS}")):
+            known |= read_json(path, "")
+            os.unlink(path)
+        listed = checksums.hash_files(folder, known=known)
+        write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(listed))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -133,8 +158,12 @@ class TrainCheckpoints:
         data.set_state(restored["data"])
         return restored["state"]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for saves under way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves under way; nothing can be saved after it."""
         self._manager.close()
 
 

@@ -26,16 +26,26 @@ def hash_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def hash_files(folder: str | os.PathLike, without: Collection[str] = ()) -> dict[str, list]:
-    """[bytes, sha256] of every file below a folder, by its path there; `without` files of some names."""
+def hash_files(
+    folder: str | os.PathLike, without: Collection[str] = (), known: Mapping[str, list] | None = None
+) -> dict[str, list]:
+    """[bytes, sha256] of every file below a folder, by its path there.
+
+    Args:
+        folder: the folder.
+        without: names of files that are left out.
+        known: what this function gave of some of them, which are not read again if they have as many bytes.
+    """
     root, without = Path(folder), (*MARKS, *without)
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in without)
+
+    def entry(path: Path) -> tuple[str, list]:
+        name, size = path.relative_to(root).as_posix(), path.stat().st_size
+        found = (known or {}).get(name, [None])
+        return name, found if found[0] == size else [size, hash_file(path)]
+
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        digests = threads.map(hash_file, files)
-        return {
-            path.relative_to(root).as_posix(): [path.stat().st_size, digest]
-            for path, digest in zip(files, digests, strict=True)
-        }
+        return dict(threads.map(entry, files))
 
 
 @contextlib.contextmanager
