@@ -2,9 +2,9 @@
 
     python -m benchmarks.save [--gb=2] [--processes=2] [--rounds=3] [--dir=DIR]
 
-Each process holds its share of that many GB in fp32, layers of 64 MB, and saves them as `train` does, into a
-temporary folder (of DIR, on the disk that is to be measured). Prints the seconds until training could go on, and
-until the checkpoint is whole: written, hashed and on the disk.
+Each process holds its share of that many GB in fp32, layers of 64 MB, and saves them as `train` does, into
+a temporary folder (of DIR, on the disk that is to be measured). Prints the seconds until training could go
+on, and until the checkpoint is whole: written, hashed and on the disk.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def save(gb: float, rounds: int, folder: str) -> None:
         size = sum(leaf.nbytes for leaf in state.values()) / 1e9
         count = jax.process_count()
         print(
-            f"{size:.1f} GB from {count} processes: the state is taken in {statistics.median(blocked):.2f} s, "
+            f"{size:.1f} GB, {count} processes: the state is taken in {statistics.median(blocked):.2f} s, "
             f"the checkpoint is whole in {statistics.median(whole):.2f} s (best {min(whole):.2f}), "
             f"{size / count / statistics.median(whole):.2f} GB/s a process"
         )

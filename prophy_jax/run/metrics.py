@@ -21,7 +21,7 @@ class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard and a run of wandb, if any.
 
     A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
-    checkpoint, so that every step stands once.
+    checkpoint, so that every step stands once. What is known of a step later has another line of that step.
     """
 
     def __init__(self, workdir: str, first_step: int, wandb_run: Any = None):
@@ -41,7 +41,7 @@ class MetricsWriter:
         for name, value in shown.items():
             self._board.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(shown, step=step, commit=True)
+            self._wandb.log(shown, step=step)
 
     def write_clips(self, step: int, frames: np.ndarray, fps: float, text: str) -> None:
         """Shows clips, frames uint8 (F, H, W, 3), and a Markdown text on them."""
@@ -60,7 +60,7 @@ class MetricsWriter:
 
             file.seek(0)
             clips = wandb.Video(file, caption=text, format="gif")
-            self._wandb.log({"samples": clips}, step=step, commit=False)
+            self._wandb.log({"samples": clips}, step=step)
 
     def close(self) -> None:
         self._file.close()
@@ -144,7 +144,10 @@ def summarised(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """All whole lines of WORKDIR/metrics.jsonl; a line that a kill cut short is left out."""
+    """All steps of WORKDIR/metrics.jsonl; a line that a kill cut short is left out.
+
+    Lines of one step, one after the other, are given as one.
+    """
     path = os.path.join(workdir, "metrics.jsonl")
     if not os.path.exists(path):
         return []
@@ -152,6 +155,9 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
-                if isinstance(found := json.loads(line), dict):
-                    lines.append(found)
+                if not isinstance(found := json.loads(line), dict):
+                    continue
+                if lines and lines[-1].get("step") == found.get("step"):
+                    found = lines.pop() | found
+                lines.append(found)
     return lines
