@@ -154,6 +154,36 @@ def test_files_that_are_being_written_are_taken_away(tmp_path):
     assert process.wait(timeout=20) == 75 and not os.listdir(tmp_path)
 
 
+def test_prepare_goes_on_where_a_signal_stopped_it(tmp_path):
+    sizes = [
+        f"--config.data.sandbox.{split}={count}" for split, count in (("train", 400), ("val", 8), ("test", 8))
+    ]
+    words = ("-m", "prophy_jax.prepare", "--config=configs/wan.py:tiny", "--config.data.shard=8", *sizes)
+
+    def begin(name: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *words, f"--out={tmp_path / name}"],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    whole, process = begin("whole"), begin("stopped")
+    wait_until(lambda: len(list((tmp_path / "stopped").rglob("*.array_record-*"))) > 4, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert output.strip().endswith("stopped by SIGTERM: run the same command to go on")
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    process = begin("stopped")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == whole.wait() == 0, output
+    files = [
+        path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    ]
+    assert len(files) > 50
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes(), file
+
+
 # --- Training ----------------------------------------------------------------------------------------
 
 

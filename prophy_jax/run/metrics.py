@@ -7,7 +7,8 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,18 @@ class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard and a run of wandb, if any.
 
     A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
-    checkpoint, so that every step stands once. What is known of a step later has another line of that step.
+    checkpoint, so that every step stands once. What is known of a step later has a line of its own until the
+    run ends or resumes.
     """
 
     def __init__(self, workdir: str, first_step: int, wandb_run: Any = None):
-        from tensorboardX import SummaryWriter  # imports torch where there is one: two seconds
-
         self._wandb = wandb_run
         self._path = os.path.join(workdir, "metrics.jsonl")
+        self._workdir = workdir
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self._path, _as_lines(kept))
         self._file = open(self._path, "a")
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+        self._board = _find_summary_writer()(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -64,9 +65,25 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+        write_atomically(self._path, _as_lines(read_metrics(self._workdir)))
         self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _as_lines(lines: Iterable[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _find_summary_writer() -> type:
+    """That of tensorboardX, which would import torch where there is one: two seconds, for nothing."""
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def check_wandb(project: str) -> None:
