@@ -13,6 +13,7 @@ Both have checksums of their files, which are compared while they are loaded.
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -74,26 +75,53 @@ class TrainCheckpoints:
         _cut_large_arrays_only()
         self.folder = os.path.join(storage.absolute(workdir), "checkpoints")
         self._saving = 0
+        self._wait = ocp.multihost.get_barrier_sync_fn()
         self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self._hash_and_wait, post_finalization_callback=self._write_checksums
+                ),
             ),
             item_names=("state", "data", "config"),
         )
 
+    def _written(self) -> str:
+        """The folder of the checkpoint that is being written, before it gets its final name or mark."""
+        folder = os.path.join(self.folder, str(self._saving))
+        if storage.in_bucket(folder):
+            return folder
+        return max(
+            [*glob.glob(glob.escape(folder)), *glob.glob(f"{glob.escape(folder)}.*")], key=os.path.getmtime
+        )
+
+    def _hash_and_wait(self, *, key: str, timeout_ms: int) -> None:
+        """A barrier of Orbax's. Before the one after writing, each process hashes the arrays that it wrote.
+
+        They are in its memory still; the first process would read all of them from the storage.
+        """
+        on_disk = not storage.in_bucket(self.folder)  # buckets know the hashes of what they hold
+        if "async_write_complete" in key and jax.process_count() > 1 and on_disk:
+            with contextlib.suppress(OSError, ValueError):  # the first process hashes what is not known
+                folder, process = self._written(), jax.process_index()
+                own = f"state/ocdbt.process_{process}/d"  # files that nobody writes again
+                found = checksums.hash_files(os.path.join(folder, own))
+                listed = {f"{own}/{name}": entry for name, entry in found.items()}
+                storage.write_atomically(os.path.join(folder, f"{process}.{CHECKSUMS}"), json.dumps(listed))
+        self._wait(key=key, timeout_ms=timeout_ms)
+
     def _write_checksums(self) -> None:
-        """Of all files of the checkpoint that is being written, before it gets its final name or mark."""
+        """Of all files of the checkpoint that is being written."""
         if not distributed.is_first():
             return
-        folder = os.path.join(self.folder, str(self._saving))
-        if not storage.in_bucket(folder):
-            root = storage.path(self.folder)
-            own = [root / folder, *root.glob(f"{self._saving}.*")]
-            folder = max((path for path in own if path.exists()), key=os.path.getmtime)
-        storage.write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
+        folder, known = storage.path(self._written()), {}
+        for path in [] if storage.in_bucket(folder) else folder.glob(f"*.{CHECKSUMS}"):
+            known |= read_json(path, "")
+            path.unlink()
+        listed = checksums.hash_files(folder, known=known)
+        storage.write_atomically(folder / CHECKSUMS, json.dumps(listed))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -134,8 +162,12 @@ class TrainCheckpoints:
         data.set_state(restored["data"])
         return restored["state"]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for saves under way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves under way; nothing can be saved after it."""
         self._manager.close()
 
 

@@ -21,23 +21,28 @@ THREADS = 4  # Hashing releases Python's lock.
 enabled = True  # The flag --noverify of the commands switches it off.
 
 
-def hash_files(folder: str | os.PathLike, without: Collection[str] = ()) -> dict[str, list]:
-    """[bytes, hash] of every file below a folder, by its path there; `without` files of some names."""
-    listed = {
-        name: entry
-        for name, entry in storage.list_files(folder).items()
-        if name.rpartition("/")[2] not in (*MARKS, *without)
-    }
+def hash_files(
+    folder: str | os.PathLike, without: Collection[str] = (), known: Mapping[str, list] | None = None
+) -> dict[str, list]:
+    """[bytes, hash] of every file below a folder, by its path there.
 
-    def one(name: str) -> str:
-        md5 = listed[name][1]
-        return f"md5:{md5}" if md5 else storage.hash_file(os.path.join(folder, name))
+    Args:
+        folder: the folder.
+        without: names of files that are left out.
+        known: what this function gave of some of them, which are not read again if they have as many bytes.
+    """
+    listed = storage.list_files(folder)
 
+    def entry(name: str) -> tuple[str, list]:
+        size, md5 = listed[name]
+        found = (known or {}).get(name, [None])
+        if found[0] == size:
+            return name, found
+        return name, [size, f"md5:{md5}" if md5 else storage.hash_file(os.path.join(folder, name))]
+
+    names = [name for name in listed if name.rpartition("/")[2] not in (*MARKS, *without)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        return {
-            name: [listed[name][0], digest]
-            for name, digest in zip(listed, threads.map(one, listed), strict=True)
-        }
+        return dict(threads.map(entry, names))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import RENAMED
 
 INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
-STOPPED = 75  # exit status of a run that a signal stopped and that was saved: EX_TEMPFAIL, "try again"
 HELP = ("--help", "-h", "-help", "--helpfull")
 _typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
 # What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
@@ -90,6 +89,7 @@ def run(
     description: str,
     default: str | None = None,
     distributed: bool = False,
+    saves: bool = False,
 ) -> None:
     """Parses `--config=FILE.py[:variant]` and `--config.KEY=VALUE` overrides, then calls main(config).
 
@@ -97,7 +97,7 @@ def run(
 
     A command defines its own further absl flags before it calls this. `default` is the configuration of a
     command line without --config. `distributed` gives the command the flag --distributed, see
-    `prophy_jax.run.distributed`.
+    `prophy_jax.run.distributed`; `saves` says that it asks there when to save and stop.
     """
     from ml_collections import config_flags  # convert has no configuration, and need not have the package
 
@@ -128,7 +128,7 @@ def run(
         else:
             from prophy_jax.run.distributed import job
 
-            with job(where):
+            with job(where, saves):
                 status = main(config)
         if status:
             sys.exit(status)

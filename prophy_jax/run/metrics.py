@@ -9,9 +9,10 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,22 +29,23 @@ class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard and a run of wandb, if any.
 
     A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
-    checkpoint, so that every step stands once.
+    checkpoint, so that every step stands once. What is known of a step later has a line of its own until the
+    run ends or resumes.
     """
 
     def __init__(self, workdir: str, first_step: int, wandb_run: Any = None):
-        from tensorboardX import SummaryWriter  # imports torch where there is one: two seconds
-
         self._wandb, self._workdir = wandb_run, workdir
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
         self._folder, self._sent = workdir, 0.0
         if storage.in_bucket(workdir):  # nothing can be appended there
             self._folder = tempfile.mkdtemp(prefix="prophy_jax-")
             atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-        path = os.path.join(self._folder, "metrics.jsonl")
-        storage.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a")
-        self._board = SummaryWriter(os.path.join(self._folder, "tensorboard"), purge_step=first_step + 1)
+        self._path = os.path.join(self._folder, "metrics.jsonl")
+        storage.write_atomically(self._path, _as_lines(kept))
+        self._file = open(self._path, "a")
+        self._board = _find_summary_writer()(
+            os.path.join(self._folder, "tensorboard"), purge_step=first_step + 1
+        )
         self._send()
 
     def _send(self, all_files: bool = False) -> None:
@@ -65,7 +67,7 @@ class MetricsWriter:
         for name, value in shown.items():
             self._board.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(shown, step=step, commit=True)
+            self._wandb.log(shown, step=step)
 
     def write_clips(self, step: int, frames: np.ndarray, fps: float, text: str) -> None:
         """Shows clips, frames uint8 (F, H, W, 3), and a Markdown text on them."""
@@ -84,14 +86,30 @@ class MetricsWriter:
 
             file.seek(0)
             clips = wandb.Video(file, caption=text, format="gif")
-            self._wandb.log({"samples": clips}, step=step, commit=False)
+            self._wandb.log({"samples": clips}, step=step)
 
     def close(self) -> None:
         self._file.close()
+        storage.write_atomically(self._path, _as_lines(read_metrics(self._folder)))
         self._board.close()
         self._send(all_files=True)
         if self._wandb:
             self._wandb.finish()
+
+
+def _as_lines(lines: Iterable[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _find_summary_writer() -> type:
+    """That of tensorboardX, which would import torch where there is one: two seconds, for nothing."""
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def check_wandb(project: str) -> None:
@@ -169,7 +187,10 @@ def summarised(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """All whole lines of WORKDIR/metrics.jsonl; a line that a kill cut short is left out."""
+    """All steps of WORKDIR/metrics.jsonl; a line that a kill cut short is left out.
+
+    Lines of one step, one after the other, are given as one.
+    """
     path = storage.path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -177,6 +198,9 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     with path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
-                if isinstance(found := json.loads(line), dict):
-                    lines.append(found)
+                if not isinstance(found := json.loads(line), dict):
+                    continue
+                if lines and lines[-1].get("step") == found.get("step"):
+                    found = lines.pop() | found
+                lines.append(found)
     return lines
