@@ -144,6 +144,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(tiny_data, bucket, tmp_path):
         tiny = [
             "--config=configs/wan.py:tiny", f"--config.data.dir={data}", "--config.backbone.num_layers=1",
             "--config.parts.branch.layers=(0,)", "--config.batch_size=8", "--config.samples.steps=2",
+            "--config.log.profile=(1,1)",
         ]  # fmt: skip
         every = [f"--config.{key}.every=3" for key in ("log", "checkpoint", "validation", "samples")]
         for steps in stops:  # where it stops, and resumes

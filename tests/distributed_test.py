@@ -1,7 +1,10 @@
 """Real jobs of several processes over loopback, each with one simulated CPU device."""
 
+import ast
+import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +32,15 @@ if "slow" in sys.argv:
     sys.argv.remove("slow")
     put = parallel.put_batch
     parallel.put_batch = lambda *arguments: (time.sleep(0.1), put(*arguments))[1]
+if "tell" in sys.argv:
+    sys.argv.remove("tell")
+    from prophy_jax.run import checksums
+    hash_files = checksums.hash_files
+    def tell(folder, *arguments, known=None):
+        found = hash_files(folder, *arguments, known=known)
+        print("hashed", sorted(found.keys() - dict(known or ()).keys()), "in", folder, flush=True)
+        return found
+    checksums.hash_files = tell
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 MODEL = (
@@ -179,9 +191,19 @@ def test_a_job_in_a_bucket_is_killed_and_goes_on(alone, tiny_data, bucket, tmp_p
 
 def test_two_processes_write_the_parameters_that_are_split_over_them(alone, tmp_path, tiny_data):
     steps = "--config.steps=5"
-    with train(tmp_path, tiny_data, "two", 2, "--config.mesh.fsdp=2", steps) as job:
+    with train(tmp_path, tiny_data, "two", 2, "--config.mesh.fsdp=2", steps, "tell") as job:
         assert job.wait() == [0, 0], job.log(0)
     run = tmp_path / "run"
+    # Each has hashed the arrays that it wrote to the checkpoint, and the first the little that remains.
+    for rank in range(2):
+        (own,) = re.findall(rf"^hashed (.*) in .*state.*/ocdbt.process_{rank}/d$", job.log(rank), re.M)
+        assert len(ast.literal_eval(own)) > 0
+    (rest,) = re.findall(r"^hashed (.*) in .*checkpoints/5[^/\n]*$", job.log(0), re.M)
+    assert "state/manifest.ocdbt" in rest and not re.search("process_./d/", rest)
+    listed = json.loads((run / "checkpoints" / "5" / "checksums.json").read_text())
+    assert {name.split("/")[1] for name in listed if "/d/" in name} >= {"ocdbt.process_0", "ocdbt.process_1"}
+    checkpoints.verify_checkpoint(str(run / "checkpoints" / "5"), "")
+    assert not list((run / "checkpoints" / "5").glob("*.checksums.json"))
     for part in ("backbone", "branch"):
         sha256 = checkpoints.read_manifest(str(run / part), "")["sha256"]
         assert checkpoints.tree_hash(params(run / part)) == sha256

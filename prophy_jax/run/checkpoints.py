@@ -106,9 +106,9 @@ class TrainCheckpoints:
         if "async_write_complete" in key and jax.process_count() > 1 and on_disk:
             with contextlib.suppress(OSError, ValueError):  # the first process hashes what is not known
                 folder, process = self._written(), jax.process_index()
-                own = f"state/ocdbt.process_{process}/d"  # files that nobody writes again
-                found = checksums.hash_files(os.path.join(folder, own))
-                listed = {f"{own}/{name}": entry for name, entry in found.items()}
+                own = f"ocdbt.process_{process}/d"  # files that nobody writes again
+                (place,) = glob.glob(os.path.join(glob.escape(folder), "state*", own))  # it has no name yet
+                listed = {f"state/{own}/{name}": entry for name, entry in checksums.hash_files(place).items()}
                 storage.write_atomically(os.path.join(folder, f"{process}.{CHECKSUMS}"), json.dumps(listed))
         self._wait(key=key, timeout_ms=timeout_ms)
 

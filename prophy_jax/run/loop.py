@@ -138,10 +138,16 @@ class _CutShort(BaseException):
     """Ends what a process does between its steps."""
 
 
+def _end_at_once(*_: Any) -> None:
+    """Without the ends of Python's threads: one that saves would fail there, and say so at length."""
+    signals.say("interrupted")
+    os._exit(130)
+
+
 class StopSignal:
     """Notes signals to stop, so that the loop can save after a step, the same on every process.
 
-    Those of `signals.NUMBERS`, and SIGINT, where a second one raises KeyboardInterrupt. Until `begin` they do
+    Those of `signals.NUMBERS`, and SIGINT, where a second one ends the process. Until `begin` they do
     what they do in other commands.
     """
 
@@ -163,7 +169,7 @@ class StopSignal:
             signals.say(f"{signal.Signals(number).name}: saving after this step{again}")
         self._noted = True
         if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _end_at_once)
         if not self._alone:
             signal.raise_signal(signal.SIGTERM)
         elif self._cuts:
