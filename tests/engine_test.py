@@ -268,7 +268,7 @@ def test_what_is_wrong_is_one_line_and_no_folder(address, tmp_path):
     assert process.returncode == 1 and not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_command_that_is_stopped_ends_its_workers_and_goes_on_later(address, tmp_path, sent):
     arguments = ["--config=configs/wan.py:tiny", "--config.data.shard=2", "--config.data.sandbox.train=300"]
     process = start("prepare", *arguments, f"--out={tmp_path}/out", "--engine=ray")
