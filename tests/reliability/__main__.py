@@ -1,0 +1,115 @@
+"""Kills commands, damages what they read, and makes their system fail: nothing may be lost.
+
+    python -m tests.reliability [--seed=0] [--minutes=25] [--kinds=kills,mutations,faults]
+    python -m tests.reliability --seed=0 --repeat="kills: train: 7"       # one trial again; its folder stays
+
+Prints a table, of each fault what to run to repeat it, and ends with status 1 unless there are none. What the
+columns mean is in CONTRIBUTING.md.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+
+KINDS = ("kills", "mutations", "faults")
+# Per kind: trials of a full run, and the share of the time after which none is begun.
+TRIALS = {"kills": 130, "mutations": 1000, "faults": 200}
+
+
+def set_environment(caches: pathlib.Path) -> None:
+    """Of this process and its forks; before anything imports jax or NumPy."""
+    # Threads that NumPy starts when it is imported would not be in forks.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(caches)}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(caches / "xla")
+    os.environ["XLA_FLAGS"] = ""
+    from tests import conftest
+
+    os.environ["XLA_FLAGS"] = conftest.xla_flags()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    warnings.filterwarnings("ignore", message="os.fork|.*found in sys.modules", category=RuntimeWarning)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tests.reliability", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=28, help="When no further trial is begun.")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--scale", type=float, default=1.0, help="Of the numbers of trials.")
+    parser.add_argument("--repeat", help='One trial, as "kills: train: 7".')
+    parser.add_argument("--folder", type=pathlib.Path, help="To work in; stays. Default: one that goes.")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    begun = time.monotonic()
+    root = options.folder or pathlib.Path(tempfile.mkdtemp(prefix="reliability-"))
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        return _run(options, root.resolve(), begun)
+    finally:
+        if not options.folder and not options.repeat:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def _run(options: argparse.Namespace, root: pathlib.Path, begun: float) -> int:
+    set_environment(root / "caches")
+    from tests.reliability import commands, faults, kills, mutations, table
+
+    modules = {"kills": kills, "mutations": mutations, "faults": faults}
+    commands.import_all()
+    place = commands.Place(root / "place")
+    if place.root.exists():
+        shutil.rmtree(place.root)
+    measured = place.make()
+    if options.repeat:
+        kind, name, number = options.repeat.split(": ")
+        trial = modules[kind].run(place, measured, options.seed, name, int(number))
+        print(f"{trial.outcome}: {trial.detail}\nfiles: {place.root / 'trials'}")
+        return int(trial.outcome in table.FAULTS)
+    planned = [
+        [(kind, *one) for one in modules[kind].plan(place, round(TRIALS[kind] * options.scale))]
+        for kind in options.kinds.split(",")
+    ]
+    # In turns, so that little time means fewer trials of everything.
+    longest = max(map(len, planned))
+    spread = sorted(
+        itertools.chain(*(((i * longest / len(own), one) for i, one in enumerate(own)) for own in planned))
+    )
+    context, done, left = multiprocessing.get_context("fork"), [], 0
+    with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
+        until = begun + 60 * options.minutes
+        waiting = {
+            pool.submit(_one, modules[kind].run, until, place, measured, options.seed, name, number): kind
+            for _, (kind, name, number) in spread
+        }
+        for future in concurrent.futures.as_completed(waiting):
+            trial = future.result()
+            if trial is None:
+                left += 1
+                continue
+            done.append(trial)
+            if trial.outcome in table.FAULTS:
+                again = f'--seed={options.seed} --repeat="{trial.kind}: {trial.name}: {trial.number}"'
+                print(f"{trial.outcome}: python -m tests.reliability {again}", flush=True)
+                print("    " + trial.detail.strip()[-1500:].replace("\n", "\n    "), flush=True)
+    print(table.show(done))
+    print(f"{time.monotonic() - begun:.0f} s, seed {options.seed}" + f", {left} trials not begun" * bool(left))
+    if not commands.LABELS:
+        print("the label command was not tried: torch is not installed")
+    return int(any(trial.outcome in table.FAULTS for trial in done))
+
+
+def _one(run, until: float, *arguments):
+    return run(*arguments) if time.monotonic() < until else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
