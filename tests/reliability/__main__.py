@@ -8,8 +8,9 @@ columns mean is in CONTRIBUTING.md.
 """
 
 import argparse
+import collections
 import concurrent.futures
-import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -45,8 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=28, help="When no further trial is begun.")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--scale", type=float, default=1.0, help="Of the numbers of trials.")
+    parser.add_argument("--quick", action="store_true", help="Only commands that take about a second.")
     parser.add_argument("--repeat", help='One trial, as "kills: train: 7".')
-    parser.add_argument("--folder", type=pathlib.Path, help="To work in; stays. Default: one that goes.")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, help="To work in; it stays, and what is made is used again."
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     begun = time.monotonic()
@@ -65,30 +69,36 @@ def _run(options: argparse.Namespace, root: pathlib.Path, begun: float) -> int:
 
     modules = {"kills": kills, "mutations": mutations, "faults": faults}
     commands.import_all()
-    place = commands.Place(root / "place")
-    if place.root.exists():
-        shutil.rmtree(place.root)
-    measured = place.make()
+    place = commands.Place(root / "place", options.quick)
+    context, known = multiprocessing.get_context("fork"), root / "measured.json"
+    if known.exists():
+        measured = json.loads(known.read_text())
+    else:
+        if place.root.exists():
+            shutil.rmtree(place.root)
+        made = place.make()
+        with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
+            measured = {"kills": made, "faults": made, "mutations": mutations.prepare(place, pool.map)}
+        known.write_text(json.dumps(measured))
     if options.repeat:
         kind, name, number = options.repeat.split(": ")
-        trial = modules[kind].run(place, measured, options.seed, name, int(number))
+        trial = modules[kind].run(place, measured[kind], options.seed, name, int(number))
         print(f"{trial.outcome}: {trial.detail}\nfiles: {place.root / 'trials'}")
         return int(trial.outcome in table.FAULTS)
-    planned = [
-        [(kind, *one) for one in modules[kind].plan(place, round(TRIALS[kind] * options.scale))]
-        for kind in options.kinds.split(",")
-    ]
-    # In turns, so that little time means fewer trials of everything.
-    longest = max(map(len, planned))
-    spread = sorted(
-        itertools.chain(*(((i * longest / len(own), one) for i, one in enumerate(own)) for own in planned))
-    )
-    context, done, left = multiprocessing.get_context("fork"), [], 0
+    planned = []
+    for kind in options.kinds.split(","):
+        own = modules[kind].plan(place, round(TRIALS[kind] * options.scale))
+        counts = collections.Counter(name for name, _ in own)
+        # Spread, so that little time means fewer trials of everything.
+        planned += [((number + 0.5) / counts[name], kind, name, number) for name, number in own]
+    done, left = [], 0
     with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
         until = begun + 60 * options.minutes
         waiting = {
-            pool.submit(_one, modules[kind].run, until, place, measured, options.seed, name, number): kind
-            for _, (kind, name, number) in spread
+            pool.submit(
+                _one, modules[kind].run, until, place, measured[kind], options.seed, name, number
+            ): kind
+            for _, kind, name, number in sorted(planned)
         }
         for future in concurrent.futures.as_completed(waiting):
             trial = future.result()
@@ -101,7 +111,9 @@ def _run(options: argparse.Namespace, root: pathlib.Path, begun: float) -> int:
                 print(f"{trial.outcome}: python -m tests.reliability {again}", flush=True)
                 print("    " + trial.detail.strip()[-1500:].replace("\n", "\n    "), flush=True)
     print(table.show(done))
-    print(f"{time.monotonic() - begun:.0f} s, seed {options.seed}" + f", {left} trials not begun" * bool(left))
+    print(
+        f"{time.monotonic() - begun:.0f} s, seed {options.seed}" + f", {left} trials not begun" * bool(left)
+    )
     if not commands.LABELS:
         print("the label command was not tried: torch is not installed")
     return int(any(trial.outcome in table.FAULTS for trial in done))

@@ -1,6 +1,6 @@
-"""Every command at the smallest size, run in forks of a process that has imported all of them and run none.
+"""Every command at the smallest size, run in forks of a process that has imported all and run none.
 
-`Place.make` runs each command once, uninterrupted, for the inputs of the next and for results to compare with.
+`Place.make` runs each command once, uninterrupted, for the inputs of the next and results to compare with.
 """
 
 import atexit
@@ -35,14 +35,24 @@ MODULES = (
 )
 # What the commands import once they run.
 LATER = (
-    *("jax.experimental.multihost_utils", "prophy_jax.build", "prophy_jax.data.loader", "prophy_jax.plan.flops"),
+    *(
+        "jax.experimental.multihost_utils",
+        "prophy_jax.build",
+        "prophy_jax.data.loader",
+        "prophy_jax.plan.flops",
+    ),
     *("prophy_jax.run.loop", "prophy_jax.run.encoders", "prophy_jax.run.metrics", "tensorboardX", "tqdm"),
     *("prophy_jax.diffusion.generate", "prophy_jax.diffusion.flow", "prophy_jax.diffusion.solvers"),
     *("prophy_jax.evaluation.report", "prophy_jax.evaluation.routing", "prophy_jax.evaluation.pictures"),
-    *("prophy_jax.evaluation.validation", "prophy_jax.evaluation.diffusion", "prophy_jax.models.beside.prophy"),
+    *(
+        "prophy_jax.evaluation.validation",
+        "prophy_jax.evaluation.diffusion",
+        "prophy_jax.models.beside.prophy",
+    ),
     *("prophy_jax.models.codecs.wan_vae", "prophy_jax.models.text.t5", "prophy_jax.models.wan"),
     *("matplotlib.pyplot", "av", "pymunk", "tokenizers", "transformers.models.qwen2_5_vl"),
 )
+QUICK = ("convert", "prepare", "prepare, sandbox", "label", "export")
 LABELS = importlib.util.find_spec("torch") is not None
 # What these event of `sys.addaudithook` do to the file that is their first argument, and where the argument
 # is that says which folder that is relative to.
@@ -178,9 +188,9 @@ def changes(inside: pathlib.Path, then: Callable[[int], None]) -> None:
 
 
 def fault_of(status: int | None, text: str) -> str:
-    """ "hang", "traceback" or "": whether a command that ended so, with this on stdout and stderr, is at fault.
+    """Whether a command that ended so, with this as its output, is at fault: "hang", "traceback" or "".
 
-    What ends by itself, but by a signal, has crashed. An error is one line of its own, and the last.
+    What ended by a signal has crashed. An error is one line of its own, and the last.
     """
     if status is None:
         return "hang"
@@ -243,6 +253,7 @@ class Place:
     """The folder of all inputs and of the results of uninterrupted runs."""
 
     root: pathlib.Path
+    quick: bool = False  # with the commands alone that take about a second
 
     def commands(self) -> dict[str, Command]:
         """All commands, in the order in which one reads what another made."""
@@ -270,7 +281,10 @@ class Place:
             Command("prepare", "prophy_jax.prepare", records),
             Command("prepare, sandbox", "prophy_jax.prepare", sandbox),
             Command(
-                "prepare, 2 processes", "prophy_jax.prepare", records, (("--process=0/2",), ("--process=1/2",))
+                "prepare, 2 processes",
+                "prophy_jax.prepare",
+                records,
+                (("--process=0/2",), ("--process=1/2",)),
             ),
             Command(
                 "label",
@@ -298,22 +312,24 @@ class Place:
                 (f"--checkpoint={root / 'wan'}", "--format=diffusers", "--dst=OUT"),
             ),
         ]  # fmt: skip
+        if self.quick:
+            found = [one for one in found if one.name in QUICK]
         return {one.name: one for one in found if LABELS or one.name != "label"}
 
     def folder(self, name: str) -> pathlib.Path:
         """Of the result of an uninterrupted run."""
         return self.root / {"convert": "wan"}.get(name, name.replace(", ", "-").replace(" ", "-"))
 
-    def make(self, names: Sequence[str] | None = None) -> dict[str, dict]:
-        """Inputs, and the results of all commands, or of those named: {"operations", "seconds", "files"} of each.
+    def make(self) -> dict[str, dict]:
+        """Makes inputs, and runs all commands. Returns of each how it went, and what it made.
 
-        "operations" has a count for each process, "first" seconds until the first of them.
+        "operations" counts those of each process, and "first" are the seconds until the first of them.
         """
         self.root.mkdir()
         maker = Process(self.root / "log", __name__, [], functools.partial(_make_inputs, self.root))
         if maker.wait() != 0:
             raise RuntimeError(maker.text())
-        return {name: self._measure(one) for name, one in self.commands().items() if not names or name in names}
+        return {name: self._measure(one) for name, one in self.commands().items()}
 
     def _measure(self, command: Command) -> dict:
         out, logs = self.folder(command.name), self.root / "logs" / command.name
@@ -354,10 +370,11 @@ def _make_inputs(root: pathlib.Path) -> None:
 # --- Results ---------------------------------------------------------------------------------------
 
 _PASSING = re.compile(r"(^|/)\.[^/]+$|^tensorboard/|_CHECKPOINT_METADATA$|commit_success.txt$")
+_MEASURED = re.compile(rb'"(seconds_per_clip|peak_bytes)": [0-9.e+-]+')
 
 
-def contents(module: str, out: pathlib.Path) -> dict[str, str]:
-    """What a command has made: of each file its hash.
+def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]:
+    """What a command has made: of each file its hash, as if it did not name the folder `hidden`.
 
     Of a training run, where files have times and names of their own in them: the metrics without times, the
     hashes of the parameters, after their files were verified, and the steps of the whole checkpoints.
@@ -373,7 +390,8 @@ def contents(module: str, out: pathlib.Path) -> dict[str, str]:
         if trained and name == "metrics.jsonl":
             found[name] = _digest(_lasting(path).encode())
         else:
-            found[name] = _digest(path.read_bytes())
+            content = _MEASURED.sub(b"", path.read_bytes())
+            found[name] = _digest(content.replace(hidden.encode(), b"") if hidden else content)
     if trained:
         for path in sorted(out.glob("*/manifest.json")):
             manifest = json.loads(path.read_text())

@@ -78,9 +78,9 @@ def _kill(
     for number, process in enumerate(started):
         # In a job, JAX itself ends a process that loses the others, with a signal.
         alone = not command.distributed
-        if number != victim and (ended[number] is None or alone):
-            if fault := commands.fault_of(ended[number], process.text()):
-                return fault, process.text()
+        fault = commands.fault_of(ended[number], process.text())
+        if fault and number != victim and (ended[number] is None or alone):
+            return fault, process.text()
     if started[victim].status is None or ended[victim] is None:
         return "hang", started[victim].text()
     return None
