@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import records
-from prophy_jax.run import workdir
+from prophy_jax.run import checksums, workdir
 from prophy_jax.run.errors import UserError, counted
 
 CLIPS = "clips.jsonl"
@@ -92,7 +92,7 @@ class Job:
                 workdir.claim(self.out, "manifest.json", plan, "--out", compare_finished)
                 if not self.complete():
                     self._work.mkdir(exist_ok=True)
-                    workdir.write_atomically(self._work / "plan.json", json.dumps(plan))
+                    workdir.write_atomically(self._work / "plan.json", json.dumps(checksums.sealed(plan)))
             else:
                 workdir.claim(self.out, "work/plan.json", plan, "--out", compare, lambda _, own: own)
 
@@ -119,11 +119,16 @@ class Job:
         return [shard for shard in self._shards[first::step] if not self._made(*shard)]
 
     def _made(self, split: str, index: int) -> bool:
-        path = self._report(split, index)
-        if not path.exists() or self._rows is None:
-            return path.exists()
-        stored = _read_report(path).get("rows", [])
-        return _agree(self._rows[split, index], stored)
+        """Whether a shard is there and whole, and of these rows. One that is damaged is made again."""
+        try:
+            report = _read_report(self._report(split, index))
+            for dataset, size in report["datasets"].items():
+                path = _part(self._name(split, index), dataset)
+                if path.stat().st_size != size.get("file_bytes", path.stat().st_size):
+                    return False
+        except (FileNotFoundError, NotADirectoryError, UserError):
+            return False
+        return self._rows is None or _agree(self._rows[split, index], report.get("rows", []))
 
     def _report(self, split: str, index: int) -> Path:
         return self._name(split, index).with_suffix(".json")
@@ -141,7 +146,8 @@ class Job:
             try:
                 yield shard
                 with _writing(self.out):
-                    workdir.write_atomically(self._report(split, index), json.dumps(shard.close()))
+                    report = json.dumps(checksums.sealed(shard.close()))
+                    workdir.write_atomically(self._report(split, index), report)
             except BaseException:  # also on Ctrl-C
                 shard.discard()
                 raise
@@ -184,7 +190,7 @@ class Job:
             (self.out / "manifest.json").unlink(missing_ok=True)
             for name in {dataset.split("/")[0] for dataset in features}:
                 shutil.rmtree(self.out / name, ignore_errors=True)
-            lines = [json.dumps(row) for row in _place(reports)]
+            lines = [json.dumps(checksums.sealed(row)) for row in _place(reports)]
             workdir.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
         for dataset in features:
             self._assemble(dataset, features[dataset], reports)
@@ -272,6 +278,7 @@ class Shard:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
+            self._report["datasets"][dataset]["file_bytes"] = _partial(path).stat().st_size
             workdir.sync(_partial(path))  # the folder is synced with the report, which comes last
             os.replace(_partial(path), path)
         return self._report
@@ -299,16 +306,22 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     remedy = "make the data again, or delete this file, and the folder is used as it is"
-    return [
-        workdir.parse_json(line, f"line {number} of {path}", remedy, _ROW)
-        for number, line in enumerate(path.read_bytes().splitlines(), 1)
-    ]
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"line {number} of {path}"
+        found.append(checksums.unsealed(workdir.parse_json(line, where, remedy, _ROW), where, remedy))
+    return found
 
 
 def _read_report(path: Path) -> dict[str, Any]:
     """The report of a shard. Raises UserError when it is damaged, FileNotFoundError when it is not there."""
     remedy = "delete it and run the same command again, which makes this shard anew"
-    return workdir.parse_json(path.read_bytes(), str(path), remedy, _REPORT)
+    try:
+        content = path.read_bytes()
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    report = workdir.parse_json(content, str(path), remedy, _REPORT)
+    return checksums.unsealed(report, str(path), remedy)
 
 
 def _agree(own: list[dict[str, Any]], stored: list[dict[str, Any]]) -> bool:

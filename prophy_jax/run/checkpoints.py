@@ -164,15 +164,15 @@ def _verifying(
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
     """Where one read fails, Orbax waits for no other, and TensorStore prints a traceback for each of them."""
-    shown = sys.excepthook
+    shown = sys.unraisablehook
 
-    def show(kind: type[BaseException], error: BaseException, *where: Any) -> None:
-        if not (kind is RuntimeError and "Event loop is closed" in str(error)):
-            shown(kind, error, *where)
+    def show(what: Any) -> None:
+        if not (what.exc_type is RuntimeError and "Event loop is closed" in str(what.exc_value)):
+            shown(what)
 
-    sys.excepthook = show
+    sys.unraisablehook = show
     yield
-    sys.excepthook = shown  # not where the body raises: reads may end later
+    sys.unraisablehook = shown  # not where the body raises: reads may end later
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 
 import concurrent.futures
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -67,6 +68,15 @@ def verified(
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """JSON types with "checksum", that of all the rest."""
     return {**content, "checksum": _hash_json(content)}
+
+
+def unsealed(content: dict[str, Any], where: str, remedy: str) -> dict[str, Any]:
+    """What was `sealed`, as it was before. Raises UserError, with `remedy`, where it has changed since."""
+    if not is_intact(content):
+        raise UserError(f"{where} is damaged (not as it was written): {remedy}")
+    content = copy.copy(content)
+    content.pop("checksum", None)
+    return content
 
 
 def is_intact(content: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prophy_jax.run import checksums
 from prophy_jax.run.errors import UserError
 
 _VIDEO = ("data.height", "data.width", "data.frames", "data.fps")
@@ -178,8 +179,9 @@ def claim(
         if _holds_files(Path(folder), path) and not path.exists():  # another process may have come first
             raise UserError(f"{folder} is not empty and holds no {file}: name another {flag}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _create(path, _as_text(own))
-    stored = read_json(path, f"name another {flag}")
+        _create(path, _as_text(checksums.sealed(own)))
+    remedy = f"name another {flag}"
+    stored = checksums.unsealed(read_json(path, remedy), str(path), remedy)
     try:
         different = compare(stored, own)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -192,7 +194,7 @@ def claim(
             "the configuration and the inputs that it was made with"
         )
     if add is not None and (content := add(stored, own)) != stored:
-        write_atomically(path, _as_text(content))
+        write_atomically(path, _as_text(checksums.sealed(content)))
         return content
     return stored
 
@@ -281,7 +283,8 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
-    run = read_json(path, "name another --workdir")
+    remedy = "name another --workdir"
+    run = checksums.unsealed(read_json(path, remedy), str(path), remedy)
     if not all(isinstance(run.get(key), dict) for key in ("config", "references")):
         raise UserError(f"{path} is of no run of prophy_jax.train: name another --workdir")
     try:

@@ -414,6 +414,22 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def refused_later(out: pathlib.Path) -> bool:
+    """Whether data sets are refused when they are read."""
+    from prophy_jax.data import records
+    from prophy_jax.run.errors import UserError
+
+    try:
+        for folder in (path.parent for path in sorted(out.glob("*/*/dataset_info.json"))):
+            for split in records.open_info(out, folder.parent.name, folder.name).splits:
+                stored = records.open_dataset(out, folder.parent.name, folder.name, split)
+                for index in range(len(stored)):
+                    stored.read(index)
+    except UserError:
+        return True
+    return False
+
+
 def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """Names of what two results do not have in common."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
