@@ -9,9 +9,7 @@ columns mean is in CONTRIBUTING.md.
 
 import argparse
 import collections
-import concurrent.futures
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -22,7 +20,7 @@ import warnings
 
 KINDS = ("kills", "mutations", "faults")
 # Per kind: trials of a full run, and the share of the time after which none is begun.
-TRIALS = {"kills": 130, "mutations": 1000, "faults": 200}
+TRIALS = {"kills": 110, "mutations": 1000, "faults": 100}
 
 
 def set_environment(caches: pathlib.Path) -> None:
@@ -70,15 +68,18 @@ def _run(options: argparse.Namespace, root: pathlib.Path, begun: float) -> int:
     modules = {"kills": kills, "mutations": mutations, "faults": faults}
     commands.import_all()
     place = commands.Place(root / "place", options.quick)
-    context, known = multiprocessing.get_context("fork"), root / "measured.json"
+    known = root / "measured.json"
     if known.exists():
         measured = json.loads(known.read_text())
     else:
         if place.root.exists():
             shutil.rmtree(place.root)
         made = place.make()
-        with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
-            measured = {"kills": made, "faults": made, "mutations": mutations.prepare(place, pool.map)}
+        names = mutations.prepare(place)
+        calls = [(place, name) for name in names]
+        results = commands.each_in_a_fork(mutations.undamaged, calls, options.processes, root / "notes")
+        undamaged = {names[number]: result for number, result in results}
+        measured = {"kills": made, "faults": made, "mutations": undamaged}
         known.write_text(json.dumps(measured))
     if options.repeat:
         kind, name, number = options.repeat.split(": ")
@@ -91,25 +92,20 @@ def _run(options: argparse.Namespace, root: pathlib.Path, begun: float) -> int:
         counts = collections.Counter(name for name, _ in own)
         # Spread, so that little time means fewer trials of everything.
         planned += [((number + 0.5) / counts[name], kind, name, number) for name, number in own]
-    done, left = [], 0
-    with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
-        until = begun + 60 * options.minutes
-        waiting = {
-            pool.submit(
-                _one, modules[kind].run, until, place, measured[kind], options.seed, name, number
-            ): kind
-            for _, kind, name, number in sorted(planned)
-        }
-        for future in concurrent.futures.as_completed(waiting):
-            trial = future.result()
-            if trial is None:
-                left += 1
-                continue
-            done.append(trial)
-            if trial.outcome in table.FAULTS:
-                again = f'--seed={options.seed} --repeat="{trial.kind}: {trial.name}: {trial.number}"'
-                print(f"{trial.outcome}: python -m tests.reliability {again}", flush=True)
-                print("    " + trial.detail.strip()[-1500:].replace("\n", "\n    "), flush=True)
+    done, left, until = [], 0, begun + 60 * options.minutes
+    calls = [
+        (modules[kind].run, until, place, measured[kind], options.seed, name, number)
+        for _, kind, name, number in sorted(planned)
+    ]
+    for _, trial in commands.each_in_a_fork(_one, calls, options.processes, root / "notes"):
+        if trial is None:
+            left += 1
+            continue
+        done.append(trial)
+        if trial.outcome in table.FAULTS:
+            again = f'--seed={options.seed} --repeat="{trial.kind}: {trial.name}: {trial.number}"'
+            print(f"{trial.outcome}: python -m tests.reliability {again}", flush=True)
+            print("    " + trial.detail.strip()[-1500:].replace("\n", "\n    "), flush=True)
     print(table.show(done))
     print(
         f"{time.monotonic() - begun:.0f} s, seed {options.seed}" + f", {left} trials not begun" * bool(left)

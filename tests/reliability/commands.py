@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import re
 import runpy
 import shutil
@@ -22,7 +23,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from prophy_jax.run import checksums
 from tests import tiny_pipeline
@@ -115,11 +117,15 @@ class Process:
             first()
             code = _run(self.words[0])
             last()
+        except BaseException:
+            traceback.print_exc()
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+            try:
+                for stream in filter(None, (sys.stdout, sys.stderr)):
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.flush()
+            finally:
+                os._exit(code)  # whatever happens, it never goes on as its parent
 
     def poll(self) -> int | None:
         """Its exit status, or minus the signal that ended it; None while it runs."""
@@ -182,6 +188,37 @@ def changes(inside: pathlib.Path, then: Callable[[int], None]) -> None:
             then(count)
 
     sys.addaudithook(hook)
+
+
+def each_in_a_fork(
+    function: Callable[..., Any], arguments: Sequence[tuple], processes: int, notes: pathlib.Path
+) -> Iterator[tuple[int, Any]]:
+    """Gives (number, result) of a function called with each of several arguments, as they are done.
+
+    A pool of processes that live on would have threads, and forks do not go with these. RuntimeError is
+    raised where a call has failed.
+    """
+    notes.mkdir(exist_ok=True)
+    running: dict[int, int] = {}
+    waiting = list(enumerate(arguments))[::-1]
+    while waiting or running:
+        while waiting and len(running) < processes:
+            number, own = waiting.pop()
+            if pid := os.fork():
+                running[pid] = number
+                continue
+            try:
+                (notes / str(number)).write_bytes(pickle.dumps(function(*own)))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        pid, status = os.wait()
+        number = running.pop(pid)
+        if status:
+            raise RuntimeError(f"{function} of {arguments[number]} has failed, as printed above")
+        yield number, pickle.loads((notes / str(number)).read_bytes())
 
 
 # --- What a run of a command says ------------------------------------------------------------------

@@ -70,7 +70,11 @@ def run(place: Place, measured: dict[str, dict], seed: int, name: str, number: i
     status = process.wait()
     text = process.text()
     where = f"{command.name}, {name}{spot.about}"
-    ended_by_signal = spot.signalled_after is not None and status == -signal.SIGTERM
+    ended_by_signal = (status or 0) < 0 and (
+        spot.signalled_after is not None
+        and status == -signal.SIGTERM
+        or name == "little memory"  # libraries in C++ abort, and Python has no say
+    )
     if not ended_by_signal and (fault := commands.fault_of(status, "error: ?" if spot.silent else text)):
         return trial.failed(fault, f"{where}: status {status}\n{text}")
     if status == 0 and not spot.elsewhere:
