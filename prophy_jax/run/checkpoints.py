@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -157,26 +156,6 @@ def _verifying(
     """`checksums.verified`; if `together`, all processes of a job do it, each a share of the files."""
     if listed is None and distributed.is_first():
         print(f"{folder} has no checksums, it is of an earlier version: its files are not verified")
-    with _without_echoes(), _comparing(folder, listed, remedy, together):
-        yield
-
-
-@contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
-    """Where one read fails, Orbax waits for no other, and TensorStore prints a traceback for each of them."""
-    shown = sys.unraisablehook
-
-    def show(what: Any) -> None:
-        if not (what.exc_type is RuntimeError and "Event loop is closed" in str(what.exc_value)):
-            shown(what)
-
-    sys.unraisablehook = show
-    yield
-    sys.unraisablehook = shown  # not where the body raises: reads may end later
-
-
-@contextlib.contextmanager
-def _comparing(folder: str, listed: Mapping[str, Any] | None, remedy: str, together: bool) -> Iterator[None]:
     if not listed:
         yield
     elif not together:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(Exception):
@@ -81,6 +82,17 @@ def close_bars() -> None:
             bar.close()
 
 
+def _drop_echoes() -> None:
+    """Where one read fails, Orbax waits for no other, and TensorStore would print a traceback for each."""
+    shown = sys.unraisablehook
+
+    def show(what: Any) -> None:
+        if not (what.exc_type is RuntimeError and "Event loop is closed" in str(what.exc_value)):
+            shown(what)
+
+    sys.unraisablehook = show
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Wraps a command's body: what `one_line` knows becomes one line on stderr and status 1, Ctrl-C 130."""
@@ -89,6 +101,7 @@ def one_line_errors() -> Iterator[None]:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    _drop_echoes()
     try:
         yield
         if sys.stdout:

@@ -217,7 +217,7 @@ def each_in_a_fork(
         pid, status = os.wait()
         number = running.pop(pid)
         if status:
-            raise RuntimeError(f"{function} of {arguments[number]} has failed, as printed above")
+            raise RuntimeError(f"a trial has failed by itself, as printed above: {arguments[number][-2:]}")
         yield number, pickle.loads((notes / str(number)).read_bytes())
 
 

@@ -419,8 +419,7 @@ def _json(path: pathlib.Path, dice: random.Random) -> str:
             for line in ([path.read_text()] if path.suffix != ".jsonl" else path.read_text().splitlines())
         ]
     except ValueError:
-        return _flip(path, dice)
-    number = dice.randrange(len(lines))
+        return _flip(path, dice) if path.stat().st_size else _garbage(path, dice)
     places: list[tuple[Any, Any, str]] = []
 
     def walk(value: Any, where: str) -> None:
@@ -428,7 +427,10 @@ def _json(path: pathlib.Path, dice: random.Random) -> str:
             places.append((value, key, f"{where}/{key}"))
             walk(value[key], f"{where}/{key}")
 
-    walk(lines, "")
+    for number, line in enumerate(lines, 1):
+        walk(line, f"line {number}: " if path.suffix == ".jsonl" else "")
+    if not places:  # an empty file, or a value alone
+        return _garbage(path, dice)
     container, key, where = dice.choice(places)
     new = dice.choice(VALUES)
     if dice.random() < 0.25:
@@ -440,4 +442,4 @@ def _json(path: pathlib.Path, dice: random.Random) -> str:
     else:
         container[key], what = new, f"{where} set to {new!r}"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    return f"line {number + 1}: {what}" if path.suffix == ".jsonl" else what
+    return what
