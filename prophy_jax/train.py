@@ -178,7 +178,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
     from prophy_jax.data import loader, taxonomy
     from prophy_jax.evaluation import validation
     from prophy_jax.plan import flops
-    from prophy_jax.run import checkpoints, distributed, goodput, lock, loop, metrics
+    from prophy_jax.run import checkpoints, distributed, goodput, lock, loop, metrics, storage
     from prophy_jax.run import workdir as folders
 
     # 1. What to train, on what. Everything that can be wrong, on any host, is found before the workdir is
@@ -244,7 +244,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
             if first:
                 held.enter_context(lock.held(workdir, "a run of prophy_jax.train"))
         with distributed.all_or_none():
-            distributed.wait_for_file(os.path.join(workdir, "config.json"))
+            folders.wait_for_file(os.path.join(workdir, "config.json"))
 
         # 3. Where a former run of this workdir stopped.
         saved = checkpoints.TrainCheckpoints(workdir, config.checkpoint.keep)
@@ -304,7 +304,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
                 "validation": distributed.agreed(not validated)
                 and loop.is_due(first_step, config.validation.every, ended, False),
                 "samples": first_step > 0
-                and distributed.agreed(not os.path.exists(place_clips(first_step)))
+                and distributed.agreed(not storage.path(place_clips(first_step)).exists())
                 and loop.is_due(first_step, config.samples.every, ended, False),
             },
         )

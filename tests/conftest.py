@@ -35,6 +35,7 @@ import types  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytest_plugins = ["tests.bucket"]
 
 
 # Files that take longest, which begin: test processes that begin with short ones would end minutes apart.

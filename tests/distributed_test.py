@@ -11,20 +11,22 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
 from prophy_jax.prepare import prepare
-from prophy_jax.run import checkpoints, metrics
+from prophy_jax.run import checkpoints, lock, metrics, storage
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config, xla_flags
 
 # Short deadlines, and parameters that are small are split too. "slow" makes each step take a while.
 BOOT = """
 import runpy, sys, time
-from prophy_jax.run import distributed, parallel
-distributed.START_S, distributed.LOST_S, distributed.SHARED_S = {start}, 10, 2
+from prophy_jax.run import distributed, parallel, workdir
+distributed.START_S, distributed.LOST_S, workdir.SHARED_S = {start}, 10, 2
 parallel.MIN_SHARDED_SIZE = 256
 if "slow" in sys.argv:
     sys.argv.remove("slow")
@@ -88,7 +90,7 @@ class Job:
     def last_line(self, rank: int) -> str:
         return self.log(rank).strip().splitlines()[-1]
 
-    def wait_for(self, path: pathlib.Path) -> None:
+    def wait_for(self, path: storage.AnyPath) -> None:
         while not path.exists():
             assert all(process.poll() is None for process in self.processes), self.log(0)
             time.sleep(0.02)
@@ -161,6 +163,30 @@ def test_job_is_killed_and_terminated_and_goes_on_with_other_processes(alone, tm
         trees = params(run / part), params(alone / part)
         for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_a_job_in_a_bucket_is_killed_and_goes_on(alone, tiny_data, bucket, tmp_path, monkeypatch):
+    fsspec.filesystem("gs").put(f"{tiny_data}/", f"{bucket}/data/", recursive=True)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/xla")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    settings = (f"--config.data.dir={bucket}/data", f"--workdir={bucket}/run")
+    saved = storage.path(bucket) / "run" / "checkpoints" / "5" / "commit_success.txt"
+    with train(tmp_path, tiny_data, "killed", 2, *settings, "slow") as job:
+        job.wait_for(saved)
+        with pytest.raises(UserError, match=f"{bucket}/run is written by a run of prophy_jax.train"):
+            lock.held(f"{bucket}/run", "another").__enter__()
+        job.processes[1].send_signal(signal.SIGKILL)
+        assert job.wait()[0] not in (0, None)
+    with train(tmp_path, tiny_data, "again", 2, *settings) as job:
+        assert job.wait() == [0, 0], job.log(0)
+    ours, theirs = (
+        {line["step"]: line for line in metrics.read_metrics(str(run))} for run in (f"{bucket}/run", alone)
+    )
+    assert ours.keys() == theirs.keys()
+    for step in theirs.keys() - {0}:
+        assert ours[step]["loss/total"] == pytest.approx(theirs[step]["loss/total"], rel=1e-5)
+    assert storage.list_files(f"{bucket}/xla")
+    assert lock.LOCK not in storage.list_files(f"{bucket}/run")
 
 
 def test_two_processes_write_the_parameters_that_are_split_over_them(alone, tmp_path, tiny_data):

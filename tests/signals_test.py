@@ -142,8 +142,8 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_files_that_are_being_written_are_taken_away(tmp_path):
     body = (
-        "from prophy_jax.run import workdir\n"
-        f"with workdir.replacing({str(tmp_path / 'file')!r}) as partial:\n"
+        "from prophy_jax.run import storage\n"
+        f"with storage.replacing({str(tmp_path / 'file')!r}) as partial:\n"
         "    partial.write_text('half'); print('half', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -167,7 +167,7 @@ def test_prepare_goes_on_where_a_signal_stopped_it(tmp_path):
         )  # fmt: skip
 
     whole, process = begin("whole"), begin("stopped")
-    wait_until(lambda: len(list((tmp_path / "stopped").rglob("*.array_record-*"))) > 4, process)
+    wait_until(lambda: len(list((tmp_path / "stopped").glob("work/*-*.json"))) > 4, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output

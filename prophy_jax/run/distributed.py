@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 
@@ -24,7 +23,6 @@ from prophy_jax.run.errors import UserError
 # Seconds.
 START_S = 300  # all processes must join in this time: hosts of a pod start minutes apart
 LOST_S = 60  # a process that is silent for so long counts as dead
-SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
 END_S = 7 * 24 * 3600  # a process that is done waits for the others; dead ones are noticed without this
 
 
@@ -167,18 +165,6 @@ def _all(value: bool) -> bool:
 def agreed(value: bool) -> bool:
     """What the first process says, on all."""
     return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
-
-
-def wait_for_file(path: str) -> None:
-    """Waits until a file that the first process wrote appears. Raises UserError if it does not."""
-    until = time.monotonic() + SHARED_S
-    while not os.path.exists(path):
-        if time.monotonic() > until:
-            raise UserError(
-                f"{path} of process 0 cannot be seen on {socket.gethostname()}: "
-                "name a folder on storage that all hosts share"
-            )
-        time.sleep(0.5)
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

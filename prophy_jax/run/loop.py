@@ -6,8 +6,10 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from prophy_jax.run import cli, signals
+from prophy_jax.run import cli, signals, storage
 from prophy_jax.run.checkpoints import TrainCheckpoints
 from prophy_jax.run.errors import UserError
 
@@ -112,7 +114,7 @@ def describe_folder(workdir: str, trained: Sequence[str]) -> str:
         "profile": f"traces of steps: xprof --logdir={place['profile']}",
         **{name: f"trained parameters of the {name} (EMA)" for name in trained},
     }
-    there = {name: text for name, text in meanings.items() if os.path.exists(os.path.join(workdir, name))}
+    there = {name: text for name, text in meanings.items() if (storage.path(workdir) / name).exists()}
     width = max(map(len, there))
     backbone = [f"--checkpoint={place['backbone']}"] if "backbone" in trained else []
     folders = " ".join(backbone + [f"--branch={place[name]}" for name in trained if name != "backbone"])
@@ -136,10 +138,16 @@ class _CutShort(BaseException):
     """Ends what a process does between its steps."""
 
 
+def _end_at_once(*_: Any) -> None:
+    """Without the ends of Python's threads: one that saves would fail there, and say so at length."""
+    signals.say("interrupted")
+    os._exit(130)
+
+
 class StopSignal:
     """Notes signals to stop, so that the loop can save after a step, the same on every process.
 
-    Those of `signals.NUMBERS`, and SIGINT, where a second one raises KeyboardInterrupt. Until `begin` they do
+    Those of `signals.NUMBERS`, and SIGINT, where a second one ends the process. Until `begin` they do
     what they do in other commands.
     """
 
@@ -161,7 +169,7 @@ class StopSignal:
             signals.say(f"{signal.Signals(number).name}: saving after this step{again}")
         self._noted = True
         if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _end_at_once)
         if not self._alone:
             signal.raise_signal(signal.SIGTERM)
         elif self._cuts:
@@ -204,7 +212,9 @@ class Profile:
 
     def __init__(self, workdir: str, first_step: int, chosen: Sequence[int]) -> None:
         skip, count = chosen or (0, 0)
-        self._folder = os.path.join(workdir, "profile")
+        self._folder = self._written = os.path.join(workdir, "profile")
+        if storage.in_bucket(workdir):  # the profiler writes to disks alone
+            self._written = tempfile.mkdtemp(prefix="prophy_jax-") if chosen else ""
         self._from = first_step + skip if count else -1
         self._to, self._on = self._from + count, False
 
@@ -212,7 +222,7 @@ class Profile:
         """To be called with the number of steps done."""
         if step == self._from:
             self._on = True
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._written)
 
     def after(self, step: int, values: Any) -> None:
         """To be called with the number of steps done and what the last one gave."""
@@ -224,6 +234,9 @@ class Profile:
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
+            if self._written != self._folder:
+                storage.upload(Path(self._written), self._folder)
+                storage.remove(self._written)
             folder = shlex.quote(self._folder)
             print(f"traced up to {self._to - self._from} steps: xprof --logdir={folder}", file=sys.stderr)
 
