@@ -27,9 +27,10 @@ SMALL = (
     "--config.samples.every=1000",
     "--config.steps=40",
 )
-# Each step takes a while, and so do a word of the command line: validation, clips, or a save.
+# Each step takes a while, and so does what a word of the command line names: validation, clips, or the last save.
 SLOW = """
-import runpy, sys, time
+import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 from prophy_jax.evaluation import validation
 from prophy_jax.run import checkpoints, parallel
 def slowly(owner, name, seconds):
