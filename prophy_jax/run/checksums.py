@@ -81,7 +81,8 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def unsealed(content: dict[str, Any], where: str, remedy: str) -> dict[str, Any]:
     """What was `sealed`, as it was before. Raises UserError, with `remedy`, where it has changed since."""
     if not is_intact(content):
-        raise UserError(f"{where} is damaged (not as it was written): {remedy}")
+        by_hand = 'if you changed it yourself, take its "checksum" out'
+        raise UserError(f"{where} is damaged (not as it was written; {by_hand}): {remedy}")
     content = copy.copy(content)
     content.pop("checksum", None)
     return content
