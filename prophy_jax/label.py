@@ -49,7 +49,7 @@ from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
 from prophy_jax.data.job import Job, Shard, make_shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
-from prophy_jax.run import cli, engine, hub
+from prophy_jax.run import cli, engine, hub, storage
 from prophy_jax.run.errors import UserError, counted
 from prophy_jax.run.workdir import run_identity
 
@@ -92,8 +92,9 @@ def label(
             `out` is of other data, another model or other settings.
     """
     # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
+    storage.require_gs(out, "labels")
     prepared = open_prepared(config, model_folder, data, sources)
-    make = functools.partial(Labeller, config, model_folder, prepared, Path(out), process[0])
+    make = functools.partial(Labeller, config, model_folder, prepared, storage.path(out), process[0])
     with engine.workers(by, make, devices) as workers:
         described, reading = workers.ask(Labeller.tell)
         plan = {
@@ -144,7 +145,7 @@ def preview(
     prepared = open_prepared(config, model_folder, data, sources)
     model, _, reading = open_reader(config, model_folder)
     views = prepared.views(config)
-    out = Path(out)
+    out = storage.path(out)
     out.mkdir(parents=True, exist_ok=True)
     for file, clip in prepared.sample_evenly(count):
         if clip.frames is None:
@@ -158,7 +159,7 @@ def preview(
         video.write_mp4(path, draw(clip.frames, names, maps, view.grid), prepared.fps)
         questions = [*(prepared.known.questions[name] for name in names), prepared.known.background]
         lines = [f"{q}\n    {answer.text}\n" for q, answer in zip(questions, answers, strict=True)]
-        path.with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
+        storage.write_atomically(path.with_suffix(".txt"), "\n".join(lines))
         print(f"wrote {path}: {', '.join(names)}", flush=True)
 
 
@@ -183,11 +184,11 @@ def check(config: ConfigDict, model_folder: str | Path, out: str | Path) -> dict
     with tqdm.tqdm(total=config.label_check.clips, unit="clip", dynamic_ncols=True) as bar:
         results = checking.measure(model, config.label, config.label_check, bar.update)
     print(checking.table(results))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / "check.json"
+    path = storage.path(out) / "check.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     sandbox = config.label_check.to_dict()
     everything = {"vlm": described, **run_identity(config, "labels"), "label_check": sandbox, **results}
-    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    storage.write_atomically(path, json.dumps(everything, indent=1) + "\n")
     print(f"wrote {path}")
     return results
 
@@ -203,6 +204,7 @@ def import_labels(
     from prophy_jax.labels import own
 
     # 1. Every file, and what is wrong with it.
+    storage.require_gs(out, "labels")
     known, manifest = taxonomy.of(config), records.read_manifest(data)
     known.check(manifest, data)
     sizes = {bucket: Sizes.of(manifest, bucket) for bucket in manifest["buckets"]}
@@ -357,9 +359,11 @@ def propose(
 
 def list_roots(data: str | Path, manifest: Mapping[str, Any], moved: Sequence[str]) -> list[Path]:
     """The folder that each source names its videos from. UserError if there is no source, or it is gone."""
-    paths = [Path(path).absolute() for path in check_moved(data, manifest, moved)]
+    paths = [storage.path(storage.absolute(path)) for path in check_moved(data, manifest, moved)]
     if not paths:
         raise UserError(f"{data} is of the physics sandbox, which knows its categories: nothing to propose")
+    if far := [path for path in paths if storage.in_bucket(path)]:
+        raise UserError(f"a table is beside its videos on a disk, and {far[0]} is in a bucket: copy it")
     if gone := [path for path in paths if not path.exists()]:
         raise UserError(f"no {gone[0]}, a source of {data}: if it has moved, say where it is: --source=DIR")
     return [path if path.is_dir() else path.parent for path in paths]
@@ -530,7 +534,7 @@ class PreparedClips:
     def __init__(
         self, data: str | Path, moved: Sequence[str], known: taxonomy.Taxonomy = taxonomy.WISA
     ) -> None:
-        self.data = Path(data)
+        self.data = storage.path(data)
         self.known = known
         self.manifest = records.read_manifest(data)
         known.check(self.manifest, data)
@@ -678,7 +682,7 @@ class EarlierLabels:
         self._by_id = {row["id"]: row for row in self._own}
         self._made: dict[tuple, Mapping[str, Any]] = {}
         self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "alignment"))
-        if rows and (Path(out) / "manifest.json").exists():
+        if rows and (storage.path(out) / "manifest.json").exists():
             unreadable = {name for name, _ in records.read_manifest(out).get("unreadable", [])}
             made = [row for row in read_clips(out) if row["index"] is not None]
             self._made = {self._key(row): row for row in made if row["id"] not in unreadable}
@@ -740,7 +744,12 @@ class Labeller:
     """
 
     def __init__(
-        self, config: ConfigDict, model_folder: str | Path, prepared: PreparedClips, out: Path, process: int
+        self,
+        config: ConfigDict,
+        model_folder: str | Path,
+        prepared: PreparedClips,
+        out: storage.AnyPath,
+        process: int,
     ) -> None:
         self._model, self._described, self._reading = open_reader(config, model_folder, process)
         self._config, self._prepared, self._out = config, prepared, out

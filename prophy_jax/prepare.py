@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import socket
 import sys
 import time
@@ -52,7 +51,7 @@ from prophy_jax.data.sources.source import (
 )
 from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run import cli, engine
+from prophy_jax.run import cli, engine, storage
 from prophy_jax.run.errors import NotFinite, UserError, counted
 from prophy_jax.run.workdir import run_identity
 
@@ -105,7 +104,8 @@ def prepare(
         return None
 
     # 2. The encoders, and the folder: everything that can be wrong shows before the first clip.
-    out = Path(out or config.data.dir)
+    out = storage.path(out or config.data.dir)
+    storage.require_gs(out, "training data")
     make = functools.partial(Recorder, config, source, buckets, known, out, noted=bool(sources))
     with engine.workers(by, make, devices) as workers:
         facts = workers.ask(Recorder.tell)
@@ -137,7 +137,7 @@ def prepare(
         print_spent(spent, clips, time.perf_counter() - begin)
 
         # 4. The last process to be done puts the folder together.
-        paths = [str(Path(path).resolve()) for path in (*sources, *validation)]
+        paths = [storage.resolved(path) for path in (*sources, *validation)]
         manifest = job.finish(
             lambda reports: describe(
                 out, config, paths, source, reports, facts["grids"], workers.ask(Recorder.encode_empty), known
@@ -238,7 +238,7 @@ class Earlier:
         made: id -> row of each clip that `read` was asked for.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: storage.AnyPath) -> None:
         self._out = out
         self._rows = read_clips(out)
         self._finished = (out / "manifest.json").exists()
@@ -320,7 +320,7 @@ class Recorder:
         source: Source,
         buckets: Sequence[Bucket],
         known: Taxonomy,
-        out: Path,
+        out: storage.AnyPath,
         noted: bool,
     ) -> None:
         import jax
@@ -328,7 +328,7 @@ class Recorder:
         from prophy_jax.run import encoders, parallel
 
         for path in source.first_files():
-            if not os.path.exists(path):
+            if not storage.path(path).exists():
                 raise UserError(
                     f"{path} cannot be seen on {socket.gethostname()}: put the videos on storage that all "
                     "hosts share, under the same path"
@@ -644,7 +644,7 @@ def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known
 
 
 def describe(
-    out: Path,
+    out: storage.AnyPath,
     config: ConfigDict,
     paths: list[str],
     source: Source,
@@ -684,15 +684,15 @@ def describe(
 
     text, mask = empty
     sizes, padding = measure_text(grids, text, mask, known)
-    np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
+    storage.write_atomically(out / "empty_text.npz", lambda file: np.savez(file, text=text[0], mask=mask[0]))
     rows = [row for report in reports for row in report.get("rows", []) if row["id"] in places]
     shown = {row["id"]: row["shown"] for row in rows if row.get("shown")}
     if paths:
         stats = statistics.summarise(
             source, known, [share_kept(*size, places[name]) for name, size in shown.items()]
         )
-        (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
-        statistics.picture(stats, out / "statistics.png")
+        storage.write_atomically(out / "statistics.md", statistics.table(stats))
+        storage.write_atomically(out / "statistics.png", lambda file: statistics.picture(stats, file))
 
     features = {}
     aligned = any(dataset.startswith("alignment/") for report in reports for dataset in report["datasets"])
@@ -744,7 +744,7 @@ def count_clips(counts: Mapping[str, int]) -> str:
     return f"{counted(sum(counts.values()), 'clip')} ({listed})"
 
 
-def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+def print_summary(out: storage.AnyPath, manifest: dict[str, Any]) -> None:
     """Prints what was made, and what was left out."""
     counts = manifest["counts"]
     print(f"{out}: {count_clips(counts)}")

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from prophy_jax.run import engine, workdir
+from prophy_jax.run import engine, storage, workdir
 from prophy_jax.run.errors import NotFinite, UserError, counted
 
 BASELINE = "_baseline"  # in the names of clips of the backbone alone
@@ -56,13 +55,14 @@ def use_checkpoint(config, folder: str) -> None:
     """
     from prophy_jax.run import checkpoints
 
-    if os.path.isdir(os.path.join(folder, "transformer")):
+    root = storage.path(folder)
+    if (root / "transformer").is_dir():
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
         names = ("backbone", "codec", "text_encoder")
     else:
-        if os.path.isdir(os.path.join(folder, "checkpoints")) or os.path.isdir(os.path.join(folder, "state")):
+        if (root / "checkpoints").is_dir() or (root / "state").is_dir():
             found = checkpoints.find_parts(folder)
             if "backbone" not in found:
                 raise UserError(
@@ -177,8 +177,8 @@ def no_folder_without_clips(out: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if os.listdir(out) == ["manifest.json"] and jax.process_count() == 1:
-            shutil.rmtree(out)
+        if [*storage.list_files(out)] == ["manifest.json"] and jax.process_count() == 1:
+            storage.remove(out)
         raise
 
 
@@ -407,7 +407,7 @@ def main(config: Any) -> None:
                 )
                 for indices, suffix in share
                 if not all(
-                    os.path.exists(path)
+                    storage.path(path).exists()
                     for index in indices
                     for path in name_files(options.out, index, suffix, options.overlay and not suffix)
                 )

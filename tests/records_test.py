@@ -193,7 +193,7 @@ def test_several_processes_one_of_them_killed_make_the_same_bytes(whole, tmp_pat
     try:
         assert hanging.stdout.readline() == "half\n"
         # A second writer is refused, and does not disturb the first.
-        with pytest.raises(UserError, match="is written by another command, process .*--process=0/2"):
+        with pytest.raises(UserError, match="is written by prophy_jax, process .*--process=0/2"):
             make(folder, (0, 4))
         hanging.send_signal(signal.SIGKILL)
     finally:

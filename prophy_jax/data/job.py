@@ -9,8 +9,7 @@ DIR/manifest.json and the rest   when all is there, see `prophy_jax.data.records
 import contextlib
 import hashlib
 import json
-import os
-import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import records
-from prophy_jax.run import lock, workdir
+from prophy_jax.run import lock, storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 CLIPS = "clips.jsonl"
@@ -68,7 +67,7 @@ class Job:
         rows: Mapping[tuple[str, int], list[dict[str, Any]]] | None = None,
         inputs: tuple[str, ...] = (),
     ) -> None:
-        self.out = Path(out)
+        self.out = storage.path(out)
         self._plan, self._rows = plan, rows
         self._work = self.out / "work"
         self._shards = [(split, index) for split in shards for index in range(shards[split])]
@@ -92,7 +91,7 @@ class Job:
                 workdir.claim(self.out, "manifest.json", plan, "--out", compare_finished)
                 if not self.complete():
                     self._work.mkdir(exist_ok=True)
-                    workdir.write_atomically(self._work / "plan.json", json.dumps(plan))
+                    storage.write_atomically(self._work / "plan.json", json.dumps(plan))
             else:
                 workdir.claim(self.out, "work/plan.json", plan, "--out", compare, lambda _, own: own)
 
@@ -108,7 +107,7 @@ class Job:
         own = [{"split": split, **row} for (split, _), rows in self._rows.items() for row in rows]
         return _agree(own, read_clips(self.out))
 
-    def _name(self, split: str, index: int) -> Path:
+    def _name(self, split: str, index: int) -> storage.AnyPath:
         return self._work / f"{split}-{index:05d}"
 
     def missing(self) -> list[tuple[str, int]]:
@@ -133,7 +132,7 @@ class Job:
                 )
                 file = f"process-{first}-of-{step}.lock"
                 with _writing(self.out):
-                    stack.enter_context(lock.held(self._work, "another command", file, remedy))
+                    stack.enter_context(lock.held(self._work, "prophy_jax", file, remedy=remedy))
             yield [shard for shard in self._shards if shard in mine and not self._made(*shard)]
 
     def _made(self, split: str, index: int) -> bool:
@@ -143,7 +142,7 @@ class Job:
         stored = _read_report(path).get("rows", [])
         return _agree(self._rows[split, index], stored)
 
-    def _report(self, split: str, index: int) -> Path:
+    def _report(self, split: str, index: int) -> storage.AnyPath:
         return _report(self._name(split, index))
 
     def shard(self, split: str, index: int) -> contextlib.AbstractContextManager["Shard"]:
@@ -169,10 +168,10 @@ class Job:
                 )
                 return None
             try:
-                with lock.held(self._work, "another process", "finish.lock", wait=True):
+                with lock.held(self._work, "prophy_jax", "finish.lock", wait=True):
                     if not self.complete():
                         self._put_together(describe)
-                    shutil.rmtree(self._work)
+                    storage.remove(self._work)
             except FileNotFoundError:
                 if not self.complete():  # otherwise another process did it meanwhile
                     raise
@@ -187,9 +186,9 @@ class Job:
         if self._rows is not None:  # the folder may have been finished for other clips
             (self.out / "manifest.json").unlink(missing_ok=True)
             for name in {dataset.split("/")[0] for dataset in features}:
-                shutil.rmtree(self.out / name, ignore_errors=True)
+                storage.remove(self.out / name)
             lines = [json.dumps(row) for row in _place(reports)]
-            workdir.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
+            storage.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
         for dataset in features:
             self._assemble(dataset, features[dataset], reports)
         plan = json.loads(json.dumps(self._plan))
@@ -221,7 +220,7 @@ class Job:
             for index, (path, _, _) in enumerate(files):
                 final = names.sharded_filepath(shard_index=index, num_shards=len(files))
                 if not final.exists():
-                    _link(path, final)
+                    storage.copy(path, storage.path(final))
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
@@ -249,13 +248,13 @@ def make_shard(out: str | Path, split: str, index: int) -> Iterator["Shard"]:
 
     Raises UserError where the folder cannot be seen or written, or when the disk is full.
     """
-    work = Path(out) / "work"
-    workdir.wait_for_file(work / "plan.json")
-    shard = Shard(work / f"{split}-{index:05d}", Path(out))
+    out = storage.path(out)
+    workdir.wait_for_file(out / "work" / "plan.json")
+    shard = Shard(out / "work" / f"{split}-{index:05d}", out)
     try:
         yield shard
         with _writing(shard.out):
-            workdir.write_atomically(_report(shard.name), json.dumps(shard.close()))
+            storage.write_atomically(_report(shard.name), json.dumps(shard.close()))
     except BaseException:  # also on Ctrl-C
         shard.discard()
         raise
@@ -264,7 +263,7 @@ def make_shard(out: str | Path, split: str, index: int) -> Iterator["Shard"]:
 class Shard:
     """The files of one shard, one per data set, while it is made; see `make_shard`."""
 
-    def __init__(self, name: Path, out: Path) -> None:
+    def __init__(self, name: storage.AnyPath, out: storage.AnyPath) -> None:
         self.name, self.out = name, out
         self._files: dict[str, tuple[Path, array_record_module.ArrayRecordWriter]] = {}
         self._report: dict[str, Any] = {"datasets": {}, "ids": {}}
@@ -276,7 +275,9 @@ class Shard:
         data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
         with _writing(self.out):
             if dataset not in self._files:
-                partial = workdir.name_partial(_part(self.name, dataset))
+                partial = storage.name_partial(_part(self.name, dataset))
+                if storage.in_bucket(partial):  # array_record writes to disks alone
+                    partial = Path(tempfile.gettempdir()) / partial.name
                 self._files[dataset] = partial, array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
                 self._report["datasets"][dataset] = {"count": 0, "bytes": 0}
                 self._report["ids"][dataset] = []
@@ -298,8 +299,8 @@ class Shard:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            workdir.sync(partial)  # the folder is synced with the report, which comes last
-            os.replace(partial, path)
+            storage.place(partial, path)  # the folder is synced with the report, which comes last
+            partial.unlink(missing_ok=True)
         return self._report
 
     def discard(self) -> None:
@@ -315,10 +316,10 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     Each has the keys that its maker noted; of a finished folder also "split", and "bucket" and "index", where
     its example is in that split (None: it was skipped). [] where nothing is known.
     """
-    path = Path(out) / CLIPS
+    path = storage.path(out) / CLIPS
     if working:
         rows = []
-        for report in Path(out).glob("work/*-?????.json"):
+        for report in (storage.path(out) / "work").glob("*-?????.json"):
             with contextlib.suppress(FileNotFoundError):  # another process has just put the folder together
                 rows += _read_report(report).get("rows", [])
         return rows
@@ -331,7 +332,7 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def _read_report(path: Path) -> dict[str, Any]:
+def _read_report(path: storage.AnyPath) -> dict[str, Any]:
     """The report of a shard. Raises UserError when it is damaged, FileNotFoundError when it is not there."""
     remedy = "delete it and run the same command again, which makes this shard anew"
     return workdir.parse_json(path.read_bytes(), str(path), remedy, _REPORT)
@@ -375,20 +376,11 @@ def _fill_empty_split(reports: list[dict[str, Any]]) -> None:
             own[0]["stands_in"] = (other, others[0]["shard"])
 
 
-def _link(path: Path, final: Path) -> None:
-    """A second name for a file; a copy on file systems without hard links, such as mounted buckets."""
-    try:
-        os.link(path, final)
-    except OSError:
-        with workdir.replacing(final) as partial:
-            shutil.copyfile(path, partial)
-
-
-def _part(shard: Path, dataset: str) -> Path:
+def _part(shard: storage.AnyPath, dataset: str) -> storage.AnyPath:
     return shard.with_suffix("." + dataset.replace("/", "."))
 
 
-def _report(shard: Path) -> Path:
+def _report(shard: storage.AnyPath) -> storage.AnyPath:
     return shard.with_suffix(".json")
 
 
@@ -410,7 +402,7 @@ def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _writing(out: storage.AnyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from prophy_jax.run import signals
 from prophy_jax.run.errors import UserError
 
 # Seconds.
@@ -26,7 +27,7 @@ END_S = 7 * 24 * 3600  # a process that is done waits for the others; dead ones 
 
 
 @contextlib.contextmanager
-def job(where: str) -> Iterator[None]:
+def job(where: str, saves: bool = False) -> Iterator[None]:
     """Joins the job, runs the body, and ends the process when the body raises.
 
     Enter it before anything touches a device. JAX itself ends a process that loses the others; the line that
@@ -35,6 +36,8 @@ def job(where: str) -> Iterator[None]:
     Args:
         where: "auto", which asks Slurm, Cloud TPU, GKE or Open MPI, or "HOST:PORT,I/P" for process I of P,
             with process 0 at HOST:PORT.
+        saves: JAX notes SIGTERM, and the body asks it (`prophy_jax.run.loop.StopSignal`). Otherwise SIGTERM
+            stops the body.
 
     Raises:
         UserError: when `where` cannot be understood.
@@ -46,6 +49,7 @@ def job(where: str) -> Iterator[None]:
         "another job uses this address. Check that process 0 runs, that its host and port can be reached, "
         "that no old process is left, and that all give the same address and count"
     )
+    jax.config.update("jax_enable_preemption_service", saves)
     with _print_if_killed(missing):
         _initialize(arguments)
     lost = (
@@ -60,7 +64,7 @@ def job(where: str) -> Iterator[None]:
         print(_error_text(error, lost), file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Not by sys.exit: at a proper end, JAX waits for the others, who wait for this one.
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        os._exit({KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1))
 
 
 def parse(where: str) -> dict[str, str | int]:
@@ -123,6 +127,8 @@ def _error_text(error: BaseException, lost: str) -> str:
         return f"error: {' '.join(str(error).split())}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, signals.Stopped):
+        return str(error)
     # Collectives may notice it before JAX does: Gloo on CPUs, NCCL on GPUs.
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("(?i)gloo|nccl|connection", str(error)):
         return f"\nerror: {lost} ({str(error).splitlines()[0]})"
@@ -154,6 +160,11 @@ def all_or_none() -> Iterator[None]:
 
 def _all(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def agreed(value: bool) -> bool:
+    """What the first process says, on all."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

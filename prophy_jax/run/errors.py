@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 
+from prophy_jax.run import signals
+
 
 class UserError(Exception):
     """Bad input: the message names the file or setting and the remedy, on one line."""
@@ -24,9 +26,16 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Wraps a command's body: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C 130."""
+    """Wraps a command's body: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C 130.
+
+    A signal to stop becomes a line and status 75, see `prophy_jax.run.signals`.
+    """
     try:
-        yield
+        with signals.ending():
+            yield
+    except signals.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(signals.STOPPED)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

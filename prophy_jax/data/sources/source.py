@@ -30,6 +30,7 @@ from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.data.taxonomy import Taxonomy
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError, counted
 
 T = TypeVar("T")
@@ -276,7 +277,7 @@ def read_sources(
     training = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [annotations.find_annotations(path) for path in (*training, *validation)]
     for number, path in enumerate(files[: len(training)]):
-        if any(path.samefile(own) for own in files[len(training) :]):
+        if any(storage.is_same(path, own) for own in files[len(training) :]):
             raise UserError(
                 f"{training[number]} is named by --source and by --val, which would leave no clip to train "
                 "on: name other clips, or say in a column `split` which are for validation"
