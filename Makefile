@@ -4,6 +4,7 @@
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-lowest   the torch-free suite on the lowest versions that requirements.txt allows
 # make test-full     the long checks that `make test` leaves out
+# make reliability   kills, damaged files and failing systems, up to half an hour; SEED=1: other ones
 # make lint          ruff, and mypy on the seams
 # make wheel         a wheel in an empty environment: prepares and trains the smallest run from an empty folder
 # make ratios        PyTorch and JAX at the same work on this CPU, in turns: two minutes
@@ -25,7 +26,7 @@ PYTEST := -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 # apart: next to jax, it would make every command look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
-.PHONY: install test test-latest test-lowest test-full lint demo demo-data wheel ratios bench-gpu clean
+.PHONY: install test test-latest test-lowest test-full reliability lint demo demo-data wheel ratios bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +52,10 @@ test: $(VENV)/.installed-test lint
 
 test-full: $(VENV)/.installed-test
 	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "slow or not slow"
+
+SEED := 0
+reliability: $(VENV)/.installed-test
+	$(RUN) -m tests.reliability --seed=$(SEED)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -34,7 +34,7 @@ from convert import leaves as lv
 from prophy_jax import models
 from prophy_jax.models.text.tokenizer import load_tokenizer
 from prophy_jax.run import checksums, cli, hub, storage
-from prophy_jax.run.errors import UserError, one_line_errors
+from prophy_jax.run.errors import UserError, explain_system, one_line_errors
 
 # Stems of the weight files in the folder that diffusers has for a part.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -250,7 +250,9 @@ def convert(component: Component, dst: storage.AnyPath) -> str:
         raise
     except OSError as error:
         if error.errno not in stream.DISK_FULL:
-            raise UserError(f"{error.filename or partial}: {error.strerror}") from error
+            raise UserError(
+                explain_system(error) or f"{error.filename or partial}: {error.strerror}"
+            ) from error
         shutil.rmtree((missing or [partial])[-1])
         raise UserError(f"the disk is full, {partial} is removed: free some space or change --dst") from error
     bucket, unlisted = storage.in_bucket(dst), (stream.JOURNAL, "manifest.json")

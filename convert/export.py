@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import tensorstore
 from flax.traverse_util import unflatten_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from convert import cogvideox, command, t5, wan
@@ -126,9 +126,14 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
         UserError: on bad input, a damaged tree or a full disk. Nothing is at `dst` then.
     """
     target = Path(dst).absolute()
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not target.is_dir():
         raise UserError(f"{dst} exists: name another --dst, or remove it")
     parts = [_open_part(folder, naming) for folder in find_parts(checkpoint)]
+    if os.path.lexists(target):
+        if not all(_is_made(part, naming, target) for part in parts):
+            raise UserError(f"{dst} exists: name another --dst, or remove it")
+        print(f"{dst}: made of these parameters already, nothing left to do")
+        return sorted(path for path in target.rglob("*") if path.is_file())
     nbytes = sum(part.nbytes for part in parts)
 
     temporary = target.with_name(target.name + ".writing")
@@ -274,10 +279,28 @@ def _open_tree(folder: storage.AnyPath) -> dict[str, tensorstore.TensorStore]:
 # --- Writing ---------------------------------------------------------------------------------------
 
 
+def _stem(part: Part, naming: str) -> str:
+    """The name of its file, without number and ending."""
+    return f"prophy_{part.name}" if part.added else STEMS[naming][part.name]
+
+
+def _is_made(part: Part, naming: str, root: Path) -> bool:
+    """Whether a folder, which appears when it is whole, has the files of these parameters."""
+    found = list(root.glob(f"{_stem(part, naming)}*.safetensors"))
+    try:
+        for path in found:
+            with safe_open(path, "numpy") as file:
+                if (file.metadata() or {}).get("tree_sha256") != part.manifest["sha256"]:
+                    return False
+    except (OSError, SafetensorError):
+        return False
+    return bool(found)
+
+
 def _write_part(
     part: Part, naming: str, root: Path, shard_bytes: int, progress: Callable[[int], Any]
 ) -> None:
-    stem = f"prophy_{part.name}" if part.added else STEMS[naming][part.name]
+    stem = _stem(part, naming)
     in_shards = part.name == "transformer" or (part.name == "text_encoder" and naming == "diffusers")
     shapes = {}
     for path in sorted(part.table):

@@ -37,6 +37,7 @@ _SPARE = 16 << 20  # Bytes left free on the disk, for manifests and folders.
 
 JOURNAL = "journal.jsonl"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAMED = (*DISK_FULL, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS)  # what TensorStore may say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +158,9 @@ def _tensorstore_errors(place: str) -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error)
-        full = any(word in text for word in ("RESOURCE_EXHAUSTED", "File too large"))
-        raise OSError(errno.ENOSPC if full else errno.EIO, text.partition("\n")[0], place) from error
+        number = next((number for number in _NAMED if os.strerror(number) in text), None)
+        what = os.strerror(number) if number else text.partition("\n")[0]
+        raise OSError(number or errno.EIO, what, place) from error
 
 
 class _Journal:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from prophy_jax import build, evaluate, evaluation, train
+from prophy_jax.data import records
 from prophy_jax.data.taxonomy import PHENOMENA
 from prophy_jax.evaluation import auc, diffusion, pictures, report, routing
 from prophy_jax.run import checkpoints, metrics, optim
@@ -323,9 +324,9 @@ def test_real_clips_have_no_labels_and_no_test_split(measured, tiny_data, tmp_pa
     config.data.dir = str(tmp_path / "data")
     shutil.copytree(tiny_data, config.data.dir)
     shutil.rmtree(tmp_path / "data" / "alignment")
-    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest = records.read_manifest(tmp_path / "data")
     del manifest["counts"]["test"]
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    records.write_manifest(tmp_path / "data", manifest)
     results = evaluate.evaluate(config, str(workdir), str(tmp_path / "out"))
     assert results["split"] == "val" and results["localisation"] is None and "experts" not in results
     assert "no token labels" in (tmp_path / "out" / "report.html").read_text()

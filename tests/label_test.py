@@ -611,8 +611,8 @@ def test_bad_data(prepared, labels, model_folder, tmp_path):
     # The labels of other data, of other settings.
     other = tmp_path / "other"
     shutil.copytree(data, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    manifest = records.read_manifest(other)
+    records.write_manifest(other, manifest | {"fingerprint": "another"})
     with pytest.raises(UserError, match="made differently .data_fingerprint was"):
         label.label(config, model_folder, other, labels[0])
     config.label.denoise = "ratio"
@@ -620,7 +620,7 @@ def test_bad_data(prepared, labels, model_folder, tmp_path):
         label.label(config, model_folder, data, labels[0])
     config.label.denoise = "difference"
     # The source has moved.
-    (other / "manifest.json").write_text(json.dumps(manifest | {"sources": [str(tmp_path / "gone")]}))
+    records.write_manifest(other, manifest | {"sources": [str(tmp_path / "gone")]})
     with pytest.raises(UserError, match="gone.*if the source has moved, say where it is: --source=DIR"):
         label.label(config, model_folder, other, tmp_path / "labels")
     assert label.PreparedClips(other, [str(source)]).read("9x32x48", "train", 0).frames is not None

@@ -442,8 +442,7 @@ def test_damaged_file_is_named(data_dir, tmp_path):
 
 def test_records_of_other_sizes_than_the_manifest_says_are_named(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
-    manifest = json.loads((data_dir / "manifest.json").read_text())
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"text_dim": 7}))
+    records.write_manifest(tmp_path / "data", records.read_manifest(data_dir) | {"text_dim": 7})
     with pytest.raises(UserError, match="record .* of .*data does not fit its manifest.json .*; make 'rec"):
         next(iter(loader.make_loader(tmp_path / "data", "train", 2, 0)))
 

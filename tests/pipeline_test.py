@@ -11,16 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from convert import t5, wan
-from prophy_jax import models
-from prophy_jax.data.sources import video
 from prophy_jax.run import checkpoints, encoders
 from tests import tiny_pipeline
 from tests.commands import run_here
 from tests.conftest import ROOT, xla_flags
-from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.videos import read_clip
 
 CONFIG = "--config=tests/tiny_pipeline.py"
@@ -52,50 +48,13 @@ def convert(module: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def random_tensors(shapes, seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        noise = rng.standard_normal(shape, np.float32)
-        if "norm" in name or name.endswith("gamma"):
-            return 1 + 0.2 * noise
-        return noise * (0.5 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1)
-
-    return {name: np.asarray(draw(name, shape), np.float32) for name, shape in shapes.items()}
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
     """Public files in PLACE/public, converted ones in PLACE/wan, three captioned clips in PLACE/clips."""
     place = tmp_path_factory.mktemp("pipeline")
-    public = place / "public"
-    save_tiny_tokenizer(public / "google" / "umt5-xxl")
-    for seed, (module, leaves, sizes, name) in enumerate(
-        (
-            ("wan", wan.dit_leaves, tiny_pipeline.BACKBONE, "diffusion_pytorch_model"),
-            ("wan_vae", wan.vae_leaves, tiny_pipeline.CODEC, "Wan2.1_VAE"),
-            ("t5", t5.leaves, tiny_pipeline.TEXT, "models_t5_umt5-xxl-enc-bf16"),
-        )
-    ):
-        table = leaves(models.build({"module": module, **sizes}).config, "official")
-        shapes = {name: leaf.torch_shape for leaf in table.values() for name in leaf.names}
-        save_file(random_tensors(shapes, seed), public / f"{name}.safetensors")
-    fields = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, **tiny_pipeline.BACKBONE}
-    (public / "config.json").write_text(json.dumps(fields))
-    convert("wan", f"--src={public}", f"--dst={place / 'wan'}")
-
-    clips = place / "clips"
-    (clips / "videos").mkdir(parents=True)
-    listed = []
-    for i in range(3):
-        frames = np.full((12, 48, 80, 3), 40, np.uint8)
-        for t in range(12):
-            frames[t, 3 * t : 3 * t + 8, 20 * i + 5 : 20 * i + 15] = (255, 60 * i, 0)
-        video.write_mp4(clips / "videos" / f"{i}.mp4", frames, 16)
-        annotation = {"q0": "collision", "q1": "none", "q2": "none"}
-        record = {"video_name": f"{i}.mp4", "captions": f"A ball {i} falls.", "label": "Collision"}
-        listed.append({**record, "physical_annotation": annotation})
-    (clips / "wisa-80k.json").write_text(json.dumps(listed))
+    tiny_pipeline.save_public(place / "public")
+    convert("wan", f"--src={place / 'public'}", f"--dst={place / 'wan'}")
+    tiny_pipeline.save_clips(place / "clips")
     return place
 
 

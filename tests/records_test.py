@@ -568,12 +568,15 @@ def test_damaged_manifests_and_reports_are_one_line(tmp_path, whole, damage):
     job = Job(folder, PLAN, {"train": 1})
     with job.shard("train", 0) as shard:
         _fill(shard, "train", 0)
-    (folder / "work" / "train-00000.json").write_bytes(damage)
-    with pytest.raises(
-        UserError, match="train-00000.json.*damaged.*: delete it and run the same command again"
-    ):
-        job.finish(_describe)
+    report = folder / "work" / "train-00000.json"
+    was = report.read_bytes()
+    report.write_bytes(damage)
+    assert job.finish(_describe) is None and job.missing() == [("train", 0)]  # it is made again
     assert not (folder / "manifest.json").exists()
+    report.write_bytes(was)
+    assert job.missing() == []
+    report.write_bytes(was.replace(b'"count": ', b'"count": 1'))
+    assert job.missing() == [("train", 0)]
     (folder / "manifest.json").write_bytes(damage)
     with pytest.raises(UserError, match="manifest.json.*damaged.*make the data again"):
         records.read_manifest(folder)

@@ -5,9 +5,11 @@ cogvideox(VARIANT)                  configs/cogvideox.py:VARIANT with 9 or 17 fr
 """
 
 import importlib.util
+import json
 import pathlib
 from types import ModuleType
 
+import numpy as np
 from ml_collections import ConfigDict
 
 LENGTH = 48
@@ -61,3 +63,58 @@ def _sizes(part: str, *settings: str) -> dict:
 BACKBONE = _sizes("backbone", "module", "dtype", "remat", "text_len")
 CODEC = _sizes("codec", "module", "dtype")
 TEXT = _sizes("text_encoder", "module", "dtype", "length")
+
+
+# --- Public files and clips of that size -----------------------------------------------------------
+
+
+def save_public(folder: pathlib.Path) -> None:
+    """Writes random weights under the official names, with their config.json and tokenizer."""
+    from safetensors.numpy import save_file
+
+    from convert import t5, wan
+    from prophy_jax import models
+    from tests.tiny_tokenizer import save_tiny_tokenizer
+
+    save_tiny_tokenizer(folder / "google" / "umt5-xxl")
+    for seed, (module, leaves, sizes, name) in enumerate(
+        (
+            ("wan", wan.dit_leaves, BACKBONE, "diffusion_pytorch_model"),
+            ("wan_vae", wan.vae_leaves, CODEC, "Wan2.1_VAE"),
+            ("t5", t5.leaves, TEXT, "models_t5_umt5-xxl-enc-bf16"),
+        )
+    ):
+        table = leaves(models.build({"module": module, **sizes}).config, "official")
+        shapes = {name: leaf.torch_shape for leaf in table.values() for name in leaf.names}
+        save_file(_random_tensors(shapes, seed), folder / f"{name}.safetensors")
+    fields = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, **BACKBONE}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def _random_tensors(shapes, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.standard_normal(shape, np.float32)
+        if "norm" in name or name.endswith("gamma"):
+            return 1 + 0.2 * noise
+        return noise * (0.5 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1)
+
+    return {name: np.asarray(draw(name, shape), np.float32) for name, shape in shapes.items()}
+
+
+def save_clips(folder: pathlib.Path) -> None:
+    """Writes three captioned clips in WISA-80K's layout."""
+    from prophy_jax.data.sources import video
+
+    (folder / "videos").mkdir(parents=True)
+    listed = []
+    for i in range(3):
+        frames = np.full((12, 48, 80, 3), 40, np.uint8)
+        for t in range(12):
+            frames[t, 3 * t : 3 * t + 8, 20 * i + 5 : 20 * i + 15] = (255, 60 * i, 0)
+        video.write_mp4(folder / "videos" / f"{i}.mp4", frames, 16)
+        annotation = {"q0": "collision", "q1": "none", "q2": "none"}
+        record = {"video_name": f"{i}.mp4", "captions": f"A ball {i} falls.", "label": "Collision"}
+        listed.append({**record, "physical_annotation": annotation})
+    (folder / "wisa-80k.json").write_text(json.dumps(listed))

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from configs import cogvideox
-from prophy_jax.run import workdir
+from prophy_jax.run import checksums, workdir
 from prophy_jax.run.errors import UserError
 from tests.conftest import get_config
 
@@ -178,7 +178,7 @@ def test_a_folder_is_claimed_once_and_again(tmp_path):
     assert _names(tmp_path) == ["a", "new", "plan.json"]
     with pytest.raises(UserError, match="a/plan.json says.*size was 1, is 2.*name another --out"):
         workdir.claim(tmp_path / "new", "a/plan.json", {**OWN, "size": 2}, "--out")
-    assert json.loads((tmp_path / "new" / "a" / "plan.json").read_text()) == OWN
+    assert _read(tmp_path / "new" / "a" / "plan.json") == OWN
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -196,7 +196,16 @@ def test_what_a_killed_process_left_of_its_claim_does_not_matter(tmp_path):
     assert workdir.claim(tmp_path, "plan.json", OWN, "--out") == OWN
 
 
+def _read(path):
+    return checksums.unsealed(json.loads(path.read_text()), str(path), "")
+
+
 def test_a_damaged_claim_is_named(tmp_path):
+    workdir.claim(tmp_path / "new", "plan.json", OWN, "--out")
+    path = tmp_path / "new" / "plan.json"
+    path.write_text(path.read_text().replace('"size": 1', '"size": 2'))
+    with pytest.raises(UserError, match="plan.json is damaged .*name another --out"):
+        workdir.claim(tmp_path / "new", "plan.json", OWN, "--out")
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match="plan.json is not a readable .*name another --out"):
         workdir.claim(tmp_path, "plan.json", OWN, "--out")
@@ -235,7 +244,7 @@ def test_what_a_folder_holds_may_grow(tmp_path):
     for clips, expected in ((["a"], ["a"]), (["b"], ["a", "b"]), (["a"], ["a", "b"])):
         own = {"size": 1, "clips": clips}
         found = workdir.claim(tmp_path, "plan.json", own, "--out", compare=shared, add=both)
-        assert found == json.loads((tmp_path / "plan.json").read_text()) == {"size": 1, "clips": expected}
+        assert found == _read(tmp_path / "plan.json") == {"size": 1, "clips": expected}
 
 
 def test_what_a_run_reads_may_move_but_not_change(tmp_path):

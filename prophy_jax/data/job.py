@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import records
-from prophy_jax.run import lock, storage, workdir
+from prophy_jax.run import checksums, lock, storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 CLIPS = "clips.jsonl"
@@ -91,7 +91,7 @@ class Job:
                 workdir.claim(self.out, "manifest.json", plan, "--out", compare_finished)
                 if not self.complete():
                     self._work.mkdir(exist_ok=True)
-                    storage.write_atomically(self._work / "plan.json", json.dumps(plan))
+                    storage.write_atomically(self._work / "plan.json", json.dumps(checksums.sealed(plan)))
             else:
                 workdir.claim(self.out, "work/plan.json", plan, "--out", compare, lambda _, own: own)
 
@@ -136,11 +136,16 @@ class Job:
             yield [shard for shard in self._shards if shard in mine and not self._made(*shard)]
 
     def _made(self, split: str, index: int) -> bool:
-        path = self._report(split, index)
-        if not path.exists() or self._rows is None:
-            return path.exists()
-        stored = _read_report(path).get("rows", [])
-        return _agree(self._rows[split, index], stored)
+        """Whether a shard is there and whole, and of these rows. One that is damaged is made again."""
+        try:
+            report = _read_report(self._report(split, index))
+            for dataset, size in report["datasets"].items():
+                path = _part(self._name(split, index), dataset)
+                if storage.size(path) != size.get("file_bytes", storage.size(path)):
+                    return False
+        except (FileNotFoundError, NotADirectoryError, UserError):
+            return False
+        return self._rows is None or _agree(self._rows[split, index], report.get("rows", []))
 
     def _report(self, split: str, index: int) -> storage.AnyPath:
         return _report(self._name(split, index))
@@ -187,7 +192,7 @@ class Job:
             (self.out / "manifest.json").unlink(missing_ok=True)
             for name in {dataset.split("/")[0] for dataset in features}:
                 storage.remove(self.out / name)
-            lines = [json.dumps(row) for row in _place(reports)]
+            lines = [json.dumps(checksums.sealed(row)) for row in _place(reports)]
             storage.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
         for dataset in features:
             self._assemble(dataset, features[dataset], reports)
@@ -254,7 +259,7 @@ def make_shard(out: str | Path, split: str, index: int) -> Iterator["Shard"]:
     try:
         yield shard
         with _writing(shard.out):
-            storage.write_atomically(_report(shard.name), json.dumps(shard.close()))
+            storage.write_atomically(_report(shard.name), json.dumps(checksums.sealed(shard.close())))
     except BaseException:  # also on Ctrl-C
         shard.discard()
         raise
@@ -299,6 +304,7 @@ class Shard:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
+            self._report["datasets"][dataset]["file_bytes"] = partial.stat().st_size
             storage.place(partial, path)  # the folder is synced with the report, which comes last
             partial.unlink(missing_ok=True)
         return self._report
@@ -326,16 +332,22 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     remedy = "make the data again, or delete this file, and the folder is used as it is"
-    return [
-        workdir.parse_json(line, f"line {number} of {path}", remedy, _ROW)
-        for number, line in enumerate(path.read_bytes().splitlines(), 1)
-    ]
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"line {number} of {path}"
+        found.append(checksums.unsealed(workdir.parse_json(line, where, remedy, _ROW), where, remedy))
+    return found
 
 
 def _read_report(path: storage.AnyPath) -> dict[str, Any]:
     """The report of a shard. Raises UserError when it is damaged, FileNotFoundError when it is not there."""
     remedy = "delete it and run the same command again, which makes this shard anew"
-    return workdir.parse_json(path.read_bytes(), str(path), remedy, _REPORT)
+    try:
+        content = path.read_bytes()
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    report = workdir.parse_json(content, str(path), remedy, _REPORT)
+    return checksums.unsealed(report, str(path), remedy)
 
 
 def _agree(own: list[dict[str, Any]], stored: list[dict[str, Any]]) -> bool:

@@ -27,7 +27,7 @@ from array_record.python import array_record_module
 
 import prophy_jax
 from prophy_jax.data import batch
-from prophy_jax.run import storage, workdir
+from prophy_jax.run import checksums, storage, workdir
 from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -86,7 +86,7 @@ def features(dataset: str, sizes: batch.Sizes, without: Sequence[str] = ()) -> t
 
 def write_manifest(folder: storage.AnyPath, manifest: Mapping[str, Any]) -> None:
     """Writes DIR/manifest.json, with the schema version first; it makes the folder complete."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2)
+    text = json.dumps(checksums.sealed({"schema_version": SCHEMA_VERSION, **manifest}), indent=2)
     storage.write_atomically(folder / "manifest.json", text + "\n")
 
 
@@ -100,7 +100,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             f"no training data at {data_dir}; make it with: "
             f"python -m prophy_jax.prepare --config=... --out={data_dir}"
         )
-    manifest = workdir.read_json(path, "make the data again", _MANIFEST)
+    remedy = "make the data again"
+    manifest = checksums.unsealed(workdir.read_json(path, remedy, _MANIFEST), str(path), remedy)
     version = manifest["schema_version"]
     if version != SCHEMA_VERSION:
         raise UserError(

@@ -6,6 +6,7 @@ the hash is a SHA-256 ("a3f..."). A bucket knows the MD5 of its objects ("md5:9d
 
 import concurrent.futures
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -75,6 +76,15 @@ def verified(
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """JSON types with "checksum", that of all the rest."""
     return {**content, "checksum": _hash_json(content)}
+
+
+def unsealed(content: dict[str, Any], where: str, remedy: str) -> dict[str, Any]:
+    """What was `sealed`, as it was before. Raises UserError, with `remedy`, where it has changed since."""
+    if not is_intact(content):
+        raise UserError(f"{where} is damaged (not as it was written): {remedy}")
+    content = copy.copy(content)
+    content.pop("checksum", None)
+    return content
 
 
 def is_intact(content: Mapping[str, Any]) -> bool:

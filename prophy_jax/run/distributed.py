@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from prophy_jax.run import signals
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, close_bars, one_line, status_of
 
 # Seconds.
 START_S = 300  # all processes must join in this time: hosts of a pod start minutes apart
@@ -61,10 +60,12 @@ def job(where: str, saves: bool = False) -> Iterator[None]:
         with _print_if_killed(lost):
             yield
     except BaseException as error:
-        print(_error_text(error, lost), file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):  # a full disk may have the logs
+            close_bars()
+            print(_error_text(error, lost), file=sys.stderr, flush=True)
+            sys.stdout.flush()
         # Not by sys.exit: at a proper end, JAX waits for the others, who wait for this one.
-        os._exit({KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1))
+        os._exit(status_of(error))
 
 
 def parse(where: str) -> dict[str, str | int]:
@@ -123,12 +124,8 @@ def _print_if_killed(message: str) -> Iterator[None]:
 
 
 def _error_text(error: BaseException, lost: str) -> str:
-    if isinstance(error, UserError):
-        return f"error: {' '.join(str(error).split())}"
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, signals.Stopped):
-        return str(error)
+    if text := one_line(error):
+        return text
     # Collectives may notice it before JAX does: Gloo on CPUs, NCCL on GPUs.
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("(?i)gloo|nccl|connection", str(error)):
         return f"\nerror: {lost} ({str(error).splitlines()[0]})"

@@ -73,7 +73,8 @@ class VideoCodec:
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         layout = parallel.placed(shapes, jax.tree.map(lambda _: parallel.replicated(mesh), shapes))
         remedy = checkpoints.name_folder(config.backbone_remedy, config.codec_params)
-        self._params = checkpoints.load_params(config.codec_params, layout, remedy)
+        with jax.set_mesh(mesh):  # in a job, that of the caller may have devices of others
+            self._params = checkpoints.load_params(config.codec_params, layout, remedy)
         self.sha256 = checkpoints.read_manifest(config.codec_params, "")["sha256"]
         self._mesh = mesh
         self.latent_shape = model.latent_shape
@@ -115,7 +116,9 @@ class VideoCodec:
         done = []
         for first in range(0, len(clips), group):
             rows = np.minimum(np.arange(first, first + group), len(clips) - 1)  # the last fills up a group
-            done.append(jax.device_get(function(self._params, jax.device_put(clips[rows], sharding))))
+            with jax.set_mesh(self._mesh):
+                own = function(self._params, jax.device_put(clips[rows], sharding))
+            done.append(jax.device_get(own))
 
         def whole(*parts: np.ndarray) -> np.ndarray:
             return np.concatenate(parts)[: len(clips)].reshape((*lead, *parts[0].shape[1:]))

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prophy_jax.run import storage
+from prophy_jax.run import checksums, storage
 from prophy_jax.run.errors import UserError
 
 SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
@@ -180,8 +180,9 @@ def claim(
         if _holds_files(folder, path.name) and not path.exists():  # another process may have come first
             raise UserError(f"{folder} is not empty and holds no {file}: name another {flag}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.create(path, _as_text(own).encode())
-    stored = read_json(path, f"name another {flag}")
+        storage.create(path, _as_text(checksums.sealed(own)).encode())
+    remedy = f"name another {flag}"
+    stored = checksums.unsealed(read_json(path, remedy), str(path), remedy)
     try:
         different = compare(stored, own)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -194,7 +195,7 @@ def claim(
             "the configuration and the inputs that it was made with"
         )
     if add is not None and (content := add(stored, own)) != stored:
-        storage.write_atomically(path, _as_text(content))
+        storage.write_atomically(path, _as_text(checksums.sealed(content)))
         return content
     return stored
 
@@ -282,7 +283,8 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     path = storage.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
-    run = read_json(path, "name another --workdir")
+    remedy = "name another --workdir"
+    run = checksums.unsealed(read_json(path, remedy), str(path), remedy)
     if not all(isinstance(run.get(key), dict) for key in ("config", "references")):
         raise UserError(f"{path} is of no run of prophy_jax.train: name another --workdir")
     try:
