@@ -164,7 +164,7 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
         ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: another version of Ray
         raise UserError(
-            f"cannot join the Ray cluster {named}: {error}; where it asks for a token, set RAY_AUTH_MODE=token"
+            f"cannot join the Ray cluster {named}: {error}; if it asks for a token, set RAY_AUTH_MODE=token"
         ) from error
     if threading.current_thread() is threading.main_thread():  # elsewhere Ray has not set its own
         signal.signal(signal.SIGTERM, before)
