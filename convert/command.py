@@ -488,7 +488,8 @@ def _is_made(component: Component, dst: Path) -> bool:
         return False
     if any(listed[file.name][1] != checksums.hash_file(file) for file in job.sources):
         return False
-    print(f"{folder}: made of these files already")
+    with checksums.verified(folder, manifest.get("files", {}), "delete it, and run the same command again"):
+        print(f"{folder}: made of these files already")
     return True
 
 
@@ -535,7 +536,7 @@ def _return_freed_memory() -> None:
 
 def main(model: Model, arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of things that a user cannot change.
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of things that a user cannot change; others it raises.
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
     _return_freed_memory()
     options = _arguments(model, arguments)

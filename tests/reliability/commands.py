@@ -407,7 +407,9 @@ def _make_inputs(root: pathlib.Path) -> None:
 # --- Results ---------------------------------------------------------------------------------------
 
 _PASSING = re.compile(r"(^|/)\.[^/]+$|^tensorboard/|_CHECKPOINT_METADATA$|commit_success.txt$")
-_MEASURED = re.compile(rb'"(seconds_per_clip|peak_bytes)": [0-9.e+-]+')
+# Of labels, times; and checksums of files that name the folder.
+_MEASURED = re.compile(rb'"(seconds_per_clip|peak_bytes|checksum)": ("[0-9a-f]*"|[0-9.e+-]+)')
+REFUSED = "refused when it is read"
 
 
 def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]:
@@ -426,6 +428,8 @@ def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]
             continue
         if trained and name == "metrics.jsonl":
             found[name] = _digest(_lasting(path).encode())
+        elif hidden and ".array_record-" in name:
+            found[name] = _digest_records(path)
         else:
             content = _MEASURED.sub(b"", path.read_bytes())
             found[name] = _digest(content.replace(hidden.encode(), b"") if hidden else content)
@@ -451,20 +455,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def refused_later(out: pathlib.Path) -> bool:
-    """Whether data sets are refused when they are read."""
-    from prophy_jax.data import records
-    from prophy_jax.run.errors import UserError
+def _digest_records(path: pathlib.Path) -> str:
+    """Of the records of a shard, each of which has a checksum of the format, compared by whoever reads it."""
+    from array_record.python import array_record_module
 
     try:
-        for folder in (path.parent for path in sorted(out.glob("*/*/dataset_info.json"))):
-            for split in records.open_info(out, folder.parent.name, folder.name).splits:
-                stored = records.open_dataset(out, folder.parent.name, folder.name, split)
-                for index in range(len(stored)):
-                    stored.read(index)
-    except UserError:
-        return True
-    return False
+        reader = array_record_module.ArrayRecordReader(str(path))
+        read = [reader.read([index])[0] for index in range(reader.num_records())]
+        return _digest(b"".join(len(one).to_bytes(8, "little") + one for one in read))
+    except (RuntimeError, IndexError):
+        return REFUSED
 
 
 def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
