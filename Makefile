@@ -21,7 +21,7 @@ LATEST := .venv-latest
 LOWEST := .venv-lowest
 WHEEL := $(CURDIR)/.venv-wheel
 RUN := $(VENV)/bin/python
-PYTEST := -m pytest -q -rs -n 2 --dist loadfile
+PYTEST := -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 # The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is installed
 # apart: next to jax, it would make every command look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
@@ -81,7 +81,7 @@ $(LOWEST)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n 's/^\([^#>]*\)>=\([^, ]*\).*/\1==\2/p' requirements.txt > $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt "pytest>=8" "pytest-xdist>=3.6"
+	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt "pytest>=8" "pytest-xdist>=3.7"
 	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 

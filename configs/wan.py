@@ -156,7 +156,7 @@ def paper() -> ConfigDict:
 
     config.mesh = dict(data=-1, fsdp=1, context=1)
     config.attention = "auto"
-    config.log = dict(every=10, wandb="")
+    config.log = dict(every=10, wandb="", profile=())
     config.checkpoint = dict(every=500, keep=3)
     config.validation = dict(every=500, batches=4, batch_size=8, times=(0.2, 0.5, 0.8))
     config.samples = dict(

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import re
@@ -32,7 +33,7 @@ from convert import files, stream, t5
 from convert import leaves as lv
 from prophy_jax import models
 from prophy_jax.models.text.tokenizer import load_tokenizer
-from prophy_jax.run import checksums, cli, hub
+from prophy_jax.run import checksums, cli, hub, storage
 from prophy_jax.run.errors import UserError, explain_system, one_line_errors
 
 # Stems of the weight files in the folder that diffusers has for a part.
@@ -234,16 +235,16 @@ def _missing(model: Model, src: Path, part: str) -> str:
     return f"{src} has {model.wanted(part)}"
 
 
-def convert(component: Component, dst: Path) -> str:
+def convert(component: Component, dst: storage.AnyPath) -> str:
     """Writes DST/<part> and returns the hash of its tree. Resumes a run that was cut off.
 
     Raises:
         UserError: a source is damaged, or the disk is full. What was written is removed then.
     """
-    partial = dst / f"{component.part}.partial"
+    partial, target = _name_partial(dst, component.part), dst / component.part
     missing = [folder for folder in (partial, *partial.parents) if not folder.exists()]
     try:
-        sha256 = _write_part(component, partial)
+        manifest = _write_part(component, partial)
     except stream.SourceError:
         shutil.rmtree((missing or [partial])[-1])
         raise
@@ -254,12 +255,30 @@ def convert(component: Component, dst: Path) -> str:
             ) from error
         shutil.rmtree((missing or [partial])[-1])
         raise UserError(f"the disk is full, {partial} is removed: free some space or change --dst") from error
-    (partial / stream.JOURNAL).unlink()
-    partial.rename(dst / component.part)
-    return sha256
+    bucket, unlisted = storage.in_bucket(dst), (stream.JOURNAL, "manifest.json")
+    if bucket:
+        storage.upload(partial, target, without=unlisted)
+    place = target if bucket else partial
+    manifest = checksums.sealed({**manifest, "files": checksums.hash_files(place, without=unlisted)})
+    storage.write_atomically(place / "manifest.json", json.dumps(manifest, indent=1))
+    if bucket:
+        shutil.rmtree(partial)
+    else:
+        (partial / stream.JOURNAL).unlink()
+        partial.rename(target)
+    return manifest["sha256"]
 
 
-def _write_part(component: Component, partial: Path) -> str:
+def _name_partial(dst: storage.AnyPath, part: str) -> Path:
+    """Where a part is written: a bucket, which has no renames, gets it when it is whole."""
+    if not storage.in_bucket(dst):
+        return Path(dst) / f"{part}.partial"
+    name = hashlib.sha256(storage.absolute(dst).encode()).hexdigest()[:16]
+    return Path(storage.cache_folder("convert")) / name / f"{part}.partial"
+
+
+def _write_part(component: Component, partial: Path) -> dict[str, Any]:
+    """Writes all but the manifest, and returns that without "files"."""
     job = component.job
     sources = [(file.name, file.stat()) for file in job.sources]
     identity = {
@@ -278,17 +297,14 @@ def _write_part(component: Component, partial: Path) -> str:
     }
     if component.tokenizer:
         source["tokenizer"] = _copy_files(component.tokenizer, partial / "tokenizer")
-    manifest = {"part": component.part, "model": component.model, **written, "source": source}
-    manifest["files"] = checksums.hash_files(partial, without=(stream.JOURNAL, "manifest.json"))
-    manifest = checksums.sealed({**manifest, "versions": _versions()})
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    return written["sha256"]
+    about = {"part": component.part, "model": component.model, "versions": _versions()}
+    return {**about, **written, "source": source}
 
 
-def _copy_files(sources: list[Path], dst: Path) -> dict[str, str]:
+def _copy_files(sources: list[Path], dst: storage.AnyPath) -> dict[str, str]:
     """Copies files into a folder; returns their hashes."""
     dst.mkdir(exist_ok=True)
-    return {file.name: checksums.hash_file(shutil.copyfile(file, dst / file.name)) for file in sources}
+    return {file.name: storage.hash_file(shutil.copyfile(file, dst / file.name)) for file in sources}
 
 
 def _versions() -> dict[str, str]:
@@ -312,9 +328,9 @@ def _describe(component: Component) -> str:
 
 
 def _arguments(model: Model, arguments: list[str] | None) -> argparse.Namespace:
-    parser = cli.ArgumentParser(f"python -m {model.command}", model.about)
+    parser = cli.ArgumentParser(f"python -m {model.command}", model.about, buckets=("dst",))
     parser.add_argument("--src", required=True, help=SRC)
-    parser.add_argument("--dst", type=Path, required=True, help="Folder to write the checkpoints to.")
+    parser.add_argument("--dst", type=storage.path, required=True, help="Folder to write the checkpoints to.")
     parser.add_argument("--component", choices=[*model.parts, "all"], default="all", help="What to convert.")
     parser.add_argument("--dtype", choices=list(DTYPES), help="Of all weights; default: that of the files.")
     parser.add_argument("--dry_run", action="store_true", help="Write nothing: only check and describe.")
@@ -397,7 +413,7 @@ def _fetch(
     model: Model,
     repository: hub.Repository,
     wanted: list[str],
-    dst: Path,
+    dst: storage.AnyPath,
     origin: Mapping[str, str],
     dtype: np.dtype | None,
     dry_run: bool,
@@ -417,7 +433,9 @@ def _fetch(
     return src or Path(), parts
 
 
-def _choose(model: Model, parts: list[str], dst: Path, made: bool, src: Path, whole: bool) -> Iterator[Path]:
+def _choose(
+    model: Model, parts: list[str], dst: storage.AnyPath, made: bool, src: Path, whole: bool
+) -> Iterator[Path]:
     """The files that the conversion of `parts` reads, as `hub.Repository.fetch` asks for them.
 
     `made`: whether DST has other parts of it. Raises UserError if names and configurations tell of another
@@ -461,7 +479,7 @@ def _files(source: Source) -> Iterator[Path]:
         yield source.config
 
 
-def _is_of(folder: Path, repository: Mapping[str, str], dtype: np.dtype | None) -> bool:
+def _is_of(folder: storage.AnyPath, repository: Mapping[str, str], dtype: np.dtype | None) -> bool:
     """Whether a folder has a part that was converted from this repository, with this dtype."""
     if not (folder / "manifest.json").is_file():
         return False
@@ -473,7 +491,7 @@ def _is_of(folder: Path, repository: Mapping[str, str], dtype: np.dtype | None) 
     )
 
 
-def _is_made(component: Component, dst: Path) -> bool:
+def _is_made(component: Component, dst: storage.AnyPath) -> bool:
     """Whether DST has a part that was made of the same files, with the same dtypes; if so it says so."""
     folder, job = dst / component.part, component.job
     if not (folder / "manifest.json").is_file():
@@ -486,15 +504,16 @@ def _is_made(component: Component, dst: Path) -> bool:
     same = manifest.get("shapes") == shapes and listed.keys() == {file.name for file in job.sources}
     if not same or any(listed[file.name][0] != file.stat().st_size for file in job.sources):
         return False
-    if any(listed[file.name][1] != checksums.hash_file(file) for file in job.sources):
+    if any(listed[file.name][1] != storage.hash_file(file) for file in job.sources):
         return False
     with checksums.verified(folder, manifest.get("files", {}), "delete it, and run the same command again"):
         print(f"{folder}: made of these files already")
     return True
 
 
-def _refuse_existing(dst: Path, part: str) -> None:
-    if (dst / part).exists():
+def _refuse_existing(dst: storage.AnyPath, part: str) -> None:
+    folder = dst / part
+    if (folder / "manifest.json" if storage.in_bucket(dst) else folder).exists():
         raise UserError(f"{dst / part} exists: delete it or choose another --dst")
 
 
@@ -557,7 +576,8 @@ def main(model: Model, arguments: list[str] | None = None) -> None:
         _refuse_existing(dst, component.part)
     if parts and not components:
         print("nothing left to do")
-    stream.check_space(dst, {dst / f"{c.part}.partial": c.job for c in components})
+    jobs = {_name_partial(dst, component.part): component.job for component in components}
+    stream.check_space(jobs)
     for component in components:
         if options.dry_run:
             print(_describe(component))

@@ -33,7 +33,7 @@ from convert import cogvideox, command, t5, wan
 from convert import leaves as lv
 from convert.prophy import branch_leaves
 from prophy_jax import models
-from prophy_jax.run import checkpoints, cli
+from prophy_jax.run import checkpoints, cli, storage
 from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import name_module, read_json
 
@@ -101,7 +101,7 @@ class Part:
     name: str  # "transformer", "vae", "text_encoder", or as the run calls it, such as "branch"
     added: bool  # Whether it was trained next to a backbone; `form` is then that of the backbone.
     form: Form
-    folder: Path
+    folder: storage.AnyPath
     manifest: Mapping[str, Any]
     config: Any  # of the model file, or the part itself
     table: Mapping[str, lv.Leaf]
@@ -163,18 +163,18 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
 # --- What can be exported -----------------------------------------------------------------------
 
 
-def find_parts(checkpoint: str) -> list[Path]:
+def find_parts(checkpoint: str) -> list[storage.AnyPath]:
     """The folders of parameters that `checkpoint` is or holds. Raises UserError when there are none.
 
     Those of a run that has not ended, or of one of its checkpoints, are in that checkpoint.
     """
-    folder = Path(checkpoint)
+    folder = storage.path(checkpoint)
     if not folder.is_dir() and not checkpoints.holds_params(checkpoint):
         raise UserError(f"no folder {checkpoint}: name one with --checkpoint=DIR")
     if checkpoints.holds_params(checkpoint) or (folder / "tree").exists():
         return [folder]
     if (folder / "state").exists() or ((folder / "checkpoints").exists() and not any(folder.glob("*/tree"))):
-        return [Path(place) for place in checkpoints.find_parts(checkpoint).values()]
+        return [storage.path(place) for place in checkpoints.find_parts(checkpoint).values()]
     unfinished = sorted([*folder.glob("*.partial"), *folder.glob("*.writing")])
     if unfinished:
         raise UserError(f"{unfinished[0]} is not finished: run the command that writes {checkpoint} again")
@@ -192,7 +192,7 @@ def find_parts(checkpoint: str) -> list[Path]:
     return found
 
 
-def _open_part(folder: Path, naming: str) -> Part:
+def _open_part(folder: storage.AnyPath, naming: str) -> Part:
     """Reads and checks everything but the values."""
     manifest = checkpoints.read_manifest(str(folder), f"{folder} is not complete: convert or train again")
     name, spec = manifest.get("part"), manifest.get("model")
@@ -247,13 +247,14 @@ def _open_part(folder: Path, naming: str) -> Part:
     return Part(name, added, form, folder, manifest, config, table, arrays)
 
 
-def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
+def _open_tree(folder: storage.AnyPath) -> dict[str, tensorstore.TensorStore]:
     """The arrays of an Orbax PyTree checkpoint, by path. No value is read yet."""
-    remedy, tree, prefix = "the tree is not complete, convert or train again", folder.absolute() / "tree", []
+    remedy, root, prefix = "the tree is not complete, convert or train again", storage.absolute(folder), []
+    tree = f"{root}/tree"
     if within := checkpoints.in_checkpoint(str(folder)):
         checkpoints.verify_checkpoint(within[1], "name another checkpoint")
-        tree, prefix = Path(within[1]).absolute() / "state", list(within.groups()[1:])
-    metadata = read_json(tree / "_METADATA", remedy)
+        tree, prefix = f"{storage.absolute(within[1])}/state", list(within.groups()[1:])
+    metadata = read_json(f"{tree}/_METADATA", remedy)
     context = tensorstore.Context()
     opening = {}
     if not isinstance(metadata.get("tree_metadata"), dict) or "use_ocdbt" not in metadata:
@@ -263,9 +264,9 @@ def _open_tree(folder: Path) -> dict[str, tensorstore.TensorStore]:
         if keys[: len(prefix)] != prefix:
             continue
         name = ".".join(keys) + "/"
-        kvstore = {"driver": "file", "path": f"{tree}/{name}"}
+        kvstore = storage.tensorstore_spec(f"{tree}/{name}")
         if metadata["use_ocdbt"]:
-            base = {"driver": "file", "path": f"{tree}/"}
+            base = storage.tensorstore_spec(f"{tree}/")
             kvstore = {"driver": "ocdbt", "base": base, "path": name}
         spec = {"driver": "zarr3" if metadata.get("use_zarr3") else "zarr", "kvstore": kvstore}
         opening["/".join(keys[len(prefix) :])] = tensorstore.open(spec, open=True, read=True, context=context)
@@ -326,7 +327,7 @@ def _write_part(
         _write_json((root / stem).parent / "config.json", config)
     tokenizer = part.folder / "tokenizer"
     if part.name == "text_encoder" and tokenizer.is_dir():
-        shutil.copytree(tokenizer, root / TOKENIZER[naming])
+        shutil.copytree(storage.fetched(tokenizer), root / TOKENIZER[naming])
 
 
 def _nbytes(tensor: tuple[lv.Shape, np.dtype]) -> int:
@@ -417,7 +418,7 @@ def _write_safetensors(
 def _about_training(part: Part, naming: str) -> dict[str, str]:
     """What a reader of a part needs that was trained next to a backbone. A header's values are strings."""
     # A backbone that was trained too has a folder of its own; the manifest has the hash of a frozen one.
-    trained = part.folder.absolute().parent / "backbone" / "manifest.json"
+    trained = storage.path(storage.absolute(part.folder)).parent / "backbone" / "manifest.json"
     backbone = part.manifest.get("backbone_sha256", "")
     if trained.exists():
         backbone = checkpoints.read_manifest(str(trained.parent), "train again")["sha256"]
@@ -475,7 +476,7 @@ def _write_pipeline(parts: list[Part], root: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
-    parser = cli.ArgumentParser("python -m convert.export", __doc__)
+    parser = cli.ArgumentParser("python -m convert.export", __doc__, buckets=("checkpoint",))
     parser.add_argument("--checkpoint", required=True, help="Folder of converted or trained parameters.")
     parser.add_argument("--format", choices=FORMATS, required=True, help="Names and files to write.")
     parser.add_argument("--dst", required=True, help="Folder to write; it must not exist.")

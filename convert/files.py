@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from prophy_jax.run import checksums, workdir
+from prophy_jax.run import storage, workdir
 from prophy_jax.run.errors import UserError
 
 _DTYPES = {
@@ -122,7 +122,7 @@ def check(path: Path) -> str:
                 f"{path} is damaged, the CRC-32 of its entry {wrong} is another: download it again (or save "
                 "it again, if torch wrote it with set_crc32_options(False))"
             )
-    digest, blob = checksums.hash_file(path), path.resolve()
+    digest, blob = storage.hash_file(path), path.resolve()
     if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         raise SourceError(
             f"{path} is damaged, its sha256 is not that of the hub: delete {blob}, and run it again"

@@ -80,8 +80,11 @@ class Job:
         return sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in self.table.items())
 
 
-def check_space(dst: Path, jobs: Mapping[Path, Job]) -> None:
-    """Raises UserError when the disk of `dst` lacks room for what jobs, by folder, still have to write."""
+def check_space(jobs: Mapping[Path, Job]) -> None:
+    """Raises UserError when their disk lacks room for what jobs, by folder, still have to write."""
+    if not jobs:
+        return
+    dst = next(iter(jobs)).parent
     need = _SPARE
     for partial, job in jobs.items():
         need += job.target_bytes() - sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from prophy_jax.data import batch, records, taxonomy
 from prophy_jax.diffusion import generate
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model, Part
-from prophy_jax.run import checkpoints, optim, parallel, workdir
+from prophy_jax.run import checkpoints, optim, parallel, storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 # --- What is computed --------------------------------------------------------------------------------
@@ -296,12 +295,12 @@ def find_references(config: ConfigDict, manifest: Mapping[str, Any]) -> dict[str
     """
     hashes = {"data_sha256": manifest["fingerprint"]}
     for name, folder in config.data.side.items():
-        if folder and os.path.exists(folder):
+        if folder and storage.path(folder).exists():
             hashes[f"{name}_sha256"] = records.read_manifest(folder)["fingerprint"]
     for name in ("codec", "text_encoder"):
         if was := manifest.get("plan", {}).get(f"{name}_sha256"):
             folder = config.get(workdir.FOLDERS[name])
-            if folder and os.path.exists(os.path.join(folder, "manifest.json")):
+            if folder and (storage.path(folder) / "manifest.json").exists():
                 check_same(
                     name,
                     checkpoints.read_manifest(folder, "")["sha256"],

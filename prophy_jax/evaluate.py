@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from prophy_jax.run import storage
 from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
 
@@ -87,7 +88,7 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         after = build.load_params(config, layout, places)
         before = build.init_params(config, model, layout) if own else None
-        os.makedirs(out, exist_ok=True)
+        storage.path(out).mkdir(parents=True, exist_ok=True)
 
         # 2. Every clip at every noise level; for the measures of parts, also through the model at step 0.
         splits = ("val", "test") if split == "test" else ("val",)
@@ -142,7 +143,7 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     if config.backbone_params:
         curves["The backbone, before"] = metrics.read_metrics(os.path.dirname(config.backbone_params))
     results = _plain(results)
-    folders.write_atomically(os.path.join(out, "metrics.json"), json.dumps(results, indent=1))
+    storage.write_atomically(os.path.join(out, "metrics.json"), json.dumps(results, indent=1))
     path = os.path.join(out, "report.html")
     report.write(path, folders.config_as_json(config), results, sampled, shown, curves)
     return results

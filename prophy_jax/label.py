@@ -20,7 +20,8 @@ order of the records.
 `config.label` has the settings, `config.label_check` the clips of --check; --config may name another file.
 Any number of processes may share the work (--process=0/4 to --process=3/4), and any of them may be stopped
 and started again. Process I takes GPU I modulo the number of GPUs it sees; a model larger than one GPU is
-spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES. Needs the extra "label".
+spread over all of them, so show each process its own with CUDA_VISIBLE_DEVICES. With --engine=ray the workers
+of a Ray cluster share it, one for each GPU (docs/launch.md). Needs the extra "label".
 
 T h w token grid, N = T h w tokens, E categories, P of a clip, T' H' W' grid of the vision-language model.
 """
@@ -33,7 +34,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,9 +47,9 @@ from ml_collections import ConfigDict
 import prophy_jax
 from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, parse_process, read_clips
+from prophy_jax.data.job import Job, Shard, make_shard, parse_process, read_clips
 from prophy_jax.data.sources import source, video
-from prophy_jax.run import cli, hub
+from prophy_jax.run import cli, engine, hub, storage
 from prophy_jax.run.errors import UserError, counted
 from prophy_jax.run.workdir import run_identity
 
@@ -68,6 +69,8 @@ def label(
     out: str | Path,
     process: tuple[int, int] = (0, 1),
     sources: Sequence[str] = (),
+    by: str | None = None,
+    devices: int = 1,
 ) -> dict[str, Any] | None:
     """Makes this process's share of a folder of labels (see `prophy_jax.data.records`).
 
@@ -78,6 +81,8 @@ def label(
         out: the folder to make, or to resume.
         process: (i, P), which of how many processes this is.
         sources: where the sources of the records are now; none: where they were.
+        by: the engine that asks the model, see `prophy_jax.run.engine`; None is this process.
+        devices: of each worker of that engine.
 
     Returns:
         The manifest, as in `out`/manifest.json; None when other processes still work.
@@ -87,43 +92,36 @@ def label(
             `out` is of other data, another model or other settings.
     """
     # 1. The data and their videos, the model, and the folder: everything that can be wrong shows now.
-    prepared, model, described, reading = open_all(config, model_folder, data, sources, process[0])
-    plan = {
-        "data_fingerprint": prepared.manifest["fingerprint"],
-        **run_identity(config, "labels"),
-        "vlm": described,
-        "questions_sha256": hash_questions(prepared.known),
-        "program": prophy_jax.__version__,
-    }
-    files = prepared.files
-    prepared.check_contents()
-    rows = prepared.list_rows()
-    shards = {split: len(own) for split, own in files.items()}
-    earlier = EarlierLabels(out, rows)
-    job = Job(out, plan, shards, process, rows, inputs=("data_fingerprint",))
-    if rows and not job.complete():
-        earlier.print_changes()
-    mine = [files[split][index] for split, index in job.missing(mine=True)]
-    views = prepared.views(config)
-    for bucket in dict.fromkeys(file.bucket for file in mine):
-        print_view(bucket, views[bucket], model, config)
+    storage.require_gs(out, "labels")
+    prepared = open_prepared(config, model_folder, data, sources)
+    make = functools.partial(Labeller, config, model_folder, prepared, storage.path(out), process[0])
+    with engine.workers(by, make, devices) as workers:
+        described, reading = workers.ask(Labeller.tell)
+        plan = {
+            "data_fingerprint": prepared.manifest["fingerprint"],
+            **run_identity(config, "labels"),
+            "vlm": described,
+            "questions_sha256": hash_questions(prepared.known),
+            "program": prophy_jax.__version__,
+        }
+        files = prepared.files
+        prepared.check_contents()
+        rows = prepared.list_rows()
+        shards = {split: len(own) for split, own in files.items()}
+        earlier = EarlierLabels(out, rows)
+        job = Job(out, plan, shards, process, rows, inputs=("data_fingerprint",))
+        if rows and not job.complete():
+            earlier.print_changes()
 
-    # 2. The shards of this process. A thread reads the next clips while the model answers.
-    clips = sum(file.count for file in mine)
-    with (
-        tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips) as bar,
-        ThreadPoolExecutor(1) as reader,
-    ):
-        for file in mine:
-            batches = read_ahead(reader, prepared, file, config.label.batch, earlier)
-            with job.shard(file.split, file.index) as shard:
-                sizes = prepared.sizes[file.bucket]
-                view, known = views[file.bucket], prepared.known
-                label_shard(shard, model, batches, file.bucket, sizes, view, reading, known, config, bar)
-                if rows:
-                    shard.note(rows=rows[file.split, file.index])
+        # 2. The shards of this process.
+        with job.share() as shares:
+            mine = [files[split][index] for split, index in shares]
+            for bucket in dict.fromkeys(file.bucket for file in mine):
+                print(workers.ask(Labeller.describe_view, bucket), flush=True)
+            workers.share(Labeller.label, mine, total=sum(file.count for file in mine))
 
     # 3. The last process to finish puts the folder together.
+    views = prepared.views(config)
     manifest = job.finish(lambda reports: describe(reports, prepared, views, reading, plan))
     if manifest is not None:
         print_summary(out, manifest)
@@ -143,10 +141,11 @@ def preview(
     An mp4 shows the clip, and on its right one panel for each phenomenon, its positive labels over the clip.
     Raises UserError as `label` does.
     """
-    prepared, model, _, reading = open_all(config, model_folder, data, sources)
     labelling = import_labelling(config)
+    prepared = open_prepared(config, model_folder, data, sources)
+    model, _, reading = open_reader(config, model_folder)
     views = prepared.views(config)
-    out = Path(out)
+    out = storage.path(out)
     out.mkdir(parents=True, exist_ok=True)
     for file, clip in prepared.sample_evenly(count):
         if clip.frames is None:
@@ -160,7 +159,7 @@ def preview(
         video.write_mp4(path, draw(clip.frames, names, maps, view.grid), prepared.fps)
         questions = [*(prepared.known.questions[name] for name in names), prepared.known.background]
         lines = [f"{q}\n    {answer.text}\n" for q, answer in zip(questions, answers, strict=True)]
-        path.with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
+        storage.write_atomically(path.with_suffix(".txt"), "\n".join(lines))
         print(f"wrote {path}: {', '.join(names)}", flush=True)
 
 
@@ -185,11 +184,11 @@ def check(config: ConfigDict, model_folder: str | Path, out: str | Path) -> dict
     with tqdm.tqdm(total=config.label_check.clips, unit="clip", dynamic_ncols=True) as bar:
         results = checking.measure(model, config.label, config.label_check, bar.update)
     print(checking.table(results))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / "check.json"
+    path = storage.path(out) / "check.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     sandbox = config.label_check.to_dict()
     everything = {"vlm": described, **run_identity(config, "labels"), "label_check": sandbox, **results}
-    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    storage.write_atomically(path, json.dumps(everything, indent=1) + "\n")
     print(f"wrote {path}")
     return results
 
@@ -205,6 +204,7 @@ def import_labels(
     from prophy_jax.labels import own
 
     # 1. Every file, and what is wrong with it.
+    storage.require_gs(out, "labels")
     known, manifest = taxonomy.of(config), records.read_manifest(data)
     known.check(manifest, data)
     sizes = {bucket: Sizes.of(manifest, bucket) for bucket in manifest["buckets"]}
@@ -359,9 +359,11 @@ def propose(
 
 def list_roots(data: str | Path, manifest: Mapping[str, Any], moved: Sequence[str]) -> list[Path]:
     """The folder that each source names its videos from. UserError if there is no source, or it is gone."""
-    paths = [Path(path).absolute() for path in check_moved(data, manifest, moved)]
+    paths = [storage.path(storage.absolute(path)) for path in check_moved(data, manifest, moved)]
     if not paths:
         raise UserError(f"{data} is of the physics sandbox, which knows its categories: nothing to propose")
+    if far := [path for path in paths if storage.in_bucket(path)]:
+        raise UserError(f"a table is beside its videos on a disk, and {far[0]} is in a bucket: copy it")
     if gone := [path for path in paths if not path.exists()]:
         raise UserError(f"no {gone[0]}, a source of {data}: if it has moved, say where it is: --source=DIR")
     return [path if path.is_dir() else path.parent for path in paths]
@@ -410,14 +412,11 @@ def open_model(folder: str | Path, config: ConfigDict, process: int) -> tuple["V
     return vlm.load(folder, device, config.label.dtype), described
 
 
-def open_all(
-    config: ConfigDict, model_folder: str | Path, data: str | Path, sources: Sequence[str], process: int = 0
-) -> tuple["PreparedClips", "Vlm", dict[str, str], "Reading"]:
-    """The clips, the model, what the manifest says of it, and its attention that is read.
-
-    UserError on whatever can be wrong with them.
-    """
-    labelling = import_labelling(config)
+def open_prepared(
+    config: ConfigDict, model_folder: str | Path, data: str | Path, sources: Sequence[str]
+) -> "PreparedClips":
+    """The clips. UserError on whatever can be wrong with them, or with the settings of the labels."""
+    import_labelling(config)
     prepared = PreparedClips(data, sources, taxonomy.of(config))
     if not prepared.show_something():
         table = suggest_table(list_roots(data, prepared.manifest, sources))
@@ -428,32 +427,39 @@ def open_all(
             f"names such as {', '.join(prepared.known.names[:3])}, and prepare them again; or take labels of "
             "your own with --import=DIR"
         )
+    return prepared
+
+
+def open_reader(
+    config: ConfigDict, model_folder: str | Path, process: int = 0
+) -> tuple["Vlm", dict[str, str], "Reading"]:
+    """The model, what the manifest says of it, and its attention that is read. UserError as `open_model`."""
+    labelling = import_labelling(config)
     model, described = open_model(model_folder, config, process)
     layers = labelling.choose_layers(config.label.layers, model.num_layers)
-    return prepared, model, described, labelling.make_reading(config.label, layers)
+    return model, described, labelling.make_reading(config.label, layers)
 
 
-def print_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> None:
-    """Says how large the model's view is and how much memory it will take."""
+def describe_view(bucket: str, view: "View", model: "Vlm", config: ConfigDict) -> str:
+    """Lines that say how large the model's view is and how much memory it will take."""
     settings = config.label
     times, height, width = view.shown
     need = {
         name: f"{size / 2**30:.1f}"
         for name, size in model.memory(view.shown, settings.batch, 4, settings.max_new_tokens).items()
     }
-    print(
+    text = (
         f"{bucket}: {times} x {height} x {width} video tokens, frames of {28 * height}x{28 * width}; for "
         f"{counted(settings.batch, 'clip')} at a time, each with 3 phenomena, about {need['peak']} GiB: "
-        f"weights {need['weights']}, keys and values {need['cache']}",
-        flush=True,
+        f"weights {need['weights']}, keys and values {need['cache']}"
     )
     last = int((times - 1) * model.time_step(view.seconds))
     if last >= max(height, width):
-        print(
-            f"{bucket}: note: few cells for so long a clip: temporal positions reach {last}, those of the "
-            f"text begin at {max(height, width)}; a smaller config.label.cell keeps them apart",
-            flush=True,
+        text += (
+            f"\n{bucket}: note: few cells for so long a clip: temporal positions reach {last}, those of the "
+            f"text begin at {max(height, width)}; a smaller config.label.cell keeps them apart"
         )
+    return text
 
 
 def hash_questions(known: taxonomy.Taxonomy) -> str:
@@ -528,7 +534,7 @@ class PreparedClips:
     def __init__(
         self, data: str | Path, moved: Sequence[str], known: taxonomy.Taxonomy = taxonomy.WISA
     ) -> None:
-        self.data = Path(data)
+        self.data = storage.path(data)
         self.known = known
         self.manifest = records.read_manifest(data)
         known.check(self.manifest, data)
@@ -536,6 +542,7 @@ class PreparedClips:
         self.sizes = {bucket: Sizes.of(self.manifest, bucket) for bucket in self.manifest["buckets"]}
         self._source = self._open_source(moved)
         self._moved = bool(moved)
+        self._arguments = data, moved, known
         self._rows = {(row["split"], row["bucket"], row["index"]): row for row in read_clips(data)}
         self._open: dict[tuple[str, str], Sequence] = {}
         self.files = list_files(data, self.manifest)
@@ -546,6 +553,10 @@ class PreparedClips:
                 f"the videos of {data} cannot be read ({clip.id}: {clip.problem}); if they have moved, say "
                 "where: --source=DIR"
             )
+
+    def __reduce__(self) -> tuple:
+        """Opened anew where it is unpickled, which finds out whether the videos can be read there."""
+        return type(self), self._arguments
 
     def _open_source(self, moved: Sequence[str]):
         paths = check_moved(self.data, self.manifest, moved)
@@ -671,7 +682,7 @@ class EarlierLabels:
         self._by_id = {row["id"]: row for row in self._own}
         self._made: dict[tuple, Mapping[str, Any]] = {}
         self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "alignment"))
-        if rows and (Path(out) / "manifest.json").exists():
+        if rows and (storage.path(out) / "manifest.json").exists():
             unreadable = {name for name, _ in records.read_manifest(out).get("unreadable", [])}
             made = [row for row in read_clips(out) if row["index"] is not None]
             self._made = {self._key(row): row for row in made if row["id"] not in unreadable}
@@ -718,6 +729,73 @@ def read_ahead(
 # --- Clips to labels -------------------------------------------------------------------------------
 
 
+class Labeller:
+    """Makes shards of labels: a worker of this command, see `prophy_jax.run.engine`.
+
+    Args:
+        config: with `label`.
+        model_folder: a Qwen2.5-VL model, or its name on the hub.
+        prepared: the clips.
+        out: the folder.
+        process: the GPU to take, see `vlm.choose_device`.
+
+    Raises:
+        UserError: as `open_reader` does.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model_folder: str | Path,
+        prepared: PreparedClips,
+        out: storage.AnyPath,
+        process: int,
+    ) -> None:
+        self._model, self._described, self._reading = open_reader(config, model_folder, process)
+        self._config, self._prepared, self._out = config, prepared, out
+        self._views = prepared.views(config)
+
+    def tell(self) -> tuple[dict[str, str], "Reading"]:
+        """What the manifest says of the model, and its attention that is read."""
+        return self._described, self._reading
+
+    def describe_view(self, bucket: str) -> str:
+        """See the function of this name."""
+        return describe_view(bucket, self._views[bucket], self._model, self._config)
+
+    @functools.cached_property
+    def _rows(self) -> dict[tuple[str, int], list[dict[str, Any]]] | None:
+        return self._prepared.list_rows()
+
+    @functools.cached_property
+    def _earlier(self) -> EarlierLabels:
+        return EarlierLabels(self._out, self._rows)
+
+    def label(self, files: Iterable[RecordFile], tick: Callable[[int], Any]) -> Iterator[None]:
+        """Makes the labels of files of the records. A thread reads the next clips while the model answers."""
+        prepared, config = self._prepared, self._config
+        with ThreadPoolExecutor(1) as reader:
+            for file in files:
+                batches = read_ahead(reader, prepared, file, config.label.batch, self._earlier)
+                with make_shard(self._out, file.split, file.index) as shard:
+                    sizes, view = prepared.sizes[file.bucket], self._views[file.bucket]
+                    label_shard(
+                        shard,
+                        self._model,
+                        batches,
+                        file.bucket,
+                        sizes,
+                        view,
+                        self._reading,
+                        prepared.known,
+                        config,
+                        tick,
+                    )
+                    if self._rows:
+                        shard.note(rows=self._rows[file.split, file.index])
+                yield
+
+
 def label_shard(
     shard: Shard,
     model: "Vlm",
@@ -728,7 +806,7 @@ def label_shard(
     reading: "Reading",
     known: taxonomy.Taxonomy,
     config: ConfigDict,
-    bar: Any,
+    tick: Callable[[int], Any],
 ) -> None:
     """Asks about the clips of one shard and writes their labels; a clip without a video gets none."""
     from prophy_jax.labels import labelling
@@ -751,7 +829,7 @@ def label_shard(
             shard.write(f"alignment/{bucket}", features, example)
         unreadable += [[clip.id, clip.problem] for clip in clips if clip.problem]
         questions += sum(map(len, answers))
-        bar.update(len(clips))
+        tick(len(clips))
     seconds = round(time.perf_counter() - begin, 3)
     shard.note(unreadable=unreadable, questions=questions, seconds=seconds, peak_bytes=peak_bytes())
 
@@ -851,6 +929,10 @@ def main(config: ConfigDict) -> None:
     works += [f"--{name}" for name in ("import", "propose", "preview") if options[name].value]
     if len(works) > 1:
         raise UserError(f"{' and '.join(works)} cannot be given together: run one after the other")
+    if options.engine and works:
+        raise UserError(f"{works[0]} is the work of one process: leave out --engine")
+    if options.engine and options.process != "0/1":
+        raise UserError("--engine shares the work by itself: leave out --process")
     if options.propose:
         if options.process != "0/1":
             raise UserError("--propose is the work of one process: leave out --process")
@@ -866,10 +948,12 @@ def main(config: ConfigDict) -> None:
         preview(config, options.vlm, data, f"{out}-preview", options.preview, options.source)
     else:
         process = parse_process(options.process)
-        label(config, options.vlm, data, out, process, options.source)
+        label(config, options.vlm, data, out, process, options.source, options.engine, options.devices)
 
 
 if __name__ == "__main__":
+    from prophy_jax import label as command  # by the name that workers elsewhere import it by
+
     # Defined here, so that importing several commands into one program does not define flags twice.
     flags.DEFINE_string(
         "vlm",
@@ -882,6 +966,8 @@ if __name__ == "__main__":
         "source", [], "Folder or file where a source of the records is now, one for each; default: as it was."
     )
     flags.DEFINE_string("process", "0/1", "I/P: which of how many processes this is, such as 0/4.")
+    flags.DEFINE_string("engine", None, engine.HELP)
+    flags.DEFINE_integer("devices", 1, engine.DEVICES_HELP, lower_bound=1)
     flags.DEFINE_integer("preview", 0, "Draw the labels of so many clips instead.", lower_bound=0)
     flags.DEFINE_bool(
         "check",
@@ -895,4 +981,4 @@ if __name__ == "__main__":
         "threshold", 0.5, "Score of a category to be proposed.", lower_bound=0.0, upper_bound=1.0
     )
     flags.DEFINE_string("import", None, "Folder of labels of your own, ID.npz for each clip.")
-    cli.run(main, __doc__, default="configs/wan.py")
+    cli.run(command.main, __doc__, default="configs/wan.py")

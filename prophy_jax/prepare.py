@@ -10,8 +10,8 @@ videos and `config.text_encoder` the captions. Without --source it draws the cli
 and stores their exact token masks as alignment labels.
 
 Any number of processes may share the work, and any of them may be stopped and started again: those of one job
-with --distributed, others with --process=0/4 to --process=3/4. A clip that cannot be used is skipped, counted
-and listed.
+with --distributed, others with --process=0/4 to --process=3/4, the workers of a Ray cluster with --engine=ray
+(docs/launch.md). A clip that cannot be used is skipped, counted and listed.
 
 F frames, H W pixels, T h w latent grid, N tokens, E categories.
 """
@@ -24,21 +24,21 @@ import hashlib
 import itertools
 import json
 import math
+import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 from absl import flags
 from ml_collections import ConfigDict
 
 import prophy_jax
 from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, parse_process, read_clips
+from prophy_jax.data.job import Job, Shard, make_shard, parse_process, read_clips
 from prophy_jax.data.sources import statistics
 from prophy_jax.data.sources.source import (
     Clip,
@@ -51,7 +51,7 @@ from prophy_jax.data.sources.source import (
 )
 from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run import cli
+from prophy_jax.run import cli, engine, storage
 from prophy_jax.run.errors import NotFinite, UserError, counted
 from prophy_jax.run.workdir import run_identity
 
@@ -59,6 +59,7 @@ PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax
 KEPT = 0.6  # clips that keep less of their picture are listed
 NOT_FINITE = "the encoder gave values that are not finite"  # why a clip is skipped
 OPENED = 200  # clips that a dry run looks into
+READING, ENCODING, WHOLE = "reading videos", "encoding", "in all"  # what time goes to
 THREADS = 8  # that decode; FFmpeg decodes each video with several threads of its own
 
 
@@ -69,6 +70,8 @@ def prepare(
     process: tuple[int, int] = (0, 1),
     dry_run: bool = False,
     validation: Sequence[str | Path] = (),
+    by: str | None = None,
+    devices: int = 1,
 ) -> dict[str, Any] | None:
     """Makes this process's share of a folder of training records (see `prophy_jax.data.records`).
 
@@ -79,6 +82,8 @@ def prepare(
         process: (i, P), which of how many processes this is.
         dry_run: only list the clips, open some of them, and print statistics.
         validation: further sources, whose clips make the validation split.
+        by: the engine that encodes, see `prophy_jax.run.engine`; None is this process.
+        devices: of each worker of that engine.
 
     Returns:
         The manifest, as in `out`/manifest.json; None when other processes are still at work, or on a dry run.
@@ -99,53 +104,45 @@ def prepare(
         return None
 
     # 2. The encoders, and the folder: everything that can be wrong shows before the first clip.
-    import jax
+    out = storage.path(out or config.data.dir)
+    storage.require_gs(out, "training data")
+    make = functools.partial(Recorder, config, source, buckets, known, out, noted=bool(sources))
+    with engine.workers(by, make, devices) as workers:
+        facts = workers.ask(Recorder.tell)
+        size = config.data.shard
+        chunks = {
+            split: [clips[first : first + size] for first in range(0, max(len(clips), 1), size)]
+            for split, clips in splits.items()
+        }
+        plan = make_plan(config, splits, facts["hashes"], known)
+        if not sources and config.data.sandbox.seed:  # earlier versions noted none
+            plan["sandbox_seed"] = config.data.sandbox.seed
+        earlier = Earlier(out)
+        rows = {
+            (split, index): [earlier.row(source, clip) for clip in part]
+            for split, parts in chunks.items()
+            for index, part in enumerate(parts)
+        }
+        shards = {split: len(parts) for split, parts in chunks.items()}
+        job = Job(out, plan, shards, process, rows if sources else None, inputs=("clips_sha256",))
+        if sources and not job.complete():
+            earlier.print_changes(row for part in rows.values() for row in part)
 
-    from prophy_jax.run import encoders, parallel
+        # 3. The shards of this process.
+        begin = time.perf_counter()
+        with job.share() as mine:
+            work = [(split, index, chunks[split][index]) for split, index in mine]
+            clips = sum(len(chunk) for _, _, chunk in work)
+            spent = workers.share(Recorder.record, work, total=clips)
+        print_spent(spent, clips, time.perf_counter() - begin)
 
-    shape = {"data": -1, "fsdp": 1, "context": 1}
-    mesh = parallel.make_mesh(shape, 0, jax.local_devices())  # each process encodes its own clips
-    codec, text_encoder = encoders.load_codec(config, mesh), encoders.load_text_encoder(config)
-    grids = list_grids(config, codec, buckets)
-    size = config.data.shard
-    chunks = {
-        split: [clips[first : first + size] for first in range(0, max(len(clips), 1), size)]
-        for split, clips in splits.items()
-    }
-    plan = make_plan(config, splits, codec, text_encoder, known)
-    if not sources and config.data.sandbox.seed:  # earlier versions noted none
-        plan["sandbox_seed"] = config.data.sandbox.seed
-    out = Path(out or config.data.dir)
-    earlier = Earlier(out)
-    rows = {
-        (split, index): [earlier.row(source, clip) for clip in part]
-        for split, parts in chunks.items()
-        for index, part in enumerate(parts)
-    }
-    shards = {split: len(parts) for split, parts in chunks.items()}
-    job = Job(out, plan, shards, process, rows if sources else None, inputs=("clips_sha256",))
-    if sources and not job.complete():
-        earlier.print_changes(row for part in rows.values() for row in part)
-
-    # 3. The shards of this process. Threads decode the next clips while the devices encode.
-    mine = [(split, index, chunks[split][index]) for split, index in job.missing(mine=True)]
-    work = [clip for _, _, chunk in mine for clip in chunk]
-    decoded = decode_ahead(source, work, buckets, config.data, mesh.size, earlier)
-    sizes, padding = measure_text(grids, text_encoder, known) if work else ({}, False)
-    with contextlib.closing(Progress(len(work))) as progress, contextlib.closing(decoded):
-        for split, index, chunk in mine:
-            with job.shard(split, index) as shard:
-                clips = itertools.islice(progress.waiting(decoded), len(chunk))
-                record_shard(shard, clips, codec, text_encoder, sizes, padding, mesh.size, progress)
-                if sources:
-                    shard.note(rows=[earlier.made[clip.id] for clip in chunk])
-    progress.report()
-
-    # 4. The last process to be done puts the folder together.
-    paths = [str(Path(path).resolve()) for path in (*sources, *validation)]
-    manifest = job.finish(
-        lambda reports: describe(out, config, paths, source, reports, grids, text_encoder, known)
-    )
+        # 4. The last process to be done puts the folder together.
+        paths = [storage.resolved(path) for path in (*sources, *validation)]
+        manifest = job.finish(
+            lambda reports: describe(
+                out, config, paths, source, reports, facts["grids"], workers.ask(Recorder.encode_empty), known
+            )
+        )
     if manifest is not None:
         print_summary(out, manifest)
     return manifest
@@ -210,9 +207,9 @@ def list_grids(
 
 
 def make_plan(
-    config: ConfigDict, splits, codec: Any, text_encoder: Any, known: Taxonomy = taxonomy.WISA
+    config: ConfigDict, splits, hashes: Mapping[str, str], known: Taxonomy = taxonomy.WISA
 ) -> dict[str, Any]:
-    """All that decides what the records hold, and in which shards."""
+    """All that decides what the records hold, and in which shards; `hashes` are those of the encoders."""
     digest = hashlib.sha256()
     for split, clips in splits.items():
         for clip in clips:
@@ -231,8 +228,7 @@ def make_plan(
     }
     if known.names != taxonomy.PHENOMENA:  # part of the fingerprint: labels hold for no others
         plan["data"] = {**plan["data"], "categories": list(known.names)}
-    weights = {"codec_sha256": codec, "text_encoder_sha256": text_encoder}
-    return plan | {key: part.sha256 for key, part in weights.items() if hasattr(part, "sha256")}
+    return plan | hashes
 
 
 class Earlier:
@@ -242,7 +238,7 @@ class Earlier:
         made: id -> row of each clip that `read` was asked for.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: storage.AnyPath) -> None:
         self._out = out
         self._rows = read_clips(out)
         self._finished = (out / "manifest.json").exists()
@@ -303,6 +299,89 @@ class Earlier:
 # --- Clips to records ------------------------------------------------------------------------------
 
 
+class Recorder:
+    """Makes shards of records: a worker of this command, see `prophy_jax.run.engine`.
+
+    Args:
+        config: with `data`, `codec` and `text_encoder`.
+        source: of the clips.
+        buckets: their sizes.
+        known: the categories.
+        out: the folder.
+        noted: whether shards say what they were made of.
+
+    Raises:
+        UserError: weights that do not exist or fit, or videos that cannot be seen from here.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        source: Source,
+        buckets: Sequence[Bucket],
+        known: Taxonomy,
+        out: storage.AnyPath,
+        noted: bool,
+    ) -> None:
+        import jax
+
+        from prophy_jax.run import encoders, parallel
+
+        for path in source.first_files():
+            if not storage.path(path).exists():
+                raise UserError(
+                    f"{path} cannot be seen on {socket.gethostname()}: put the videos on storage that all "
+                    "hosts share, under the same path"
+                )
+        mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "context": 1}, 0, jax.local_devices())
+        self._group = mesh.size
+        self._codec = encoders.load_codec(config, mesh)
+        self._text_encoder = encoders.load_text_encoder(config)
+        self._grids = list_grids(config, self._codec, buckets)
+        self._data, self._source, self._buckets, self._known = config.data, source, buckets, known
+        self._out, self._noted = out, noted
+
+    def tell(self) -> dict[str, Any]:
+        """{"grids": as `list_grids` gives them, "hashes": of the encoders' weights}."""
+        parts = {"codec_sha256": self._codec, "text_encoder_sha256": self._text_encoder}
+        hashes = {key: part.sha256 for key, part in parts.items() if hasattr(part, "sha256")}
+        return {"grids": self._grids, "hashes": hashes}
+
+    def encode_empty(self) -> tuple[np.ndarray, np.ndarray]:
+        """Text (1, L, D) and mask (1, L) of the empty prompt."""
+        return self._text_encoder([""])
+
+    @functools.cached_property
+    def _earlier(self) -> "Earlier":
+        return Earlier(self._out)
+
+    @functools.cached_property
+    def _measured(self) -> tuple[dict[Bucket, Sizes], bool]:
+        return measure_text(self._grids, *self.encode_empty(), self._known)
+
+    def record(
+        self, shards: Iterable[tuple[str, int, Sequence[Clip]]], tick: Callable[[int], Any]
+    ) -> Iterator[dict[str, float]]:
+        """Makes shards: (split, index, clips) each. Gives the seconds that each took, and for what.
+
+        Threads decode the next clips, also of the next shard, while the devices encode.
+        """
+        shards = list(shards)
+        clips = [clip for _, _, chunk in shards for clip in chunk]
+        decoded = decode_ahead(self._source, clips, self._buckets, self._data, self._group, self._earlier)
+        with contextlib.closing(decoded):
+            for split, index, chunk in shards:
+                spent = Spent()
+                with make_shard(self._out, split, index) as shard:
+                    own = itertools.islice(spent.waiting(decoded, tick), len(chunk))
+                    record_shard(
+                        shard, own, self._codec, self._text_encoder, *self._measured, self._group, spent
+                    )
+                    if self._noted:
+                        shard.note(rows=[self._earlier.made[clip.id] for clip in chunk])
+                yield spent.close()
+
+
 def decode_ahead(
     source: Source,
     clips: Sequence[Clip],
@@ -334,10 +413,12 @@ def decode_ahead(
 
 
 def measure_text(
-    grids: Mapping[Bucket, tuple], text_encoder: Any, known: Taxonomy
+    grids: Mapping[Bucket, tuple], text: np.ndarray, mask: np.ndarray, known: Taxonomy
 ) -> tuple[dict[Bucket, Sizes], bool]:
-    """Bucket -> sizes, and whether the rows behind the words are not zero: part of the text then."""
-    text, mask = text_encoder([""])  # (1, L, D), (1, L)
+    """Bucket -> sizes, and whether the rows behind the words are not zero: part of the text then.
+
+    `text` (1, L, D) and `mask` (1, L) are of the empty prompt.
+    """
     sizes = {bucket: Sizes(*shapes, *text.shape[1:], len(known.names)) for bucket, shapes in grids.items()}
     return sizes, bool(text[~mask].any())
 
@@ -350,7 +431,7 @@ def record_shard(
     sizes: Mapping[Bucket, Sizes],
     padding: bool,
     group: int,
-    progress: "Progress",
+    spent: "Spent",
 ) -> None:
     """Encodes the clips of one shard, `group` of a bucket at a time, and writes their records.
 
@@ -365,7 +446,7 @@ def record_shard(
     def flush(bucket: Bucket) -> None:
         nonlocal moments
         batch = waiting.pop(bucket)
-        with progress.spending("encoding"):
+        with spent.on(ENCODING):
             latents = [sample.latents for _, sample in batch]
             if fresh := [row for row, own in enumerate(latents) if own is None]:
                 frames = np.stack([batch[row][1].frames for row in fresh])
@@ -464,39 +545,40 @@ def mean_over_tokens(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarra
     return cells.mean((1, 3, 5), np.float32).reshape(-1, masks.shape[-1])  # (T', H', W', E) -> (N, E)
 
 
-class Progress:
-    """The progress bar, and what the time goes to."""
+class Spent:
+    """The seconds that something takes, in all (WHOLE) and for what."""
 
-    def __init__(self, clips: int) -> None:
-        self._bar = tqdm.tqdm(total=clips, unit="clip", dynamic_ncols=True, disable=not clips)
-        self._spent = {"reading videos": 0.0, "encoding": 0.0}
-        self._clips, self._start = clips, time.perf_counter()
+    def __init__(self) -> None:
+        self._seconds = {READING: 0.0, ENCODING: 0.0}
+        self._start = time.perf_counter()
 
-    def waiting(self, decoded: Iterator) -> Iterator:
+    def waiting(self, decoded: Iterator, tick: Callable[[int], Any]) -> Iterator:
+        """The items of `decoded`, with tick(1) for each."""
         while True:
-            with self.spending("reading videos"):
+            with self.on(READING):
                 item = next(decoded, None)
             if item is None:
                 return
+            tick(1)
             yield item
-            self._bar.update()
 
     @contextlib.contextmanager
-    def spending(self, what: str) -> Iterator[None]:
+    def on(self, what: str) -> Iterator[None]:
         before = time.perf_counter()
         yield
-        self._spent[what] += time.perf_counter() - before
+        self._seconds[what] += time.perf_counter() - before
 
-    def close(self) -> None:
-        self._bar.close()
+    def close(self) -> dict[str, float]:
+        return {**self._seconds, WHOLE: time.perf_counter() - self._start}
 
-    def report(self) -> None:
-        seconds = time.perf_counter() - self._start
-        if self._clips:
-            reading, encoding = (spent / seconds for spent in self._spent.values())
-            each = f"{counted(self._clips, 'clip')} in {seconds:.0f} s"
-            share = f"{reading:.0%} of the time went to reading videos, {encoding:.0%} to encoding"
-            print(f"{each}, {seconds / self._clips:.2f} s each: {share}")
+
+def print_spent(spent: Sequence[Mapping[str, float]], clips: int, seconds: float) -> None:
+    """Says how long `clips` clips took, and for what; `spent` is of their shards."""
+    if clips:
+        whole = sum(own[WHOLE] for own in spent)
+        reading, encoding = (sum(own[what] for own in spent) / whole for what in (READING, ENCODING))
+        share = f"{reading:.0%} of the time went to {READING}, {encoding:.0%} to {ENCODING}"
+        print(f"{counted(clips, 'clip')} in {seconds:.0f} s, {seconds / clips:.2f} s each: {share}")
 
 
 # --- How much of the pictures is kept --------------------------------------------------------------
@@ -562,18 +644,18 @@ def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known
 
 
 def describe(
-    out: Path,
+    out: storage.AnyPath,
     config: ConfigDict,
     paths: list[str],
     source: Source,
     reports: list[dict[str, Any]],
     grids: Mapping[Bucket, tuple],
-    text_encoder: Any,
+    empty: tuple[np.ndarray, np.ndarray],
     known: Taxonomy,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features of every data set, and the manifest, from the reports of all shards; see `Job.finish`.
 
-    Writes the encoded empty prompt and the statistics too.
+    Writes `empty`, the encoded empty prompt, and the statistics too.
     """
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
     counts = {split: 0 for split in dict.fromkeys(report["split"] for report in reports)}
@@ -600,17 +682,17 @@ def describe(
             f"none of the {counted(clips, 'video')} can be used; the first: {skipped[0][1]}{remedy}"
         )
 
-    text, mask = text_encoder([""])
-    sizes, padding = measure_text(grids, text_encoder, known)
-    np.savez(out / "empty_text.npz", text=text[0], mask=mask[0])
+    text, mask = empty
+    sizes, padding = measure_text(grids, text, mask, known)
+    storage.write_atomically(out / "empty_text.npz", lambda file: np.savez(file, text=text[0], mask=mask[0]))
     rows = [row for report in reports for row in report.get("rows", []) if row["id"] in places]
     shown = {row["id"]: row["shown"] for row in rows if row.get("shown")}
     if paths:
         stats = statistics.summarise(
             source, known, [share_kept(*size, places[name]) for name, size in shown.items()]
         )
-        (out / "statistics.md").write_text(statistics.table(stats), encoding="utf-8")
-        statistics.picture(stats, out / "statistics.png")
+        storage.write_atomically(out / "statistics.md", statistics.table(stats))
+        storage.write_atomically(out / "statistics.png", lambda file: statistics.picture(stats, file))
 
     features = {}
     aligned = any(dataset.startswith("alignment/") for report in reports for dataset in report["datasets"])
@@ -662,7 +744,7 @@ def count_clips(counts: Mapping[str, int]) -> str:
     return f"{counted(sum(counts.values()), 'clip')} ({listed})"
 
 
-def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+def print_summary(out: storage.AnyPath, manifest: dict[str, Any]) -> None:
     """Prints what was made, and what was left out."""
     counts = manifest["counts"]
     print(f"{out}: {count_clips(counts)}")
@@ -696,18 +778,31 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
 def main(config: ConfigDict) -> None:
     """The command, with its flags parsed."""
     options = flags.FLAGS
+    if options.engine and (options.process or options.distributed):
+        raise UserError("--engine shares the work by itself: leave out --process and --distributed")
     if options.process:
         process = parse_process(options.process)
-    elif options.dry_run:
+    elif options.dry_run or options.engine:  # the devices are the workers'
         process = (0, 1)
     else:
         import jax
 
         process = (jax.process_index(), jax.process_count())
-    prepare(config, options.source, options.out, process, options.dry_run, options.val)
+    prepare(
+        config,
+        options.source,
+        options.out,
+        process,
+        options.dry_run,
+        options.val,
+        options.engine,
+        options.devices,
+    )
 
 
 if __name__ == "__main__":
+    from prophy_jax import prepare as command  # by the name that workers elsewhere import it by
+
     # Defined here, so that importing several commands into one program does not define flags twice.
     flags.DEFINE_multi_string(
         "source", [], "Folder or file of captioned videos; may be repeated; without it, the sandbox."
@@ -717,7 +812,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "Folder to write, or to resume; default: config.data.dir.")
     flags.DEFINE_string("process", None, "I/P: which of how many processes this is, such as 0/4.")
+    flags.DEFINE_string("engine", None, engine.HELP)
+    flags.DEFINE_integer("devices", 1, engine.DEVICES_HELP, lower_bound=1)
     flags.DEFINE_bool(
         "dry_run", False, "Write nothing: only list the clips, open some, and print statistics."
     )
-    cli.run(main, __doc__, distributed=True)
+    cli.run(command.main, __doc__, distributed=True)

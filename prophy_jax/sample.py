@@ -9,25 +9,28 @@
 
 Solver, steps, shift, guidance and the negative prompt are those of `config.samples`, size and length of the
 clips those of `config.data`; override them as --config.samples.KEY. OUT/manifest.json says how each clip was
-made. Run the same command again to make the clips that are missing.
+made. Run the same command again to make the clips that are missing. The processes of a job share the prompts
+(--distributed), and so do the workers of a Ray cluster (--engine=ray, docs/launch.md).
 
 B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text width.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 
-from prophy_jax.run import workdir
+from prophy_jax.run import engine, storage, workdir
 from prophy_jax.run.errors import NotFinite, UserError, counted
+
+BASELINE = "_baseline"  # in the names of clips of the backbone alone
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -52,13 +55,14 @@ def use_checkpoint(config, folder: str) -> None:
     """
     from prophy_jax.run import checkpoints
 
-    if os.path.isdir(os.path.join(folder, "transformer")):
+    root = storage.path(folder)
+    if (root / "transformer").is_dir():
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
         names = ("backbone", "codec", "text_encoder")
     else:
-        if os.path.isdir(os.path.join(folder, "checkpoints")) or os.path.isdir(os.path.join(folder, "state")):
+        if (root / "checkpoints").is_dir() or (root / "state").is_dir():
             found = checkpoints.find_parts(folder)
             if "backbone" not in found:
                 raise UserError(
@@ -173,21 +177,172 @@ def no_folder_without_clips(out: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if os.listdir(out) == ["manifest.json"] and jax.process_count() == 1:
-            shutil.rmtree(out)
+        if [*storage.list_files(out)] == ["manifest.json"] and jax.process_count() == 1:
+            storage.remove(out)
         raise
+
+
+class Sampler:
+    """Makes clips: a worker of this command, see `prophy_jax.run.engine`.
+
+    Args:
+        config: with the sizes of the weights, and the parts that `folders` has.
+        folders: part -> folder of its parameters; the backbone's too.
+        out: the folder of the clips.
+        batch: prompts at a time; None is one per device.
+        seed: of the noise.
+        scale: strength of what the parts add.
+        overlay: also write each clip with the token routing laid over it.
+
+    Raises:
+        UserError: weights that do not exist or fit, or a batch that does not.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        folders: Mapping[str, str],
+        out: str,
+        batch: int | None,
+        seed: int,
+        scale: float,
+        overlay: bool,
+    ) -> None:
+        from prophy_jax import build
+        from prophy_jax.data.batch import shapes
+        from prophy_jax.diffusion import generate
+        from prophy_jax.run import checkpoints, encoders
+
+        self._config, self._folders, self._out, self._seed = config, folders, out, seed
+        self._overlay = overlay
+        self._mesh = build.build_mesh(config.mesh, devices=jax.local_devices())
+        self._model = model = build.build_model(config, self._mesh)
+        objective = build.build_objective(config)
+        if more := sorted({*model.fields} - {"text", "text_mask"}):
+            raise UserError(f"these parts read {more}, which a prompt alone does not have")
+        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        self._batch = batch or ways
+        rows = self._batch * (2 if config.samples.guidance > 1 else 1)
+        if rows % ways:
+            raise UserError(
+                f"--batch={self._batch}: {counted(rows, 'row')}, with those of guidance, cannot be divided "
+                f"over data x fsdp = {ways}: name another --batch or fix config.mesh"
+            )
+        self._layout = build.place(model, self._mesh, config.frozen_dtype)
+        references = build.check_params(config, self._layout, folders)
+        self._codec = encoders.load_codec(config, self._mesh)
+        self._encoder = encoders.load_text_encoder(config, encoders.default_cache())
+        self._sizes = build.sizes(config, model)
+        self._observe = generate.make_observer(model, objective)
+        if overlay:
+            inputs = shapes(("latents", *model.fields), self._sizes, 1)
+            seen = jax.eval_shape(self._observe, self._layout, inputs["latents"], inputs)
+            if all(model.parts[name].token_maps(found) is None for name, found in seen.items()):
+                raise UserError(
+                    "--overlay: these parts have no token routing; leave it out, or name another run"
+                )
+        for name, part in (("codec", self._codec), ("text_encoder", self._encoder)):
+            if hasattr(part, "sha256"):
+                references[f"{name}_sha256"] = part.sha256
+                for folder in folders.values():
+                    if folder and checkpoints.holds_params(folder):
+                        made_with = checkpoints.read_manifest(folder, "")
+                        build.check_same(name, part.sha256, config[workdir.FOLDERS[name]], made_with, folder)
+        self._facts = {
+            "batch": self._batch,
+            "references": references,
+            "shift": config.samples.shift or objective.shift,
+        }
+        self._ways = {"": (model, scale), BASELINE: (model.without(), 0.0)}
+        self._generators = {
+            suffix: generate.make_generator(one, objective, config.samples)
+            for suffix, (one, _) in self._ways.items()
+        }
+
+    def tell(self) -> dict[str, Any]:
+        """{"batch": prompts at a time, "references": hashes of what is read, "shift": of the solver}."""
+        return self._facts
+
+    def encode(self, prompts: Sequence[str]) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Words that do not fit, text (B, L, D) and mask (B, L) of prompts.
+
+        The encoder is freed before the backbone is read, so that they need not both fit.
+        """
+        encoder, self._encoder = self._encoder, None
+        return [encoder.words_lost(prompt) for prompt in prompts], *encoder(prompts)
+
+    @functools.cached_property
+    def _params(self) -> Any:
+        from prophy_jax import build
+
+        return build.load_params(self._config, self._layout, self._folders)
+
+    def sample(
+        self, work: Iterable["Work"], tick: Callable[[int], Any], negative: Mapping[str, np.ndarray]
+    ) -> Iterator[None]:
+        """Makes clips, a batch at a time; each solver step of a clip counts as one."""
+        for batch in work:
+            workdir.wait_for_file(os.path.join(self._out, "manifest.json"))
+            with jax.set_mesh(self._mesh):
+                self._sample(batch, tick, negative)
+            yield
+
+    def _sample(self, work: "Work", tick: Callable[[int], Any], negative: Mapping[str, np.ndarray]) -> None:
+        from prophy_jax.data.sources import video
+        from prophy_jax.diffusion import generate
+        from prophy_jax.evaluation import pictures
+        from prophy_jax.run import parallel
+
+        indices, suffix = work.indices, work.suffix
+        overlay = self._overlay and not suffix
+        rows = np.minimum(np.arange(self._batch), len(indices) - 1)  # the last fills up
+        noise = np.asarray(generate.make_noise(self._seed, indices[rows], self._sizes.latent_shape))
+        inputs = {"noise": noise, "text": work.text[rows], "text_mask": work.text_mask[rows]}
+        inputs = parallel.put_batch(inputs, self._mesh)
+        noise = inputs.pop("noise")
+        try:
+            latents = self._generators[suffix](
+                self._params,
+                noise,
+                inputs,
+                negative,
+                scale=self._ways[suffix][1],
+                after_steps=lambda steps: tick(steps * len(indices)),
+            )
+            frames = self._codec.decode(np.asarray(latents)[: len(indices)])
+        except NotFinite as error:
+            named = (f"{indices[row]:04d}{suffix}.mp4" for row in error.rows if row < len(indices))
+            raise UserError(f"{', '.join(named)}: {error}") from error
+        parts, maps = self._model.parts, self._observe(self._params, latents, inputs) if overlay else {}
+        found = [(parts[name].categories, parts[name].token_maps(seen)) for name, seen in maps.items()]
+        shown = [(names, np.asarray(one)) for names, one in found if one is not None]
+        fps, grid = self._config.data.fps, self._sizes.token_grid
+        for row, index in enumerate(indices):
+            path, *more = name_files(self._out, index, suffix, overlay)
+            video.write_mp4(path, frames[row], fps)
+            for path in more:
+                names, tokens = shown[0]
+                video.write_mp4(path, pictures.overlay_strongest(frames[row], tokens[row], grid, names), fps)
+
+
+class Work(NamedTuple):
+    """A batch of prompts: their numbers (b,), which of the models, and text (b, L, D), text_mask (b, L)."""
+
+    indices: np.ndarray
+    suffix: str
+    text: np.ndarray
+    text_mask: np.ndarray
+
+
+def name_files(out: str, index: int, suffix: str, overlay: bool) -> list[str]:
+    """The files of a clip: its video, and with `overlay` that with the token routing."""
+    endings = [".mp4", "_routing.mp4"] if overlay else [".mp4"]
+    return [os.path.join(out, f"{index:04d}{suffix}{ending}") for ending in endings]
 
 
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
-    from tqdm import tqdm
-
-    from prophy_jax import build
-    from prophy_jax.data.batch import shapes
-    from prophy_jax.data.sources import video
-    from prophy_jax.diffusion import generate
-    from prophy_jax.evaluation import pictures
-    from prophy_jax.run import checkpoints, distributed, encoders, parallel
+    from prophy_jax.run import distributed
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
     options = flags.FLAGS
@@ -196,120 +351,70 @@ def main(config: Any) -> None:
     config.parts = {name: spec for name, spec in config.parts.items() if name in folders}
     if checkpoint := options.checkpoint or folders.get("backbone"):
         use_checkpoint(config, checkpoint)
-    mesh = build.build_mesh(config.mesh, devices=jax.local_devices())  # each process samples its own share
-    model, objective = build.build_model(config, mesh), build.build_objective(config)
-    if more := sorted({*model.fields} - {"text", "text_mask"}):
-        raise UserError(f"these parts read {more}, which a prompt alone does not have")
     if not config.parts and (options.overlay or options.baseline):
         raise UserError("--overlay and --baseline are about a trained part: name one with --branch=DIR")
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = options.batch or ways
-    rows = batch * (2 if config.samples.guidance > 1 else 1)
-    if rows % ways:
-        raise UserError(
-            f"--batch={batch}: {counted(rows, 'row')}, with those of guidance, cannot be divided over "
-            f"data x fsdp = {ways}: name another --batch or fix config.mesh"
-        )
-    layout = build.place(model, mesh, config.frozen_dtype)
+    if options.engine:
+        if options.distributed:
+            raise UserError("--engine shares the work by itself: leave out --distributed")
+        jax.config.update("jax_platforms", "cpu")  # the devices are the workers'
     folders["backbone"] = config.backbone_params
-    references = build.check_params(config, layout, folders)
-    codec = encoders.load_codec(config, mesh)
-    encoder = encoders.load_text_encoder(config, encoders.default_cache())
-    sizes = build.sizes(config, model)
-    latent_shape, grid = sizes.latent_shape, sizes.token_grid
-    observe = generate.make_observer(model, objective)
-    if options.overlay:
-        inputs = shapes(("latents", *model.fields), sizes, 1)
-        seen = jax.eval_shape(observe, layout, inputs["latents"], inputs)
-        if all(model.parts[name].token_maps(found) is None for name, found in seen.items()):
-            raise UserError("--overlay: these parts have no token routing; leave it out, or name another run")
-    for name, part in (("codec", codec), ("text_encoder", encoder)):
-        if hasattr(part, "sha256"):
-            references[f"{name}_sha256"] = part.sha256
-            for folder in folders.values():
-                if folder and checkpoints.holds_params(folder):
-                    made_with = checkpoints.read_manifest(folder, "")
-                    build.check_same(name, part.sha256, config[workdir.FOLDERS[name]], made_with, folder)
-
-    models = {"": (model, options.scale if model.parts else 0.0)}
+    scales = {"": options.scale if config.parts else 0.0}
     if options.baseline:
-        models["_baseline"] = (model.without(), 0.0)
-    generators = {
-        suffix: generate.make_generator(one, objective, config.samples) for suffix, (one, _) in models.items()
-    }
-    clips = [
-        {"file": f"{index:04d}{suffix}.mp4", "prompt": prompt, "seed": options.seed, "scale": scale}
-        for index, prompt in enumerate(prompts)
-        for suffix, (_, scale) in models.items()
-    ]
-    settings = workdir.run_identity(config, "clips")
-    settings["samples"]["shift"] = config.samples.shift or objective.shift
-    process, processes = jax.process_index(), jax.process_count()
-    with distributed.all_or_none():
-        if process == 0:
-            claim_folder(options.out, settings | references, clips)
-    with distributed.all_or_none():
-        distributed.wait_for_file(os.path.join(options.out, "manifest.json"))
-
-    with no_folder_without_clips(options.out):
-        # 2. The prompts. The encoder is freed before the backbone is read, so that they need not both fit.
-        for prompt in prompts:
-            if lost := encoder.words_lost(prompt):
-                words = " ".join(prompt.split()[-lost:])
-                print(
-                    f"warning: no room for the end of a prompt, {counted(lost, 'word')} lost: {words}",
-                    file=sys.stderr,
-                )
-        text, text_mask = encoder([*prompts, config.samples.negative_prompt])
-        negative = {"text": text[-1], "text_mask": text_mask[-1]}
-        del encoder
-
-        # 3. The clips, a batch at a time. A batch with a missing file is made again, from the same noise.
-        def files(index: int, suffix: str) -> list[str]:
-            endings = [".mp4", "_routing.mp4"] if options.overlay and not suffix else [".mp4"]
-            return [os.path.join(options.out, f"{index:04d}{suffix}{ending}") for ending in endings]
-
-        batches = np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
-        share = [(indices, suffix) for indices in batches for suffix in models][process::processes]
-        work = [
-            (indices, suffix)
-            for indices, suffix in share
-            if not all(os.path.exists(path) for index in indices for path in files(index, suffix))
+        scales[BASELINE] = 0.0
+    make = functools.partial(
+        Sampler, config, folders, options.out, options.batch, options.seed, scales[""], options.overlay
+    )
+    with engine.workers(options.engine, make, options.devices) as workers:
+        facts = workers.ask(Sampler.tell)
+        clips = [
+            {"file": f"{index:04d}{suffix}.mp4", "prompt": prompt, "seed": options.seed, "scale": scale}
+            for index, prompt in enumerate(prompts)
+            for suffix, scale in scales.items()
         ]
-        made = sum(len(indices) for indices, _ in work)
-        params = build.load_params(config, layout, folders) if work else {}
-        with jax.set_mesh(mesh), tqdm(total=made * config.samples.steps, unit="step") as bar:
-            for indices, suffix in work:
-                rows = np.minimum(np.arange(indices[0], indices[0] + batch), indices[-1])  # the last fills up
-                noise = np.asarray(generate.make_noise(options.seed, rows, latent_shape))
-                inputs = {"noise": noise, "text": text[rows], "text_mask": text_mask[rows]}
-                inputs = parallel.put_batch(inputs, mesh)
-                noise = inputs.pop("noise")
-                try:
-                    latents = generators[suffix](
-                        params,
-                        noise,
-                        inputs,
-                        negative,
-                        scale=models[suffix][1],
-                        after_steps=lambda steps, indices=indices: bar.update(steps * len(indices)),
+        settings = workdir.run_identity(config, "clips")
+        settings["samples"]["shift"] = facts["shift"]
+        process, processes = jax.process_index(), jax.process_count()
+        with distributed.all_or_none():
+            if process == 0:
+                claim_folder(options.out, settings | facts["references"], clips)
+        with distributed.all_or_none():
+            workdir.wait_for_file(os.path.join(options.out, "manifest.json"))
+
+        with no_folder_without_clips(options.out):
+            # 2. The prompts.
+            all_lost, text, text_mask = workers.ask(
+                Sampler.encode, [*prompts, config.samples.negative_prompt]
+            )
+            for prompt, lost in zip(prompts, all_lost[:-1], strict=True):
+                if lost:
+                    words = " ".join(prompt.split()[-lost:])
+                    print(
+                        f"warning: no room for the end of a prompt, {counted(lost, 'word')} lost: {words}",
+                        file=sys.stderr,
                     )
-                    frames = codec.decode(np.asarray(latents)[: len(indices)])
-                except NotFinite as error:
-                    named = (f"{indices[row]:04d}{suffix}.mp4" for row in error.rows if row < len(indices))
-                    raise UserError(f"{', '.join(named)}: {error}") from error
-                maps = observe(params, latents, inputs) if options.overlay and not suffix else {}
-                maps = [
-                    (model.parts[name], model.parts[name].token_maps(seen)) for name, seen in maps.items()
-                ]
-                maps = [(part.categories, np.asarray(one)) for part, one in maps if one is not None]
-                for row, index in enumerate(indices):
-                    path, *overlay = files(index, suffix)
-                    video.write_mp4(path, frames[row], config.data.fps)
-                    for path in overlay:
-                        names, tokens = maps[0]
-                        shown = pictures.overlay_strongest(frames[row], tokens[row], grid, names)
-                        video.write_mp4(path, shown, config.data.fps)
+            negative = {"text": text[-1], "text_mask": text_mask[-1]}
+
+            # 3. The clips, a batch at a time. A batch with a missing file is made again, from the same noise.
+            batch = facts["batch"]
+            batches = np.split(np.arange(len(prompts)), range(batch, len(prompts), batch))
+            share = [(indices, suffix) for indices in batches for suffix in scales][process::processes]
+            work = [
+                Work(
+                    indices,
+                    suffix,
+                    text[indices[0] : indices[-1] + 1],
+                    text_mask[indices[0] : indices[-1] + 1],
+                )
+                for indices, suffix in share
+                if not all(
+                    storage.path(path).exists()
+                    for index in indices
+                    for path in name_files(options.out, index, suffix, options.overlay and not suffix)
+                )
+            ]
+            made = sum(len(one.indices) for one in work)
+            do = functools.partial(Sampler.sample, negative=negative)
+            workers.share(do, work, total=made * config.samples.steps, unit="step")
     here = sum(len(indices) for indices, _ in share)
     whose = f", process {process} of {processes}" if processes > 1 else ""
     before = "" if made == here else f", {here - made} of them from before"
@@ -318,6 +423,7 @@ def main(config: Any) -> None:
 
 
 if __name__ == "__main__":
+    from prophy_jax import sample as command  # by the name that workers elsewhere import it by
     from prophy_jax.run import cli
 
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
@@ -333,6 +439,8 @@ if __name__ == "__main__":
     about = "Of the noise; prompt i of a run has its own noise."
     flags.DEFINE_integer("seed", 0, about, lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch", None, "Prompts sampled at a time; default: one per device.", lower_bound=1)
+    flags.DEFINE_string("engine", None, engine.HELP)
+    flags.DEFINE_integer("devices", 1, engine.DEVICES_HELP, lower_bound=1)
     flags.DEFINE_bool("baseline", False, "Also sample the backbone alone, from the same noise.")
     flags.DEFINE_bool("overlay", False, "Also write each clip with the token routing laid over it.")
-    cli.run(main, __doc__, distributed=True)
+    cli.run(command.main, __doc__, distributed=True)

@@ -4,8 +4,8 @@
 
 Run the same command again to resume: WORKDIR holds the checkpoints (trainable parameters, EMA, optimizer,
 data position), metrics.jsonl, TensorBoard events, sample clips and, at the end, the parameters to use.
-SIGTERM saves and exits with status 75; a loss that is not finite stops the run with the step and the clips
-named.
+A signal to stop (SIGTERM, Ctrl-C, ...) saves and exits with status 75; a loss that is not finite stops the
+run with the step and the clips named.
 
 B global batch, A microbatches per step, T h w latent grid, N video tokens, L text length, D text width.
 """
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -177,7 +178,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
     from prophy_jax.data import loader, taxonomy
     from prophy_jax.evaluation import validation
     from prophy_jax.plan import flops
-    from prophy_jax.run import checkpoints, distributed, lock, loop, metrics
+    from prophy_jax.run import checkpoints, distributed, goodput, lock, loop, metrics, storage
     from prophy_jax.run import workdir as folders
 
     # 1. What to train, on what. Everything that can be wrong, on any host, is found before the workdir is
@@ -243,18 +244,24 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
             if first:
                 held.enter_context(lock.held(workdir, "a run of prophy_jax.train"))
         with distributed.all_or_none():
-            distributed.wait_for_file(os.path.join(workdir, "config.json"))
+            folders.wait_for_file(os.path.join(workdir, "config.json"))
 
         # 3. Where a former run of this workdir stopped.
         saved = checkpoints.TrainCheckpoints(workdir, config.checkpoint.keep)
         first_step = saved.latest() or 0
+        lines = metrics.read_metrics(workdir) if first else []
+        clock = goodput.Goodput(lines, first_step)
+        clock.spend("start")
         if first_step:
             state = saved.restore(first_step, jax.tree.map(checkpoints.abstract, state), data)
+            clock.spend("restore")
         writer = None
         with distributed.all_or_none():
             if first:
                 board = metrics.start_wandb(config.log.get("wandb", ""), workdir, config)
                 writer = metrics.MetricsWriter(workdir, first_step, board)
+                if lines and first_step < config.steps:
+                    writer.write(first_step, clock.values())
 
         # 4. Compiled functions.
         train_step = jax.jit(
@@ -268,32 +275,72 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
         plain_step = make_train_step(flops.plain(model), objective, chosen, optimizer, config)
         step_flops: dict[int, int] = {}  # by the tokens of a clip
 
-        # 5. The loop. The state and the data position are saved together, before the data advances.
-        if first_step == 0 and config.validation.every:
-            values = validate(optim.merge(state.ema, frozen))
-            if writer:
-                writer.write(0, values)
+        # 5. What is looked at now and then, after the checkpoint: a signal may end it, and it is made up for.
         stop = loop.StopSignal(first_step)
+
+        def place_clips(step: int) -> str:
+            return os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
+
+        def look(step: int, due: Mapping[str, bool]) -> None:
+            if due["validation"]:
+                values = stop.unless_noted(lambda: validate(optim.merge(state.ema, frozen)))
+                if writer and values:
+                    writer.write(step, values)
+                clock.spend("validation")
+            if due["samples"]:
+                clips = stop.unless_noted(
+                    lambda: write_clips(optim.merge(state.ema, frozen), place_clips(step))
+                )
+                if writer and clips:
+                    writer.write_clips(step, clips[0], config.data.fps, clips[1])
+                clock.spend("samples")
+
+        validated = any("validation/loss" in line for line in lines if line["step"] == first_step > 0)
+        clock.spend("start")
+        ended = first_step == config.steps
+        look(
+            first_step,
+            {
+                "validation": distributed.agreed(not validated)
+                and loop.is_due(first_step, config.validation.every, ended, False),
+                "samples": first_step > 0
+                and distributed.agreed(not storage.path(place_clips(first_step)).exists())
+                and loop.is_due(first_step, config.samples.every, ended, False),
+            },
+        )
+
+        # 6. The loop. The state and the data position are saved together, before the data advances.
         recent_ids: deque = deque(maxlen=config.log.every or None)
-        window = loop.Window(first_step)
+        profile = loop.Profile(workdir, first_step, config.log.get("profile", ()))
         progress = loop.Progress(config.steps, first_step, first)
+        window = loop.Window(first_step)
         step, stopping = first_step, False
         while step < config.steps and not stopping:
+            profile.before(step)
             with window.waiting():
                 ids, inputs = next(data)
             recent_ids.append((step, ids))
+            tokens = math.prod(model.backbone.grid(inputs["latents"].shape[1:]))
+            new = tokens not in step_flops
+            if new:
+                clock.spend("train")
+            begun = time.perf_counter()
             state, values = train_step(state, frozen, empty, inputs)
             step += 1
-            tokens = math.prod(model.backbone.grid(inputs["latents"].shape[1:]))
-            if tokens not in step_flops:  # while the device is at work
+            if new:  # it was compiled; now the device is at work
+                window.exclude(time.perf_counter() - begun)
+                clock.spend("compile")
                 step_flops[tokens] = flops.model_flops(plain_step, state, frozen, empty, inputs)
+            if step == first_step + 1:
+                stop.begin()
             window.count(config.batch_size * tokens, step_flops[tokens], values["loss/total"])
             progress.advance(step)
+            profile.after(step, values)
 
             stopping = stop.requested(step)
-            last = step == config.steps or stopping
+            last = step == config.steps
             due = {
-                name: loop.is_due(step, config[name].every, last, always)
+                name: loop.is_due(step, config[name].every, last or (stopping and always), always)
                 for name, always in (("log", 1), ("validation", 0), ("samples", 0), ("checkpoint", 1))
             }
             if not any(due.values()):
@@ -303,55 +350,59 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
             values |= window.close(step)
             values |= {f"learning_rate/{name}": float(rate(step - 1)) for name, rate in rates.items()}
             progress.show(step, window.mean_loss, values["time/step_s"])
-            if due["validation"]:
-                values |= validate(optim.merge(state.ema, frozen))
-            if due["samples"]:
-                path = os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
-                clips = write_clips(optim.merge(state.ema, frozen), path)
-                if writer and clips:
-                    writer.write_clips(step, clips[0], config.data.fps, clips[1])
+            clock.spend("train")
             if writer:
-                writer.write(step, values)
+                writer.write(step, values | clock.values())
             if due["checkpoint"]:
                 saved.save(step, state, data, folders.config_as_json(config))
+                clock.spend("save")
+            if not stopping:
+                look(step, due)
+                if stop.noted:
+                    saved.save(step, state, data, folders.config_as_json(config))
+                    stopping = True
             window.open(step)
 
-        # 6. What remains: the last checkpoint, and the parameters to sample with.
+        # 7. What remains: the last checkpoint, and the parameters to sample with.
+        profile.close()
         data.close()
         saved.close()
         progress.close()
+        if not stopping:
+            own, trained = folders.config_as_json(config), optim.merge(state.ema, frozen)
+            for name in sorted(state.ema, key=lambda name: name != "backbone"):  # parts name their backbone
+                about = checkpoints.describe_part(own, name, step, references)
+                if name != "backbone":
+                    about["categories"] = categories
+                digest = checkpoints.save_params(os.path.join(workdir, name), trained[name], about)
+                if name == "backbone":
+                    references["backbone_sha256"] = digest
+        clock.spend("save")
         if writer:
+            if step > first_step:
+                writer.write(step, clock.values())
+                print(clock.describe())
             writer.close()
-        if step < config.steps:
-            if first:
-                print(f"stopped by a signal, saved at step {step}: run the same command to resume")
-            return False
-        own, trained = folders.config_as_json(config), optim.merge(state.ema, frozen)
-        for name in sorted(state.ema, key=lambda name: name != "backbone"):  # parts name their backbone
-            about = checkpoints.describe_part(own, name, step, references)
-            if name != "backbone":
-                about["categories"] = categories
-            digest = checkpoints.save_params(os.path.join(workdir, name), trained[name], about)
-            if name == "backbone":
-                references["backbone_sha256"] = digest
-        if first:
+        if first and stopping:
+            print(f"stopped by a signal, saved at step {step}: run the same command to resume")
+        elif first:
             print(loop.describe_folder(workdir, sorted(state.ema)))
-        return True
+        return not stopping
 
 
 def main(config: Any) -> int:
     """The command, with its flags parsed; returns the exit status."""
     if not flags.FLAGS.workdir:
         raise UserError("name a folder for the run: --workdir=DIR")
-    return 0 if train(config, flags.FLAGS.workdir, flags.FLAGS.init) else cli.STOPPED
+    return 0 if train(config, flags.FLAGS.workdir, flags.FLAGS.init) else signals.STOPPED
 
 
 if __name__ == "__main__":
     from absl import flags
 
-    from prophy_jax.run import cli
+    from prophy_jax.run import cli, signals
 
     about = "A run, a checkpoint of it or a folder of parameters that a new run begins with; may be repeated."
     flags.DEFINE_multi_string("init", [], about)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
-    cli.run(main, __doc__, distributed=True)
+    cli.run(main, __doc__, distributed=True, saves=True)

@@ -223,6 +223,19 @@ def test_loading_is_timed_with_checksums_and_without():
     assert len(times) == 2 and float(ratio) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_is_timed_from_one_process_and_from_several(processes):
+    words = ["--gb=0.2", "--rounds=1", f"--processes={processes}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.save", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = rf"^0.2 GB, {processes} processes: the state is taken in ([\d.]+) s, .* is whole in ([\d.]+) s"
+    ((taken, whole),) = re.findall(found, done.stdout, re.M)
+    assert 0 <= float(taken) <= float(whole)
+
+
 def test_sizes_of_a_shape_are_those_that_wan_is_built_with():
     model, _ = measure.build(measure.SHAPES["tiny"], parts=False)
     own = dataclasses.asdict(model.backbone.config)

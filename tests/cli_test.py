@@ -304,12 +304,13 @@ def test_compiled_programs_are_kept_in_the_cache_folder_unless_the_user_names_an
 @pytest.mark.parametrize(
     ("command", "words", "named"),
     [
-        ("prophy_jax.train", ["--workdir=gs://b/run"], "--workdir=gs://b/run"),
-        ("prophy_jax.prepare", ["--out=gs://b/x"], "--out=gs://b/x"),
-        ("prophy_jax.prepare", ["--source", "s3://b/x"], "--source=s3://b/x"),
-        ("prophy_jax.label", ["--out=gs://b/x", "--vlm=none"], "--out=gs://b/x"),
-        ("prophy_jax.sample", ["--out=s3://b/x", "--prompt=gs://is/text"], "--out=s3://b/x"),
-        ("prophy_jax.train", ["--config.data.dir=gs://b/x"], "config.data.dir=gs://b/x"),
+        ("prophy_jax.train", ["--workdir=az://b/run"], "--workdir=az://b/run"),
+        ("prophy_jax.prepare", ["--out=file:///x"], "--out=file:///x"),
+        ("prophy_jax.prepare", ["--source", "http://b/x"], "--source=http://b/x"),
+        ("prophy_jax.label", ["--out=hdfs:/b/x", "--vlm=none"], "--out=hdfs:/b/x"),
+        ("prophy_jax.label", ["--vlm=gs://b/x", "--out=x"], "--vlm=gs://b/x"),
+        ("prophy_jax.sample", ["--prompts=s3://b/x", "--prompt=gs://is/text"], "--prompts=s3://b/x"),
+        ("prophy_jax.train", ["--config.data.dir=ftp://b/x"], "config.data.dir=ftp://b/x"),
         (
             "prophy_jax.train",
             ["--config.data.side.alignment=GS://b/x"],
@@ -317,7 +318,7 @@ def test_compiled_programs_are_kept_in_the_cache_folder_unless_the_user_names_an
         ),
         ("prophy_jax.train", ["--config.backbone_params=hf://b/x"], "config.backbone_params=hf://b/x"),
         ("prophy_jax.train", ["--config=gs://b/mine.py"], "--config=gs://b/mine.py"),
-        ("convert.wan", ["--src=a", "--dst=gs://b/w"], "--dst=gs://b/w"),
+        ("convert.wan", ["--src=gs://b/w", "--dst=a"], "--src=gs://b/w"),
         ("convert.export", ["--checkpoint=a", "--format=diffusers", "--dst", "gs://b/w"], "gs://b/w"),
     ],
 )

@@ -35,6 +35,16 @@ import types  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytest_plugins = ["tests.bucket"]
+
+
+# Files that take longest, which begin: test processes that begin with short ones would end minutes apart.
+LONG = ("pipeline", "train", "distributed", "train_step", "signals", "plan", "pipeline_parity", "evaluate")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    place = {f"{name}_test.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 def pytest_collection_finish() -> None:

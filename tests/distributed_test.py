@@ -1,32 +1,46 @@
 """Real jobs of several processes over loopback, each with one simulated CPU device."""
 
+import ast
+import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
 from prophy_jax.prepare import prepare
-from prophy_jax.run import checkpoints, metrics
+from prophy_jax.run import checkpoints, lock, metrics, storage
+from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config, xla_flags
 
 # Short deadlines, and parameters that are small are split too. "slow" makes each step take a while.
 BOOT = """
 import runpy, sys, time
-from prophy_jax.run import distributed, parallel
-distributed.START_S, distributed.LOST_S, distributed.SHARED_S = {start}, 10, 2
+from prophy_jax.run import distributed, parallel, workdir
+distributed.START_S, distributed.LOST_S, workdir.SHARED_S = {start}, 10, 2
 parallel.MIN_SHARDED_SIZE = 256
 if "slow" in sys.argv:
     sys.argv.remove("slow")
     put = parallel.put_batch
     parallel.put_batch = lambda *arguments: (time.sleep(0.1), put(*arguments))[1]
+if "tell" in sys.argv:
+    sys.argv.remove("tell")
+    from prophy_jax.run import checksums
+    hash_files = checksums.hash_files
+    def tell(folder, *arguments, known=None):
+        found = hash_files(folder, *arguments, known=known)
+        print("hashed", sorted(found.keys() - dict(known or ()).keys()), "in", folder, flush=True)
+        return found
+    checksums.hash_files = tell
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 MODEL = (
@@ -76,7 +90,7 @@ class Job:
     def last_line(self, rank: int) -> str:
         return self.log(rank).strip().splitlines()[-1]
 
-    def wait_for(self, path: pathlib.Path) -> None:
+    def wait_for(self, path: storage.AnyPath) -> None:
         while not path.exists():
             assert all(process.poll() is None for process in self.processes), self.log(0)
             time.sleep(0.02)
@@ -151,11 +165,45 @@ def test_job_is_killed_and_terminated_and_goes_on_with_other_processes(alone, tm
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
+def test_a_job_in_a_bucket_is_killed_and_goes_on(alone, tiny_data, bucket, tmp_path, monkeypatch):
+    fsspec.filesystem("gs").put(f"{tiny_data}/", f"{bucket}/data/", recursive=True)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/xla")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    settings = (f"--config.data.dir={bucket}/data", f"--workdir={bucket}/run")
+    saved = storage.path(bucket) / "run" / "checkpoints" / "5" / "commit_success.txt"
+    with train(tmp_path, tiny_data, "killed", 2, *settings, "slow") as job:
+        job.wait_for(saved)
+        with pytest.raises(UserError, match=f"{bucket}/run is written by a run of prophy_jax.train"):
+            lock.held(f"{bucket}/run", "another").__enter__()
+        job.processes[1].send_signal(signal.SIGKILL)
+        assert job.wait()[0] not in (0, None)
+    with train(tmp_path, tiny_data, "again", 2, *settings) as job:
+        assert job.wait() == [0, 0], job.log(0)
+    ours, theirs = (
+        {line["step"]: line for line in metrics.read_metrics(str(run))} for run in (f"{bucket}/run", alone)
+    )
+    assert ours.keys() == theirs.keys()
+    for step in theirs.keys() - {0}:
+        assert ours[step]["loss/total"] == pytest.approx(theirs[step]["loss/total"], rel=1e-5)
+    assert storage.list_files(f"{bucket}/xla")
+    assert lock.LOCK not in storage.list_files(f"{bucket}/run")
+
+
 def test_two_processes_write_the_parameters_that_are_split_over_them(alone, tmp_path, tiny_data):
     steps = "--config.steps=5"
-    with train(tmp_path, tiny_data, "two", 2, "--config.mesh.fsdp=2", steps) as job:
+    with train(tmp_path, tiny_data, "two", 2, "--config.mesh.fsdp=2", steps, "tell") as job:
         assert job.wait() == [0, 0], job.log(0)
     run = tmp_path / "run"
+    # Each has hashed the arrays that it wrote to the checkpoint, and the first the little that remains.
+    for rank in range(2):
+        (own,) = re.findall(rf"^hashed (.*) in .*state.*/ocdbt.process_{rank}/d$", job.log(rank), re.M)
+        assert len(ast.literal_eval(own)) > 0
+    (rest,) = re.findall(r"^hashed (.*) in .*checkpoints/5[^/\n]*$", job.log(0), re.M)
+    assert "state/manifest.ocdbt" in rest and not re.search("process_./d/", rest)
+    listed = json.loads((run / "checkpoints" / "5" / "checksums.json").read_text())
+    assert {name.split("/")[1] for name in listed if "/d/" in name} >= {"ocdbt.process_0", "ocdbt.process_1"}
+    checkpoints.verify_checkpoint(str(run / "checkpoints" / "5"), "")
+    assert not list((run / "checkpoints" / "5").glob("*.checksums.json"))
     for part in ("backbone", "branch"):
         sha256 = checkpoints.read_manifest(str(run / part), "")["sha256"]
         assert checkpoints.tree_hash(params(run / part)) == sha256

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from prophy_jax.run import lock
+from prophy_jax.run import lock, storage
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT
 
@@ -88,15 +88,20 @@ def test_a_damaged_lock_is_replaced(tmp_path, fast, content):
         pass
 
 
-def test_of_many_that_find_a_dead_holder_one_takes_over(tmp_path, fast):
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    return tmp_path if request.param == "disk" else storage.path(request.getfixturevalue("bucket"))
+
+
+def test_of_many_that_find_a_dead_holder_one_takes_over(place, fast):
     dead = {"host": "elsewhere", "pid": 7, "what": "a run", "since": "noon"}
-    for _ in range(5):
-        (tmp_path / lock.LOCK).write_text(json.dumps(dead))
+    for _ in range(3):
+        (place / lock.LOCK).write_text(json.dumps(dead))
         inside, most, refused = [], [], []
 
         def take(number, inside=inside, most=most, refused=refused):
             try:
-                with lock.held(tmp_path, f"number {number}"):
+                with lock.held(place, f"number {number}"):
                     inside.append(number)
                     time.sleep(0.2)
                     most.append(len(inside))
@@ -111,5 +116,50 @@ def test_of_many_that_find_a_dead_holder_one_takes_over(tmp_path, fast):
             thread.join()
         assert set(most) == {1} and len(most) + len(refused) == 6
         with contextlib.suppress(FileNotFoundError):
-            (tmp_path / lock.LOCK).unlink()
-        assert os.listdir(tmp_path) == []
+            (place / lock.LOCK).unlink()
+        assert storage.list_files(place) == {}
+
+
+def test_a_bucket_holds_the_lock_of_a_live_process_of_another_machine(bucket, fast, monkeypatch):
+    """Its touches are seen, and it lets go at its end."""
+    monkeypatch.setattr(lock, "_here", lambda: {"host": "elsewhere"})
+    with lock.held(bucket, "a run"):
+        monkeypatch.undo()
+        monkeypatch.setattr(lock, "BEAT_S", 0.05)
+        monkeypatch.setattr(lock, "WATCH_S", 1.0)
+        with pytest.raises(UserError, match="is written by a run, process .* on elsewhere"):
+            lock.held(bucket, "another").__enter__()
+    assert storage.list_files(bucket) == {}
+
+
+def test_those_that_wait_come_one_after_another(place, fast):
+    order = []
+
+    def take(number):
+        with lock.held(place, f"number {number}", wait=True):
+            order.append(number)
+            time.sleep(0.1)
+            order.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order[::2] == order[1::2] and sorted(order[::2]) == [0, 1, 2, 3]
+
+
+def test_a_holder_whose_lock_was_taken_over_ends(tmp_path):
+    """It stood still for long, as a suspended machine does: two would write."""
+    quick = HOLDER.replace("with lock", "lock.BEAT_S = 0.1\nwith lock")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", quick, str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    other = {"host": "elsewhere", "pid": 7, "what": "another run", "token": "another"}
+    storage.write_atomically(tmp_path / lock.LOCK, json.dumps(other))
+    assert holder.wait(10) == 1
+    said = holder.stderr.read()
+    assert "was taken over by another run, process 7 on elsewhere" in said and "Traceback" not in said
+    assert json.loads((tmp_path / lock.LOCK).read_text()) == other

@@ -1,6 +1,7 @@
 """Metrics on disk: what a killed run left is cut back to its checkpoint."""
 
 import io
+import json
 import os
 import sys
 
@@ -63,6 +64,17 @@ def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
 
 
+def test_what_is_known_later_joins_the_line_of_its_step(tmp_path):
+    writer = MetricsWriter(str(tmp_path), 0)
+    for step, values in ((5, {"loss": 1.0, "share": 0.1}), (5, {"validation": 2.0, "share": 0.2}), (10, {})):
+        writer.write(step, values)
+    joined = [{"step": 5, "loss": 1.0, "share": 0.2, "validation": 2.0}, {"step": 10}]
+    assert read_metrics(str(tmp_path)) == joined  # also of a run that is killed now
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == joined
+
+
 def test_a_line_cut_short_is_left_out(tmp_path):
     write(str(tmp_path), 0, [0, 5])
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -91,7 +103,10 @@ def test_a_resumed_run_continues_its_run_of_wandb(tmp_path, monkeypatch):
         runs.append((run.id, run.project, run.config["seed"]))
         writer = MetricsWriter(str(tmp_path), first_step, run)
         writer.write(first_step + 5, {"loss/total": 1.0, "router/load_0": 0.2, "router/load_1": 0.4})
+        writer.write(first_step + 5, {"validation/loss": 0.5})  # of the same step: sent with it
+        writer.write(first_step + 6, {})
         assert run.summary["loss/total"] == 1.0 and run.summary["router/load_max"] == 0.4
+        assert run.summary["validation/loss"] == 0.5
         writer.close()
     assert runs[0] == runs[1] == ((tmp_path / "wandb_id").read_text(), "physics", 0)
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{runs[0][0]}"))

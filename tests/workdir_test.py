@@ -1,7 +1,6 @@
 """Claimed folders, what a configuration decides, and files that are whole or not there."""
 
 import json
-import os
 import threading
 
 import pytest
@@ -246,41 +245,6 @@ def test_what_a_folder_holds_may_grow(tmp_path):
         own = {"size": 1, "clips": clips}
         found = workdir.claim(tmp_path, "plan.json", own, "--out", compare=shared, add=both)
         assert found == _read(tmp_path / "plan.json") == {"size": 1, "clips": expected}
-
-
-# --- Files -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("content", ["ä", "ä".encode(), lambda file: file.write("ä".encode())])
-def test_written_files_replace_older_ones(tmp_path, content):
-    for _ in range(2):
-        workdir.write_atomically(tmp_path / "file", content)
-        assert (tmp_path / "file").read_text(encoding="utf-8") == "ä" and _names(tmp_path) == ["file"]
-
-
-def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path):
-    workdir.write_atomically(tmp_path / "file", "old")
-
-    def fail(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        workdir.write_atomically(tmp_path / "file", fail)
-    with pytest.raises(OSError):
-        workdir.write_atomically(tmp_path / "no" / "file", "new")
-    assert (tmp_path / "file").read_text() == "old" and _names(tmp_path) == ["file"]
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))
-        )
-    workdir.write_atomically(tmp_path / "file", "text")
-    assert calls == ["fsync", "replace", "fsync"]  # the file, then the folder
 
 
 def test_what_a_run_reads_may_move_but_not_change(tmp_path):

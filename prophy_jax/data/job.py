@@ -7,11 +7,9 @@ DIR/manifest.json and the rest   when all is there, see `prophy_jax.data.records
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from prophy_jax.data import records
-from prophy_jax.run import checksums, workdir
+from prophy_jax.run import checksums, lock, storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 CLIPS = "clips.jsonl"
@@ -43,7 +41,8 @@ class Job:
     A shard is a fixed piece of the work. What it holds depends on the plan alone, not on who writes it or
     when, so the finished folder is the same for 1 and for 100 processes, interrupted or not. A shard appears
     under its name when it is whole, with a JSON file that says so and reports on it; one that was interrupted
-    is made again. Process i of P makes the shards i, i + P, ...; the last to be done puts them together.
+    is made again. Process i of P makes the shards i, i + P, ..., or has them made (`prophy_jax.run.engine`);
+    the last to be done puts them together.
 
     Args:
         out: the folder.
@@ -68,7 +67,7 @@ class Job:
         rows: Mapping[tuple[str, int], list[dict[str, Any]]] | None = None,
         inputs: tuple[str, ...] = (),
     ) -> None:
-        self.out = Path(out)
+        self.out = storage.path(out)
         self._plan, self._rows = plan, rows
         self._work = self.out / "work"
         self._shards = [(split, index) for split in shards for index in range(shards[split])]
@@ -92,7 +91,7 @@ class Job:
                 workdir.claim(self.out, "manifest.json", plan, "--out", compare_finished)
                 if not self.complete():
                     self._work.mkdir(exist_ok=True)
-                    workdir.write_atomically(self._work / "plan.json", json.dumps(checksums.sealed(plan)))
+                    storage.write_atomically(self._work / "plan.json", json.dumps(checksums.sealed(plan)))
             else:
                 workdir.claim(self.out, "work/plan.json", plan, "--out", compare, lambda _, own: own)
 
@@ -108,15 +107,33 @@ class Job:
         own = [{"split": split, **row} for (split, _), rows in self._rows.items() for row in rows]
         return _agree(own, read_clips(self.out))
 
-    def _name(self, split: str, index: int) -> Path:
+    def _name(self, split: str, index: int) -> storage.AnyPath:
         return self._work / f"{split}-{index:05d}"
 
-    def missing(self, mine: bool = False) -> list[tuple[str, int]]:
-        """(split, shard) of what is still to be made: by all processes, or by this one."""
+    def missing(self) -> list[tuple[str, int]]:
+        """(split, shard) of what is still to be made, by all processes."""
         if self.complete():
             return []
-        first, step = self._process if mine else (0, 1)
-        return [shard for shard in self._shards[first::step] if not self._made(*shard)]
+        return [shard for shard in self._shards if not self._made(*shard)]
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[list[tuple[str, int]]]:
+        """Gives (split, shard) of what this process is to make, and keeps others from making the same.
+
+        Raises UserError when another process is at it.
+        """
+        first, step = self._process
+        mine = set(self.missing()).intersection(self._shards[first::step])
+        with contextlib.ExitStack() as stack:
+            if mine:
+                remedy = (
+                    "wait for it, stop it, or give each its share of the work with --process=0/2, "
+                    "--process=1/2 and so on"
+                )
+                file = f"process-{first}-of-{step}.lock"
+                with _writing(self.out):
+                    stack.enter_context(lock.held(self._work, "prophy_jax", file, remedy=remedy))
+            yield [shard for shard in self._shards if shard in mine and not self._made(*shard)]
 
     def _made(self, split: str, index: int) -> bool:
         """Whether a shard is there and whole, and of these rows. One that is damaged is made again."""
@@ -124,33 +141,20 @@ class Job:
             report = _read_report(self._report(split, index))
             for dataset, size in report["datasets"].items():
                 path = _part(self._name(split, index), dataset)
+                if storage.in_bucket(path):  # where objects are whole
+                    continue
                 if path.stat().st_size != size.get("file_bytes", path.stat().st_size):
                     return False
         except (FileNotFoundError, NotADirectoryError, UserError):
             return False
         return self._rows is None or _agree(self._rows[split, index], report.get("rows", []))
 
-    def _report(self, split: str, index: int) -> Path:
-        return self._name(split, index).with_suffix(".json")
+    def _report(self, split: str, index: int) -> storage.AnyPath:
+        return _report(self._name(split, index))
 
-    @contextlib.contextmanager
-    def shard(self, split: str, index: int) -> Iterator["Shard"]:
-        """Makes one shard: it is there when the body ends, and nothing of it is when the body raises.
-
-        Raises UserError when another process is at it, or when the disk is full.
-        """
-        with contextlib.ExitStack() as stack:
-            with _writing(self.out):
-                stack.enter_context(_lock(self._name(split, index).with_suffix(".lock")))
-            shard = Shard(self._name(split, index), self.out)
-            try:
-                yield shard
-                with _writing(self.out):
-                    report = json.dumps(checksums.sealed(shard.close()))
-                    workdir.write_atomically(self._report(split, index), report)
-            except BaseException:  # also on Ctrl-C
-                shard.discard()
-                raise
+    def shard(self, split: str, index: int) -> contextlib.AbstractContextManager["Shard"]:
+        """Makes one shard, see `make_shard`."""
+        return make_shard(self.out, split, index)
 
     def finish(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> dict[str, Any] | None:
         """Puts the folder together if every shard is made; does nothing otherwise.
@@ -171,10 +175,10 @@ class Job:
                 )
                 return None
             try:
-                with _lock(self._work / "finish.lock", wait=True):
+                with lock.held(self._work, "prophy_jax", "finish.lock", wait=True):
                     if not self.complete():
                         self._put_together(describe)
-                    shutil.rmtree(self._work)
+                    storage.remove(self._work)
             except FileNotFoundError:
                 if not self.complete():  # otherwise another process did it meanwhile
                     raise
@@ -189,9 +193,9 @@ class Job:
         if self._rows is not None:  # the folder may have been finished for other clips
             (self.out / "manifest.json").unlink(missing_ok=True)
             for name in {dataset.split("/")[0] for dataset in features}:
-                shutil.rmtree(self.out / name, ignore_errors=True)
+                storage.remove(self.out / name)
             lines = [json.dumps(checksums.sealed(row)) for row in _place(reports)]
-            workdir.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
+            storage.write_atomically(self.out / CLIPS, "\n".join(lines) + "\n")
         for dataset in features:
             self._assemble(dataset, features[dataset], reports)
         plan = json.loads(json.dumps(self._plan))
@@ -223,7 +227,7 @@ class Job:
             for index, (path, _, _) in enumerate(files):
                 final = names.sharded_filepath(shard_index=index, num_shards=len(files))
                 if not final.exists():
-                    _link(path, final)
+                    storage.copy(path, storage.path(final))
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
@@ -241,12 +245,35 @@ class Job:
         )
 
 
-class Shard:
-    """The files of one shard, one per data set, while it is made; see `Job.shard`."""
+@contextlib.contextmanager
+def make_shard(out: str | Path, split: str, index: int) -> Iterator["Shard"]:
+    """Makes one shard of a folder that a `Job` has claimed, in whatever process.
 
-    def __init__(self, name: Path, out: Path) -> None:
-        self._name, self._out = name, out
-        self._files: dict[str, array_record_module.ArrayRecordWriter] = {}
+    It is there when the body ends, and nothing of it is when the body raises. Two processes may make the same
+    shard, such as one that was given up as lost and its successor: neither sees the other's files until
+    they are whole, and these are equal.
+
+    Raises UserError where the folder cannot be seen or written, or when the disk is full.
+    """
+    out = storage.path(out)
+    workdir.wait_for_file(out / "work" / "plan.json")
+    shard = Shard(out / "work" / f"{split}-{index:05d}", out)
+    try:
+        yield shard
+        with _writing(shard.out):
+            report = json.dumps(checksums.sealed(shard.close()))
+            storage.write_atomically(_report(shard.name), report)
+    except BaseException:  # also on Ctrl-C
+        shard.discard()
+        raise
+
+
+class Shard:
+    """The files of one shard, one per data set, while it is made; see `make_shard`."""
+
+    def __init__(self, name: storage.AnyPath, out: storage.AnyPath) -> None:
+        self.name, self.out = name, out
+        self._files: dict[str, tuple[Path, array_record_module.ArrayRecordWriter]] = {}
         self._report: dict[str, Any] = {"datasets": {}, "ids": {}}
 
     def write(self, dataset: str, features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> None:
@@ -254,13 +281,15 @@ class Shard:
         data = features.serialize_example(example)
         # TFDS writes the features in an order that differs from process to process.
         data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
-        with _writing(self._out):
+        with _writing(self.out):
             if dataset not in self._files:
-                path = str(_partial(_part(self._name, dataset)))
-                self._files[dataset] = array_record_module.ArrayRecordWriter(path, _OPTIONS)
+                partial = storage.name_partial(_part(self.name, dataset))
+                if storage.in_bucket(partial):  # array_record writes to disks alone
+                    partial = Path(tempfile.gettempdir()) / partial.name
+                self._files[dataset] = partial, array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
                 self._report["datasets"][dataset] = {"count": 0, "bytes": 0}
                 self._report["ids"][dataset] = []
-            self._files[dataset].write(data)
+            self._files[dataset][1].write(data)
         self._report["datasets"][dataset]["count"] += 1
         self._report["datasets"][dataset]["bytes"] += len(data)
         self._report["ids"][dataset].append(example["id"])
@@ -270,24 +299,24 @@ class Shard:
         self._report |= values
 
     def close(self) -> dict[str, Any]:
-        for dataset, file in self._files.items():
+        for dataset, (partial, file) in self._files.items():
             file.close()  # here, not earlier, a full disk shows
-            path = _part(self._name, dataset)
-            reader = array_record_module.ArrayRecordReader(str(_partial(path)))
+            path = _part(self.name, dataset)
+            reader = array_record_module.ArrayRecordReader(str(partial))
             if reader.num_records() != self._report["datasets"][dataset]["count"]:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            self._report["datasets"][dataset]["file_bytes"] = _partial(path).stat().st_size
-            workdir.sync(_partial(path))  # the folder is synced with the report, which comes last
-            os.replace(_partial(path), path)
+            self._report["datasets"][dataset]["file_bytes"] = partial.stat().st_size
+            storage.place(partial, path)  # the folder is synced with the report, which comes last
+            partial.unlink(missing_ok=True)
         return self._report
 
     def discard(self) -> None:
-        for dataset, file in self._files.items():
+        for partial, file in self._files.values():
             with contextlib.suppress(Exception):  # it failed, and says so elsewhere
                 file.close()
-            _partial(_part(self._name, dataset)).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
@@ -296,10 +325,10 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     Each has the keys that its maker noted; of a finished folder also "split", and "bucket" and "index", where
     its example is in that split (None: it was skipped). [] where nothing is known.
     """
-    path = Path(out) / CLIPS
+    path = storage.path(out) / CLIPS
     if working:
         rows = []
-        for report in Path(out).glob("work/*-?????.json"):
+        for report in (storage.path(out) / "work").glob("*-?????.json"):
             with contextlib.suppress(FileNotFoundError):  # another process has just put the folder together
                 rows += _read_report(report).get("rows", [])
         return rows
@@ -314,7 +343,7 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
     return found
 
 
-def _read_report(path: Path) -> dict[str, Any]:
+def _read_report(path: storage.AnyPath) -> dict[str, Any]:
     """The report of a shard. Raises UserError when it is damaged, FileNotFoundError when it is not there."""
     remedy = "delete it and run the same command again, which makes this shard anew"
     try:
@@ -363,21 +392,12 @@ def _fill_empty_split(reports: list[dict[str, Any]]) -> None:
             own[0]["stands_in"] = (other, others[0]["shard"])
 
 
-def _link(path: Path, final: Path) -> None:
-    """A second name for a file; a copy on file systems without hard links, such as mounted buckets."""
-    try:
-        os.link(path, final)
-    except OSError:
-        with workdir.replacing(final) as partial:
-            shutil.copyfile(path, partial)
-
-
-def _part(shard: Path, dataset: str) -> Path:
+def _part(shard: storage.AnyPath, dataset: str) -> storage.AnyPath:
     return shard.with_suffix("." + dataset.replace("/", "."))
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+def _report(shard: storage.AnyPath) -> storage.AnyPath:
+    return shard.with_suffix(".json")
 
 
 def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
@@ -398,7 +418,7 @@ def _fingerprint(plan: Mapping[str, Any], reports: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _writing(out: storage.AnyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
@@ -407,20 +427,6 @@ def _writing(out: Path) -> Iterator[None]:
             f"cannot write {out}: {reason}; nothing that was finished is lost: fix this and run the same "
             "command again"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds a lock that the system releases when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is writing to {path.parent}: wait for it, or give each its share of the "
-                "work with --process=0/2, --process=1/2 and so on"
-            ) from error
-        yield
 
 
 def parse_process(text: str) -> tuple[int, int]:

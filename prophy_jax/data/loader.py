@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from prophy_jax.data import batch, job, records, taxonomy
-from prophy_jax.run import workdir
+from prophy_jax.run import storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 # Threads suffice: reading a record is checking and copying it, in code that releases Python's lock. Each
@@ -316,7 +316,7 @@ def _is_there(name: str, columns: Mapping[str, Any]) -> bool:
 
 def _check_side(data_dir: str | Path, manifest: Mapping[str, Any], stored: str, folder: str | Path) -> None:
     """Raises UserError unless `folder` was made for the records of `data_dir`, whose manifest is given."""
-    if not Path(folder).is_dir():
+    if not storage.path(folder).is_dir():
         make = batch.how_to_make(stored, data_dir, folder)
         raise UserError(f"no {stored!r} at {folder}; make it with: {make}")
     own = records.read_manifest(folder)
@@ -339,11 +339,11 @@ def load_empty_text(data_dir: str | Path) -> dict[str, np.ndarray]:
     """
     records.read_manifest(data_dir)
     records.check_file(data_dir, "empty_text.npz")
-    path = Path(data_dir) / "empty_text.npz"
+    path = storage.path(data_dir) / "empty_text.npz"
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             return {"text": stored["text"], "text_mask": stored["mask"]}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged; prepare the data again") from error

@@ -15,6 +15,7 @@ without TensorFlow. What each of their examples holds is in `prophy_jax.data.bat
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ from array_record.python import array_record_module
 
 import prophy_jax
 from prophy_jax.data import batch
-from prophy_jax.run import checksums, workdir
+from prophy_jax.run import checksums, storage, workdir
 from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -85,32 +86,32 @@ def features(dataset: str, sizes: batch.Sizes, without: Sequence[str] = ()) -> t
     return tfds.features.FeaturesDict(described)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(folder: storage.AnyPath, manifest: Mapping[str, Any]) -> None:
     """Writes DIR/manifest.json, with the schema version first; it makes the folder complete.
 
     It lists the checksums of the files beside it that have none of their own.
     """
-    found = [path for pattern in _LISTED for path in sorted(Path(folder).glob(pattern))]
-    files = {path.relative_to(folder).as_posix(): checksums.hash_file(path) for path in found}
+    found = [path for pattern in _LISTED for path in sorted(folder.glob(pattern))]
+    files = {path.relative_to(folder).as_posix(): storage.hash_file(path) for path in found}
     manifest = {"schema_version": SCHEMA_VERSION, **manifest, "checksums": files}
     text = json.dumps(checksums.sealed(manifest), indent=2)
-    workdir.write_atomically(folder / "manifest.json", text + "\n")
+    storage.write_atomically(folder / "manifest.json", text + "\n")
 
 
 def check_file(data_dir: str | Path, name: str) -> None:
     """Raises UserError where a file of a finished folder is not as it was when that was finished."""
-    path = Path(data_dir) / name
-    if path.is_file() and (Path(data_dir) / "manifest.json").is_file():
+    path = storage.path(data_dir) / name
+    if path.is_file() and (storage.path(data_dir) / "manifest.json").is_file():
         listed = read_manifest(data_dir).get("checksums", {})
-        if listed.get(name) not in (None, checksums.hash_file(path)):
+        if listed.get(name) not in (None, storage.hash_file(path)):
             raise UserError(f"{path} is damaged (not as it was written); make the data again")
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     """The manifest of `data_dir`; UserError when it is absent, damaged or of another schema."""
-    path = Path(data_dir) / "manifest.json"
+    path = storage.path(data_dir) / "manifest.json"
     if not path.is_file():
-        if (Path(data_dir) / "work").is_dir():
+        if (storage.path(data_dir) / "work").is_dir():
             raise UserError(f"{data_dir} is not finished: run the command that makes it again")
         raise UserError(
             f"no training data at {data_dir}; make it with: "
@@ -137,7 +138,7 @@ class Dataset(Sequence[Mapping[str, Any]]):
         self.columns = tuple(features.keys())
         self._features = features
         self._files = [str(path) for path in split.filepaths]
-        self._where = str(Path(self._files[0]).parent)
+        self._where = os.path.dirname(self._files[0])
         self._ends = np.cumsum(split.shard_lengths)
         self._reader = functools.lru_cache(_OPEN_FILES)(_open_reader)
 
@@ -213,7 +214,7 @@ def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
 
 def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.DatasetInfo:
     """What TFDS keeps about one bucket of a data set; UserError when it is missing or damaged."""
-    folder = Path(data_dir) / name / bucket
+    folder = storage.path(data_dir) / name / bucket
     for file in ("features.json", "dataset_info.json"):
         check_file(data_dir, f"{name}/{bucket}/{file}")
     if (folder / "features.json").exists():
@@ -224,7 +225,7 @@ def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.Dataset
         raise UserError(f"{folder} is missing or damaged; make the data again") from error
 
 
-def _check_classes(path: Path) -> None:
+def _check_classes(path: storage.AnyPath) -> None:
     """Raises UserError where a description of columns names a class that none of ours is of.
 
     TFDS would import the module of any that it does not know, and so run it.
@@ -252,7 +253,7 @@ def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Da
 
     Raises UserError when the split does not exist or one of its files is missing; later, one that is damaged.
     """
-    folder, info = Path(data_dir) / name / bucket, open_info(data_dir, name, bucket)
+    folder, info = storage.path(data_dir) / name / bucket, open_info(data_dir, name, bucket)
     if split not in info.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {sorted(info.splits)}")
     try:
@@ -272,7 +273,7 @@ def side_folder(data_dir: str | Path, dataset: str, named: str | Path | None) ->
     """The folder that has a data set: `named`, or else the data's own if it has one."""
     if named:
         return named
-    return data_dir if (Path(data_dir) / dataset).exists() else None
+    return data_dir if (storage.path(data_dir) / dataset).exists() else None
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import numpy as np
 from prophy_jax import evaluation
 from prophy_jax.evaluation import charts, diffusion, pictures
 from prophy_jax.run.errors import counted
-from prophy_jax.run.workdir import write_atomically
+from prophy_jax.run.storage import write_atomically
 
 SPLITS = {"val": "validation clips", "test": "test clips, whose prompts are worded in new ways"}
 

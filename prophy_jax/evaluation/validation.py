@@ -4,7 +4,6 @@ B batch, T h w latent grid.
 """
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,8 @@ from prophy_jax.data import loader, records
 from prophy_jax.data.sources import video
 from prophy_jax.diffusion import generate
 from prophy_jax.models.beside.part import Model
-from prophy_jax.run import distributed, encoders, parallel
+from prophy_jax.run import distributed, encoders, parallel, storage
 from prophy_jax.run.errors import NotFinite
-from prophy_jax.run.workdir import write_atomically
 
 
 def make_validation(
@@ -88,10 +86,11 @@ def make_validation_clips(
         except NotFinite as error:  # The loss says whether training goes on.
             print(f"warning: {path} is not written: {error}", file=sys.stderr)
             return None
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        folder = storage.path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
         frames = np.concatenate(rows, axis=1)
         video.write_mp4(path, frames, config.data.fps)
-        write_atomically(os.path.join(os.path.dirname(path), "prompts.md"), text)
+        storage.write_atomically(folder / "prompts.md", text)
         return frames, text
 
     return write

@@ -26,7 +26,7 @@ import torch
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.labels.vlm import Vlm
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import write_atomically
+from prophy_jax.run.storage import write_atomically
 
 QUESTION = 'A video has this caption: "{caption}"\nDoes the video show {name}? Answer Yes or No.'
 AT_ONCE = 64  # questions of one forward pass, at most

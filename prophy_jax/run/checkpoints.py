@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,9 +27,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax.run import checksums, distributed, parallel
+from prophy_jax.run import checksums, distributed, parallel, storage
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import put_in_place, read_json, read_run, write_atomically
+from prophy_jax.run.workdir import read_json, read_run
 
 SLICE_BYTES = 2**24
 CHECKSUMS = "checksums.json"  # of a training checkpoint
@@ -74,25 +73,55 @@ class TrainCheckpoints:
 
     def __init__(self, workdir: str, keep: int):
         _cut_large_arrays_only()
-        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        self.folder = os.path.join(storage.absolute(workdir), "checkpoints")
         self._saving = 0
+        self._wait = ocp.multihost.get_barrier_sync_fn()
         self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self._hash_and_wait, post_finalization_callback=self._write_checksums
+                ),
             ),
             item_names=("state", "data", "config"),
         )
 
+    def _written(self) -> str:
+        """The folder of the checkpoint that is being written, before it gets its final name or mark."""
+        folder = os.path.join(self.folder, str(self._saving))
+        if storage.in_bucket(folder):
+            return folder
+        return max(
+            [*glob.glob(glob.escape(folder)), *glob.glob(f"{glob.escape(folder)}.*")], key=os.path.getmtime
+        )
+
+    def _hash_and_wait(self, *, key: str, timeout_ms: int) -> None:
+        """A barrier of Orbax's. Before the one after writing, each process hashes the arrays that it wrote.
+
+        They are in its memory still; the first process would read all of them from the storage.
+        """
+        on_disk = not storage.in_bucket(self.folder)  # buckets know the hashes of what they hold
+        if "async_write_complete" in key and jax.process_count() > 1 and on_disk:
+            with contextlib.suppress(OSError, ValueError):  # the first process hashes what is not known
+                folder, process = self._written(), jax.process_index()
+                own = f"ocdbt.process_{process}/d"  # files that nobody writes again
+                (place,) = glob.glob(os.path.join(glob.escape(folder), "state*", own))  # it has no name yet
+                listed = {f"state/{own}/{name}": entry for name, entry in checksums.hash_files(place).items()}
+                storage.write_atomically(os.path.join(folder, f"{process}.{CHECKSUMS}"), json.dumps(listed))
+        self._wait(key=key, timeout_ms=timeout_ms)
+
     def _write_checksums(self) -> None:
-        """Of all files of the checkpoint that is being written, before it gets its final name or mark."""
+        """Of all files of the checkpoint that is being written."""
         if not distributed.is_first():
             return
-        own = glob.escape(os.path.join(self.folder, str(self._saving)))
-        folder = max(glob.glob(own) + glob.glob(f"{own}.*"), key=os.path.getmtime)
-        write_atomically(os.path.join(folder, CHECKSUMS), json.dumps(checksums.hash_files(folder)))
+        folder, known = storage.path(self._written()), {}
+        for path in [] if storage.in_bucket(folder) else folder.glob(f"*.{CHECKSUMS}"):
+            known |= read_json(path, "")
+            path.unlink()
+        listed = checksums.hash_files(folder, known=known)
+        storage.write_atomically(folder / CHECKSUMS, json.dumps(listed))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -133,14 +162,18 @@ class TrainCheckpoints:
         data.set_state(restored["data"])
         return restored["state"]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for saves under way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves under way; nothing can be saved after it."""
         self._manager.close()
 
 
 def _read_checksums(step_folder: str, remedy: str) -> dict[str, Any] | None:
     path = os.path.join(step_folder, CHECKSUMS)
-    return read_json(path, remedy) if os.path.exists(path) else None
+    return read_json(path, remedy) if storage.path(path).exists() else None
 
 
 def verify_checkpoint(step_folder: str, remedy: str) -> None:
@@ -176,7 +209,7 @@ def _paths(tree: Any) -> dict[str, Any]:
 def _saved_shapes(folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            tree = checkpointer.metadata(os.path.abspath(folder)).item_metadata.tree
+            tree = checkpointer.metadata(storage.absolute(folder)).item_metadata.tree
         except (OSError, *_DAMAGE) as error:
             raise UserError(f"{folder} is not a whole checkpoint; delete it or name another") from error
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _paths(tree).items()}
@@ -255,13 +288,18 @@ def _refuse_not_finite(params: Mapping[str, Any], folder: str, remedy: str) -> N
 def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Writes a parameter tree and its manifest; replaces an earlier one at the end. Returns the hash.
 
-    All processes of a job call it, with storage that all share.
+    All processes of a job call it, with storage that all share. In a bucket, which has no renames, the
+    manifest goes first and comes last.
     """
-    folder = os.path.abspath(folder)
-    temporary, first = folder + ".writing", distributed.is_first()
+    folder = storage.absolute(folder)
+    manifest_file = storage.path(folder) / "manifest.json"
+    bucket, first = storage.in_bucket(folder), distributed.is_first()
+    temporary = folder if bucket else folder + ".writing"
     with distributed.all_or_none():
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if bucket:
+                manifest_file.unlink(missing_ok=True)
+            storage.remove(temporary)
     _cut_large_arrays_only()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(os.path.join(temporary, "tree"), params)
@@ -275,11 +313,11 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
     with distributed.all_or_none():
         if first:
             manifest["files"] = checksums.hash_files(temporary)
-            write_atomically(
-                os.path.join(temporary, "manifest.json"), json.dumps(checksums.sealed(manifest), indent=1)
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            put_in_place(temporary, folder)
+            text = json.dumps(checksums.sealed(manifest), indent=1)
+            storage.write_atomically(os.path.join(temporary, manifest_file.name), text)
+            if not bucket:
+                storage.remove(folder)
+                storage.put_in_place(temporary, folder)
     return manifest["sha256"]
 
 
@@ -298,38 +336,35 @@ def find_parts(folder: str, remedy: str = "name another folder") -> dict[str, st
     ones (EMA). Raises UserError when there are none.
     """
     folder = os.fspath(folder).rstrip("/")
-    if in_checkpoint(folder) or os.path.exists(os.path.join(folder, "manifest.json")):
+    root = storage.path(folder)
+    if holds_params(folder):
         return {read_manifest(folder, remedy).get("part", ""): folder}
-    if os.path.isdir(os.path.join(folder, "state")):
+    if (root / "state").is_dir():
         names = {
             path.split("/")[1] for path in _saved_shapes(os.path.join(folder, "state")) if path[:4] == "ema/"
         }
         return {name: os.path.join(folder, "ema", name) for name in sorted(names)}
-    checkpoints = os.path.join(folder, "checkpoints")
-    steps = (
-        [int(name) for name in os.listdir(checkpoints) if name.isdigit()]
-        if os.path.isdir(checkpoints)
-        else []
-    )
+    checkpoints = root / "checkpoints"
+    steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     ended = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "manifest.json"))):
-        manifest = read_manifest(os.path.dirname(path), remedy)
+    for path in sorted(root.glob("*/manifest.json")):
+        manifest = read_manifest(str(path.parent), remedy)
         if manifest.get("step", -1) >= max(steps, default=0):
-            ended[manifest.get("part", "")] = os.path.dirname(path)
+            ended[manifest.get("part", "")] = str(path.parent)
     if not ended and not steps:
         raise UserError(f"no checkpoint at {folder}: {remedy}")
-    return ended or find_parts(os.path.join(checkpoints, str(max(steps))), remedy)
+    return ended or find_parts(str(checkpoints / str(max(steps))), remedy)
 
 
 def holds_params(folder: str) -> bool:
     """Whether this is a folder of parameters, or names some in a training checkpoint."""
-    return bool(in_checkpoint(folder)) or os.path.exists(os.path.join(folder, "manifest.json"))
+    return bool(in_checkpoint(folder)) or (storage.path(folder) / "manifest.json").exists()
 
 
 def in_checkpoint(folder: str) -> re.Match | None:
     """(folder of the checkpoint, "ema" or "params", part) of a folder that names parameters in one."""
     found = re.fullmatch(r"(.*/checkpoints/\d+)/(ema|params)/(\w+)", os.fspath(folder).rstrip("/"))
-    return found if found and os.path.isdir(os.path.join(found[1], "state")) else None
+    return found if found and (storage.path(found[1]) / "state").is_dir() else None
 
 
 def _describe_in_checkpoint(folder: str) -> dict[str, Any]:
@@ -355,7 +390,7 @@ def _describe_in_checkpoint(folder: str) -> dict[str, Any]:
 def _sum_of(step_folder: str) -> str:
     """Tells the content of a checkpoint."""
     path = os.path.join(step_folder, CHECKSUMS)
-    return checksums.hash_file(path) if os.path.exists(path) else os.path.abspath(step_folder)
+    return storage.hash_file(path) if storage.path(path).exists() else storage.absolute(step_folder)
 
 
 def describe_part(
@@ -372,8 +407,8 @@ def read_manifest(folder: str, remedy: str) -> dict[str, Any]:
     """The manifest of a parameter tree. Raises UserError with `remedy` when there is none."""
     if in_checkpoint(folder):
         return _describe_in_checkpoint(folder)
-    path = os.path.join(folder, "manifest.json")
-    if not os.path.exists(path):
+    path = storage.path(folder) / "manifest.json"
+    if not path.exists():
         raise UserError(f"no checkpoint at {folder}: {remedy}")
     manifest = read_json(path, remedy or "name another folder", _MANIFEST)
     if not checksums.is_intact(manifest):
@@ -420,7 +455,7 @@ def load_params(folder: str, wanted: Any, remedy: str) -> dict[str, Any]:
         wanted = {name: wanted}
     verifying = _verifying(root, listed, remedy or "name another folder", together=not alone)
     with verifying, ocp.Checkpointer(handler, **options) as checkpointer:
-        place = os.path.join(os.path.abspath(root), place)
+        place = os.path.join(storage.absolute(root), place)
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=bool(path))
         try:

@@ -1,6 +1,7 @@
 """Checksums of the files below a folder: written with it, compared when it is read.
 
-{"tree/a": [bytes, sha256], ...} by path below the folder, in its manifest or in a file of its own.
+{"tree/a": [bytes, hash], ...} by path below the folder, in its manifest or in a file of its own. On a disk
+the hash is a SHA-256 ("a3f..."). A bucket knows the MD5 of its objects ("md5:9d1..."): nothing is read again.
 """
 
 import concurrent.futures
@@ -10,9 +11,9 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError, counted
 
 # Marks of Orbax, of when and where a tree was written; it writes them last.
@@ -21,22 +22,28 @@ THREADS = 4  # Hashing releases Python's lock.
 enabled = True  # The flag --noverify of the commands switches it off.
 
 
-def hash_file(path: str | os.PathLike) -> str:
-    """sha256 of its bytes."""
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def hash_files(
+    folder: str | os.PathLike, without: Collection[str] = (), known: Mapping[str, list] | None = None
+) -> dict[str, list]:
+    """[bytes, hash] of every file below a folder, by its path there.
 
+    Args:
+        folder: the folder.
+        without: names of files that are left out.
+        known: what this function gave of some of them, which are not read again if they have as many bytes.
+    """
+    listed = storage.list_files(folder)
 
-def hash_files(folder: str | os.PathLike, without: Collection[str] = ()) -> dict[str, list]:
-    """[bytes, sha256] of every file below a folder, by its path there; `without` files of some names."""
-    root, without = Path(folder), (*MARKS, *without)
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in without)
+    def entry(name: str) -> tuple[str, list]:
+        size, md5 = listed[name]
+        found = (known or {}).get(name, [None])
+        if found[0] == size:
+            return name, found
+        return name, [size, f"md5:{md5}" if md5 else storage.hash_file(os.path.join(folder, name))]
+
+    names = [name for name in listed if name.rpartition("/")[2] not in (*MARKS, *without)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        digests = threads.map(hash_file, files)
-        return {
-            path.relative_to(root).as_posix(): [path.stat().st_size, digest]
-            for path, digest in zip(files, digests, strict=True)
-        }
+        return dict(threads.map(entry, names))
 
 
 @contextlib.contextmanager
@@ -55,8 +62,9 @@ def verified(
         UserError: files are missing or have other bytes; it names them, also where the body raised.
     """
     names = sorted(listed)[share[0] :: share[1]] if enabled else []
+    there = storage.list_files(folder) if names and storage.in_bucket(folder) else {}
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        found = threads.map(lambda name: _fault(os.path.join(folder, name), listed[name]), names)
+        found = threads.map(lambda name: _fault(folder, name, listed[name], there), names)
         try:
             yield
         except Exception as error:
@@ -89,17 +97,22 @@ def _hash_json(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _fault(path: str, entry: Any) -> str:
-    """What is wrong with a file; "" where it is as it was written."""
+def _fault(folder: str | os.PathLike, name: str, entry: Any, there: Mapping[str, tuple[int, str]]) -> str:
+    """What is wrong with a file; "" where it is as it was written. `there`: what a bucket knows of it."""
+    path = os.path.join(folder, name)
     try:
         size, digest = entry
-        found = os.path.getsize(path)
+        kind, md5 = ("md5", digest[4:]) if digest.startswith("md5:") else ("sha256", "")
+        found, known = there.get(name, (0, "")) if storage.in_bucket(path) else (os.path.getsize(path), "")
+        if storage.in_bucket(path) and name not in there:
+            return f"{path} is missing"
         if found != size:
             return f"{path} is damaged, it has {found} bytes and not the {size} that were written"
-        return "" if hash_file(path) == digest else f"{path} is damaged, its bytes are not those written"
+        same = known == md5 if known and md5 else storage.hash_file(path, kind) == (md5 or digest)
+        return "" if same else f"{path} is damaged, its bytes are not those written"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):
         return f"the checksum of {path} is damaged"
 
 

@@ -16,16 +16,22 @@ from typing import Any
 
 from absl import flags, logging
 
-from prophy_jax.run import checksums, config_check
+from prophy_jax.run import checksums, config_check, storage
 from prophy_jax.run.errors import UserError, one_line_errors
 from prophy_jax.run.workdir import RENAMED
 
 INSTALLED = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # holds configs/
-STOPPED = 75  # exit status of a run that a signal stopped and that was saved: EX_TEMPFAIL, "try again"
 HELP = ("--help", "-h", "-help", "--helpfull")
-# What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
 _typed: dict[str, str] = {}  # words of the command line that were replaced -> as they were typed
-TEXTS = ("prompt", "*_remedy", "*.negative_prompt")
+# What may look like a path or an address and is none: flags, and patterns of keys of a configuration.
+TEXTS = ("prompt", "engine", "*_remedy", "*.negative_prompt")
+# What may be in which buckets: flags, and patterns of keys of a configuration. Orbax and array_record,
+# for weights, checkpoints and records, have no driver for s3://.
+BUCKETS = {
+    **dict.fromkeys(("out", "source", "val"), ("gs", "s3")),
+    **dict.fromkeys(("workdir", "data", "checkpoint", "branch", "init"), ("gs",)),
+    **dict.fromkeys(("config.data.dir", "config.data.side.*", "config.*_params"), ("gs",)),
+}
 DISTRIBUTED = (
     "Join a job of several processes. auto: as Slurm, Cloud TPU, GKE or Open MPI say. HOST:PORT,I/P: process "
     "I of P, with process 0 at HOST:PORT, such as 10.0.0.1:8476,1/4."
@@ -35,14 +41,18 @@ DISTRIBUTED = (
 class ArgumentParser(argparse.ArgumentParser):
     """Of a command that has no configuration: `description` is shown as it is written."""
 
-    def __init__(self, prog: str, description: str):
+    def __init__(self, prog: str, description: str, buckets: Container[str] = ()):
+        self.buckets = buckets  # names of the flags that may be an address of gs://
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = respell(sys.argv[1:] if args is None else args, self._option_string_actions)
+        named = itertools.pairwise(["", *words])
         words = [
-            name + equals + local_path(value, word) for word in words for name, equals, value in [_cut(word)]
+            name + equals + expand_path(value, word, ("gs",) * ((name or before)[2:] in self.buckets))
+            for before, word in named
+            for name, equals, value in [_cut(word)]
         ]
         return super().parse_known_args(words, namespace)
 
@@ -50,14 +60,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def local_path(text: str, where: str) -> str:
-    """`text`, given as `where`, with ~ expanded. Raises UserError if it is an address such as gs://b/x."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise UserError(
-            f"{where} is an address, and only local files and folders can be read and written: mount the "
-            "bucket, or copy what is there, and give the path"
-        )
-    return os.path.expanduser(text)
+def expand_path(text: str, where: str, schemes: Sequence[str] = ()) -> str:
+    """`text`, given as `where`, with ~ expanded. Raises UserError on addresses, but those of `schemes`."""
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        return os.path.expanduser(text)
+    storage.check_address(text, where, schemes)
+    return text
 
 
 def _cut(word: str) -> tuple[str, str, str]:
@@ -81,6 +89,7 @@ def run(
     description: str,
     default: str | None = None,
     distributed: bool = False,
+    saves: bool = False,
 ) -> None:
     """Parses `--config=FILE.py[:variant]` and `--config.KEY=VALUE` overrides, then calls main(config).
 
@@ -88,7 +97,7 @@ def run(
 
     A command defines its own further absl flags before it calls this. `default` is the configuration of a
     command line without --config. `distributed` gives the command the flag --distributed, see
-    `prophy_jax.run.distributed`.
+    `prophy_jax.run.distributed`; `saves` says that it asks there when to save and stop.
     """
     from ml_collections import config_flags  # convert has no configuration, and need not have the package
 
@@ -103,7 +112,7 @@ def run(
         print(_help(description))
         return
     logging.set_verbosity(logging.FATAL)  # Orbax and TFDS warn of what is no fault, and raise what is one
-    with one_line_errors(), _missing_keys():
+    with one_line_errors(), _missing_keys(), storage.one_line_errors():
         config = _parse()
         checksums.enabled = flags.FLAGS.verify
         config_check.check(config)
@@ -119,7 +128,7 @@ def run(
         else:
             from prophy_jax.run.distributed import job
 
-            with job(where):
+            with job(where, saves):
                 status = main(config)
         if status:
             sys.exit(status)
@@ -169,8 +178,7 @@ def _keep_compiled() -> None:
     Not for jobs of several processes: one that finds a program on its own host would not join the others,
     who tune it together. They need a folder that all share, which only the user can name.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(root, "prophy_jax", "xla"))
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", storage.cache_folder("xla"))
     if "jax" in sys.modules:  # which has read its environment; label never imports it
         sys.modules["jax"].config.update("jax_compilation_cache_dir", folder)
 
@@ -184,7 +192,7 @@ def _find_configuration() -> None:
         name, equals, path = _cut(word)
         if not re.fullmatch("--?config", name if equals else sys.argv[i - 1]) or not path:
             continue
-        word = sys.argv[i] = name + equals + local_path(path, word)
+        word = sys.argv[i] = name + equals + expand_path(path, word)
         flag = re.match(r"(--?config=|)([^:]+)", word)
         if not flag:
             continue
@@ -348,7 +356,10 @@ def _check_flags() -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{name}={value} is not a finite number: fix it")
         values = [
-            local_path(value, f"--{name}={value}") if isinstance(value, str) else value for value in values
+            expand_path(value, f"--{name}={value}", BUCKETS.get(name, ()))
+            if isinstance(value, str)
+            else value
+            for value in values
         ]
         flag.value = values if isinstance(flag.value, list) else values[0]
 
@@ -360,6 +371,7 @@ def _expand_paths(config: Any, prefix: str = "config.") -> None:
         if hasattr(value, "items"):
             _expand_paths(value, f"{name}.")
         elif isinstance(value, str) and not any(fnmatch.fnmatchcase(name, text) for text in TEXTS):
-            path = local_path(value, f"{name}={value}")
+            schemes = (BUCKETS[pattern] for pattern in BUCKETS if fnmatch.fnmatchcase(name, pattern))
+            path = expand_path(value, f"{name}={value}", next(schemes, ()))
             if path != value:
                 config[key] = path

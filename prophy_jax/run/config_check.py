@@ -25,6 +25,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "caption_dropout": (0, 1),
     "data.fps": (0.01, 10_000),
     "label_check.fps": (0.01, 10_000),
+    "log.profile": (0, INT32),
     "data.buckets": (1, INT32),
     "data.weights": (0, 1e9),
     "data.max_upscale": (0.01, math.inf),
@@ -92,6 +93,12 @@ def check(config: Any) -> None:
         raise UserError(
             f"config.data.buckets={_short(buckets)}: list (frames, height, width), each in brackets of its "
             "own, such as --config.data.buckets='((49, 480, 832),)'"
+        )
+    profile = config.get("log", {}).get("profile", ())
+    if not isinstance(profile, tuple | list) or len(profile) not in (0, 2):
+        raise UserError(
+            f"config.log.profile={_short(profile)}: give how many steps to skip and how many to trace, "
+            "such as --config.log.profile='(10, 5)'"
         )
     weights = config.get("data", {}).get("weights", ())
     if any(not isinstance(one, int | float) or isinstance(one, bool) for one in weights):

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 
@@ -18,17 +17,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from prophy_jax.run import signals
 from prophy_jax.run.errors import UserError, close_bars, one_line
 
 # Seconds.
 START_S = 300  # all processes must join in this time: hosts of a pod start minutes apart
 LOST_S = 60  # a process that is silent for so long counts as dead
-SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
 END_S = 7 * 24 * 3600  # a process that is done waits for the others; dead ones are noticed without this
 
 
 @contextlib.contextmanager
-def job(where: str) -> Iterator[None]:
+def job(where: str, saves: bool = False) -> Iterator[None]:
     """Joins the job, runs the body, and ends the process when the body raises.
 
     Enter it before anything touches a device. JAX itself ends a process that loses the others; the line that
@@ -37,6 +36,8 @@ def job(where: str) -> Iterator[None]:
     Args:
         where: "auto", which asks Slurm, Cloud TPU, GKE or Open MPI, or "HOST:PORT,I/P" for process I of P,
             with process 0 at HOST:PORT.
+        saves: JAX notes SIGTERM, and the body asks it (`prophy_jax.run.loop.StopSignal`). Otherwise SIGTERM
+            stops the body.
 
     Raises:
         UserError: when `where` cannot be understood.
@@ -48,6 +49,7 @@ def job(where: str) -> Iterator[None]:
         "another job uses this address. Check that process 0 runs, that its host and port can be reached, "
         "that no old process is left, and that all give the same address and count"
     )
+    jax.config.update("jax_enable_preemption_service", saves)
     with _print_if_killed(missing):
         _initialize(arguments)
     lost = (
@@ -64,7 +66,7 @@ def job(where: str) -> Iterator[None]:
             print(_error_text(error, lost), file=sys.stderr, flush=True)
             sys.stdout.flush()
         # Not by sys.exit: at a proper end, JAX waits for the others, who wait for this one.
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        os._exit({KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1))
 
 
 def parse(where: str) -> dict[str, str | int]:
@@ -158,16 +160,9 @@ def _all(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
-def wait_for_file(path: str) -> None:
-    """Waits until a file that the first process wrote appears. Raises UserError if it does not."""
-    until = time.monotonic() + SHARED_S
-    while not os.path.exists(path):
-        if time.monotonic() > until:
-            raise UserError(
-                f"{path} of process 0 cannot be seen on {socket.gethostname()}: "
-                "name a folder on storage that all hosts share"
-            )
-        time.sleep(0.5)
+def agreed(value: bool) -> bool:
+    """What the first process says, on all."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -33,9 +33,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prophy_jax import models
 from prophy_jax.models.text import tokenizer as prompts
-from prophy_jax.run import checkpoints, parallel
+from prophy_jax.run import checkpoints, parallel, storage
 from prophy_jax.run.errors import NotFinite
-from prophy_jax.run.workdir import write_atomically
 
 TEXTS_AT_ONCE = 4  # the attention scores of a longer batch would take as much memory as the weights
 
@@ -61,8 +60,7 @@ def load_text_encoder(config, cache: str | None = None) -> Any:
 
 def default_cache() -> str:
     """The user's cache folder for encoded texts."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(root, "prophy_jax", "text")
+    return storage.cache_folder("text")
 
 
 class VideoCodec:
@@ -140,7 +138,7 @@ class TextEncoder:
         folder = config.text_encoder_params
         self._remedy = checkpoints.name_folder(config.backbone_remedy, folder)
         self.sha256 = checkpoints.read_manifest(folder, self._remedy)["sha256"]
-        tokenizer = os.path.join(folder, "tokenizer")
+        tokenizer = storage.fetched(os.path.join(folder, "tokenizer"))
         self._model, self._folder = model, folder
         self._tokenizer = prompts.load_tokenizer(tokenizer, model.config.vocab_size)
         self._params: Any = None
@@ -148,7 +146,7 @@ class TextEncoder:
         if cache is not None:
             spec = json.dumps(config.text_encoder.to_dict(), sort_keys=True)
             digest = hashlib.sha256(f"{self.sha256} {spec}".encode())
-            for file in sorted(Path(tokenizer).iterdir()):
+            for file in sorted(tokenizer.iterdir()):
                 digest.update(file.read_bytes())
             self._cache = Path(cache) / digest.hexdigest()[:16]
 
@@ -217,4 +215,4 @@ class TextEncoder:
         if self._cache is None:
             return
         self._cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file(text), lambda file: np.savez(file, rows=rows))
+        storage.write_atomically(self._file(text), lambda file: np.savez(file, rows=rows))

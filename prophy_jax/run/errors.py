@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from prophy_jax.run import signals
+
 
 class UserError(Exception):
     """Bad input: the message names the file or setting and the remedy, on one line."""
@@ -71,6 +73,8 @@ def one_line(error: BaseException) -> str:
     """What a command prints in place of a traceback; "" for what may be an error of its own."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, signals.Stopped):
+        return str(error)
     text = str(error) if isinstance(error, UserError) else explain_system(error)
     return f"error: {' '.join(text.split())}" if text else ""
 
@@ -95,7 +99,10 @@ def _drop_echoes() -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Wraps a command's body: what `one_line` knows becomes one line on stderr and status 1, Ctrl-C 130."""
+    """Wraps a command's body: what `one_line` knows becomes one line on stderr and status 1, Ctrl-C 130.
+
+    A signal to stop becomes a line and status 75, see `prophy_jax.run.signals`.
+    """
     for number in range(3):  # or a file that is opened takes the place of stdout, and what is printed
         try:
             os.fstat(number)
@@ -103,7 +110,8 @@ def one_line_errors() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     _drop_echoes()
     try:
-        yield
+        with signals.ending():
+            yield
         if sys.stdout:
             sys.stdout.flush()  # where it cannot be written, this says so
     except BaseException as error:
@@ -114,7 +122,7 @@ def one_line_errors() -> Iterator[None]:
             close_bars()
             print(text, file=sys.stderr, flush=True)
         _give_up_output()
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        sys.exit({KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1))
 
 
 def _give_up_output() -> None:

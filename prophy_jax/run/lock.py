@@ -2,7 +2,8 @@
 
 The holder touches LOCK every few seconds. Another process that finds it on the same machine looks whether the
 holder lives; elsewhere it watches whether the file is still touched, which needs no clocks that agree and no
-locks of the file system. So it works on network storage.
+locks of the file system. So it works on network storage and in buckets. A holder whose lock was taken over,
+since it stood still or lost its storage for long, ends at once: two would write.
 """
 
 import contextlib
@@ -10,14 +11,15 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import name_partial
 
 LOCK = "lock.json"
 BEAT_S = 5.0  # between touches
@@ -25,35 +27,55 @@ WATCH_S = 20.0  # without a touch, the holder is gone
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """Holds FOLDER/lock.json while the body runs.
+def held(
+    folder: str | os.PathLike,
+    what: str,
+    file: str = LOCK,
+    wait: bool = False,
+    remedy: str = "wait for it, stop it, or name another folder",
+) -> Iterator[None]:
+    """Holds FOLDER/FILE while the body runs.
 
     Args:
-        folder: a folder that exists.
+        folder: a folder that exists, or an address in a bucket.
         what: what this process does there, for others' messages: "a run of prophy_jax.train".
+        file: the lock's own name.
+        wait: whether to wait until another process has let go of it.
+        remedy: what the user can do where another process holds it.
 
     Raises:
         UserError: another process holds it; it names that.
+        FileNotFoundError: the folder is gone.
     """
-    path = Path(folder) / LOCK
+    path = storage.path(folder) / file
     own = {**_this_process(), "what": what, "token": secrets.token_hex(8)}
-    while not _create(path, own):
+    content = json.dumps(own).encode()
+    while not storage.create(path, content):
         holder = _read(path)
         if holder is None:
             continue
-        if _lives(path, holder):
+        if not _lives(path, holder):
+            _remove(path, holder)
+        elif wait:
+            time.sleep(BEAT_S / 10)
+        else:
             what, pid, host, since = (holder.get(key, "?") for key in ("what", "pid", "host", "since"))
-            raise UserError(
-                f"{folder} is written by {what}, process {pid} on {host} since {since}: wait for it, stop "
-                "it, or name another folder"
-            )
-        _remove(path, holder)
+            raise UserError(f"{folder} is written by {what}, process {pid} on {host} since {since}: {remedy}")
     done = threading.Event()
 
     def touch() -> None:
         while not done.wait(BEAT_S):
-            with contextlib.suppress(OSError):
-                os.utime(path)
+            with contextlib.suppress(Exception):  # the storage may come back
+                if (found := _read(path)) == own:
+                    storage.touch(path, content)
+                elif found and found.get("token") and not done.is_set():
+                    print(
+                        f"\nerror: {folder} was taken over by {found.get('what')}, process "
+                        f"{found.get('pid')} on {found.get('host')}, while this process stood still: it ends",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)
 
     thread = threading.Thread(target=touch, daemon=True)
     thread.start()
@@ -62,18 +84,21 @@ def held(folder: str | os.PathLike, what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        if (_read(path) or {}).get("token") == own["token"]:
+        if _read(path) == own:
             path.unlink(missing_ok=True)
 
 
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "pid": pid,
-        "began": _began(pid),
-        "since": time.strftime("%F %T %Z"),
-    }
+    return {**_here(), "pid": pid, "began": _began(pid), "since": time.strftime("%F %T %Z")}
+
+
+def _here() -> dict[str, str]:
+    """Where the numbers of processes mean the same: containers of one machine may share its name."""
+    try:
+        return {"host": socket.gethostname(), "space": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"host": socket.gethostname()}
 
 
 def _began(pid: int) -> str:
@@ -85,50 +110,24 @@ def _began(pid: int) -> str:
         return ""
 
 
-def _lives(path: Path, holder: dict[str, Any]) -> bool:
+def _lives(path: storage.AnyPath, holder: dict[str, Any]) -> bool:
     """Whether the holder is still there."""
     began = holder.get("began")
-    if holder.get("host") == socket.gethostname() and began and os.path.exists("/proc/self/stat"):
+    if began and _here().items() <= holder.items() and os.path.exists("/proc/self/stat"):
         return _began(int(holder["pid"])) == began
-    until, first = time.monotonic() + WATCH_S, _stamp(path)
+    until, first = time.monotonic() + WATCH_S, storage.stamp(path)
     while time.monotonic() < until:
         time.sleep(BEAT_S / 5)
-        now = _stamp(path)
+        now = storage.stamp(path)
         if now is None or now != first:
             return now is not None
     return False
 
 
-def _stamp(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def _create(path: Path, content: dict[str, Any]) -> bool:
-    """Writes the file, whole, unless it is there."""
-    partial = name_partial(path)
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(json.dumps(content))
-        except FileExistsError:
-            return False
-    finally:
-        partial.unlink()
-    return True
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: storage.AnyPath) -> dict[str, Any] | None:
     """What the file says; {} where it is damaged, or only half written; None where it is gone."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         return None
@@ -136,21 +135,14 @@ def _read(path: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _remove(path: Path, holder: dict[str, Any]) -> None:
+def _remove(path: storage.AnyPath, holder: dict[str, Any]) -> None:
     """Takes away the lock of a holder that is gone; one process at a time, so that it takes no other's."""
     guard = path.with_name(f".{path.name}.removing")
     until = time.monotonic() + WATCH_S
-    while True:
-        try:
-            guard.mkdir()
-            break
-        except FileExistsError:
-            if time.monotonic() > until:  # who made it died there
-                break
-            time.sleep(BEAT_S / 5)
+    while not storage.create(guard, b"") and time.monotonic() < until:  # or who made it died there
+        time.sleep(BEAT_S / 5)
     try:
         if _read(path) == holder:
             path.unlink(missing_ok=True)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            guard.rmdir()
+        guard.unlink(missing_ok=True)

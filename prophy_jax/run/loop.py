@@ -6,17 +6,23 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from prophy_jax.run import cli
+from prophy_jax.run import cli, signals, storage
 from prophy_jax.run.checkpoints import TrainCheckpoints
 from prophy_jax.run.errors import UserError
+
+T = TypeVar("T")
 
 
 class Window:
@@ -35,6 +41,10 @@ class Window:
         before = time.perf_counter()
         yield
         self._wait += time.perf_counter() - before
+
+    def exclude(self, seconds: float) -> None:
+        """These have passed, and no step took them."""
+        self._start += seconds
 
     def count(self, tokens: int, flops: int, loss: jax.Array) -> None:
         self._tokens, self._flops = self._tokens + tokens, self._flops + flops
@@ -95,15 +105,16 @@ _TRAINED = "steps|caption_dropout|log|checkpoint"
 
 def describe_folder(workdir: str, trained: Sequence[str]) -> str:
     """What a finished run has written where, and what to do with it."""
-    place = {name: shlex.quote(os.path.join(workdir, name)) for name in ("tensorboard", *trained)}
+    place = {name: shlex.quote(os.path.join(workdir, name)) for name in ("tensorboard", "profile", *trained)}
     meanings = {
         "metrics.jsonl": "losses, gradients, routers and times, a JSON line each time",
         "tensorboard": f"the same as curves: tensorboard --logdir={place['tensorboard']}",
         "samples": "sample clips above the real ones",
         "checkpoints": "to resume from",
+        "profile": f"traces of steps: xprof --logdir={place['profile']}",
         **{name: f"trained parameters of the {name} (EMA)" for name in trained},
     }
-    there = {name: text for name, text in meanings.items() if os.path.exists(os.path.join(workdir, name))}
+    there = {name: text for name, text in meanings.items() if (storage.path(workdir) / name).exists()}
     width = max(map(len, there))
     backbone = [f"--checkpoint={place['backbone']}"] if "backbone" in trained else []
     folders = " ".join(backbone + [f"--branch={place[name]}" for name in trained if name != "backbone"])
@@ -123,19 +134,51 @@ def describe_folder(workdir: str, trained: Sequence[str]) -> str:
     )
 
 
+class _CutShort(BaseException):
+    """Ends what a process does between its steps."""
+
+
+def _end_at_once(*_: Any) -> None:
+    """Without the ends of Python's threads: one that saves would fail there, and say so at length."""
+    signals.say("interrupted")
+    os._exit(130)
+
+
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save after a step, the same on every process."""
+    """Notes signals to stop, so that the loop can save after a step, the same on every process.
+
+    Those of `signals.NUMBERS`, and SIGINT, where a second one ends the process. Until `begin` they do
+    what they do in other commands.
+    """
 
     def __init__(self, first_step: int) -> None:
         self._noted, self._first_step, self._alone = False, first_step, jax.process_count() == 1
-        signal.signal(signal.SIGINT, self._note)
-        if self._alone:  # otherwise JAX has its own handler, which tells the other processes
-            signal.signal(signal.SIGTERM, self._note)
+        self._cuts, self._terminal = False, signals.Terminal()
 
-    def _note(self, *_: object) -> None:
+    def begin(self) -> None:
+        """From now on there is something to save."""
+        signals.end_elsewhere()
+        signals.catch(self._note, (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+        if self._alone:  # otherwise JAX has its own handler, which tells the other processes
+            signals.catch(self._note, (signal.SIGTERM,))
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._terminal.leave(number)
+        if not self._noted:
+            again = "; again: ends at once" if number == signal.SIGINT else ""
+            signals.say(f"{signal.Signals(number).name}: saving after this step{again}")
         self._noted = True
+        if number == signal.SIGINT:
+            signal.signal(number, _end_at_once)
         if not self._alone:
             signal.raise_signal(signal.SIGTERM)
+        elif self._cuts:
+            raise _CutShort
+
+    @property
+    def noted(self) -> bool:
+        """Whether a signal has come to the one process of this run."""
+        return self._alone and self._noted
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`. Ask after every step: processes then agree on a later one."""
@@ -143,6 +186,59 @@ class StopSignal:
             return self._noted
         # Counted from the start of this process: a signal that came before it stops at the first.
         return multihost_utils.reached_preemption_sync_point(step - self._first_step)
+
+    def unless_noted(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives. None where a signal has come to the one process of this run; it ends `work`."""
+        if self.noted:
+            return None
+        try:
+            self._cuts = self._alone
+            try:
+                return work()
+            finally:
+                self._cuts = False
+        except _CutShort:
+            return None
+
+
+class Profile:
+    """Traces `count` steps with jax.profiler into WORKDIR/profile, after the first `skip` of this process.
+
+    Args:
+        workdir: the folder of the run.
+        first_step: where this process begins.
+        chosen: (skip, count), or () for none.
+    """
+
+    def __init__(self, workdir: str, first_step: int, chosen: Sequence[int]) -> None:
+        skip, count = chosen or (0, 0)
+        self._folder = self._written = os.path.join(workdir, "profile")
+        if storage.in_bucket(workdir):  # the profiler writes to disks alone
+            self._written = tempfile.mkdtemp(prefix="prophy_jax-") if chosen else ""
+        self._from = first_step + skip if count else -1
+        self._to, self._on = self._from + count, False
+
+    def before(self, step: int) -> None:
+        """To be called with the number of steps done."""
+        if step == self._from:
+            self._on = True
+            jax.profiler.start_trace(self._written)
+
+    def after(self, step: int, values: Any) -> None:
+        """To be called with the number of steps done and what the last one gave."""
+        if step == self._to:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+            if self._written != self._folder:
+                storage.upload(Path(self._written), self._folder)
+                storage.remove(self._written)
+            folder = shlex.quote(self._folder)
+            print(f"traced up to {self._to - self._from} steps: xprof --logdir={folder}", file=sys.stderr)
 
 
 def stop_if_not_finite(

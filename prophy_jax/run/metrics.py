@@ -1,5 +1,6 @@
 """Training metrics as JSON lines, always, as TensorBoard events, and in Weights & Biases where asked for."""
 
+import atexit
 import contextlib
 import io
 import json
@@ -7,41 +8,66 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import config_as_json, write_atomically
+from prophy_jax.run.workdir import config_as_json
+
+EVENTS_S = 60.0  # between copies of TensorBoard's events into a bucket
 
 
 class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and, `summarised`, to WORKDIR/tensorboard and a run of wandb, if any.
 
     A run that resumes at `first_step` (0: from the start) drops the lines that a killed run wrote past its
-    checkpoint, so that every step stands once.
+    checkpoint, so that every step stands once. What is known of a step later has a line of its own until the
+    run ends or resumes.
     """
 
     def __init__(self, workdir: str, first_step: int, wandb_run: Any = None):
-        from tensorboardX import SummaryWriter  # imports torch where there is one: two seconds
-
-        self._wandb = wandb_run
-        self._path = os.path.join(workdir, "metrics.jsonl")
+        self._wandb, self._workdir = wandb_run, workdir
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._folder, self._sent = workdir, 0.0
+        if storage.in_bucket(workdir):  # nothing can be appended there
+            self._folder = tempfile.mkdtemp(prefix="prophy_jax-")
+            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        self._path = os.path.join(self._folder, "metrics.jsonl")
+        storage.write_atomically(self._path, _as_lines(kept))
         self._file = open(self._path, "a")
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+        self._board = _find_summary_writer()(
+            os.path.join(self._folder, "tensorboard"), purge_step=first_step + 1
+        )
+        self._send()
+
+    def _send(self, all_files: bool = False) -> None:
+        """Copies what was written into a bucket; the events, which are larger, only now and then."""
+        if self._folder == self._workdir:
+            return
+        names = ["metrics.jsonl"]
+        if all_files or time.monotonic() > self._sent + EVENTS_S:
+            self._board.flush()
+            names, self._sent = list(storage.list_files(self._folder)), time.monotonic()
+        for name in names:
+            storage.send(os.path.join(self._folder, name), os.path.join(self._workdir, name))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        self._send()
         shown = summarised(values)
         for name, value in shown.items():
             self._board.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(shown, step=step, commit=True)
+            self._wandb.log(shown, step=step)
 
     def write_clips(self, step: int, frames: np.ndarray, fps: float, text: str) -> None:
         """Shows clips, frames uint8 (F, H, W, 3), and a Markdown text on them."""
@@ -60,13 +86,30 @@ class MetricsWriter:
 
             file.seek(0)
             clips = wandb.Video(file, caption=text, format="gif")
-            self._wandb.log({"samples": clips}, step=step, commit=False)
+            self._wandb.log({"samples": clips}, step=step)
 
     def close(self) -> None:
         self._file.close()
+        storage.write_atomically(self._path, _as_lines(read_metrics(self._folder)))
         self._board.close()
+        self._send(all_files=True)
         if self._wandb:
             self._wandb.finish()
+
+
+def _as_lines(lines: Iterable[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _find_summary_writer() -> type:
+    """That of tensorboardX, which would import torch where there is one: two seconds, for nothing."""
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def check_wandb(project: str) -> None:
@@ -110,14 +153,14 @@ def start_wandb(project: str, workdir: str, config: Any) -> Any:
         return None
     import wandb
 
-    path = os.path.join(workdir, "wandb_id")
-    if not os.path.exists(path):
-        write_atomically(path, secrets.token_hex(4))
-    with open(path) as file:
-        identifier = file.read().strip()
+    path = storage.path(workdir) / "wandb_id"
+    if not path.exists():
+        storage.write_atomically(path, secrets.token_hex(4))
+    identifier = path.read_text().strip()
+    folder = tempfile.mkdtemp(prefix="prophy_jax-") if storage.in_bucket(workdir) else workdir
     own = config_as_json(config)
     try:
-        return wandb.init(project=project, id=identifier, resume="allow", dir=workdir, config=own)
+        return wandb.init(project=project, id=identifier, resume="allow", dir=folder, config=own)
     except (wandb.errors.Error, OSError) as error:
         raise _refusal(error) from error
 
@@ -144,14 +187,20 @@ def summarised(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """All whole lines of WORKDIR/metrics.jsonl; a line that a kill cut short is left out."""
-    path = os.path.join(workdir, "metrics.jsonl")
-    if not os.path.exists(path):
+    """All steps of WORKDIR/metrics.jsonl; a line that a kill cut short is left out.
+
+    Lines of one step, one after the other, are given as one.
+    """
+    path = storage.path(workdir) / "metrics.jsonl"
+    if not path.exists():
         return []
     lines = []
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
-                if isinstance(found := json.loads(line), dict):
-                    lines.append(found)
+                if not isinstance(found := json.loads(line), dict):
+                    continue
+                if lines and lines[-1].get("step") == found.get("step"):
+                    found = lines.pop() | found
+                lines.append(found)
     return lines

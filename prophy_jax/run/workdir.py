@@ -1,20 +1,20 @@
-"""Folders that a command fills: which configuration they are of, and files that are whole or not there.
+"""Folders that a command fills: which configuration they are of.
 
 `run_identity` is the one place that says which keys of a configuration decide what is made.
 """
 
-import contextlib
 import json
 import os
-import secrets
+import socket
+import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from prophy_jax.run import checksums
+from prophy_jax.run import checksums, storage
 from prophy_jax.run.errors import UserError
 
+SHARED_S = 60  # a new file must appear on all hosts in this time: network file systems are that slow
 _VIDEO = ("data.height", "data.width", "data.frames", "data.fps")
 _ENCODERS = ("codec", "text_encoder")
 # Scope -> the keys that decide what is made, each with all that is below it ("": all keys), and those of them
@@ -172,14 +172,15 @@ def claim(
     Raises:
         UserError: the folder is for something else; nothing in it was changed.
     """
-    path, own = Path(folder) / file, json.loads(json.dumps(own))
-    if Path(folder).exists() and not Path(folder).is_dir():
+    root, own = storage.path(folder), json.loads(json.dumps(own))
+    path = root / file
+    if root.exists() and not root.is_dir():
         raise UserError(f"{folder} is not a folder: name another {flag}")
     if not path.exists():
-        if _holds_files(Path(folder), path) and not path.exists():  # another process may have come first
+        if _holds_files(folder, path.name) and not path.exists():  # another process may have come first
             raise UserError(f"{folder} is not empty and holds no {file}: name another {flag}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _create(path, _as_text(checksums.sealed(own)))
+        storage.create(path, _as_text(checksums.sealed(own)).encode())
     remedy = f"name another {flag}"
     stored = checksums.unsealed(read_json(path, remedy), str(path), remedy)
     try:
@@ -194,7 +195,7 @@ def claim(
             "the configuration and the inputs that it was made with"
         )
     if add is not None and (content := add(stored, own)) != stored:
-        write_atomically(path, _as_text(checksums.sealed(content)))
+        storage.write_atomically(path, _as_text(checksums.sealed(content)))
         return content
     return stored
 
@@ -259,9 +260,8 @@ def claim_run(
 
 def _latest_step(workdir: str | os.PathLike) -> int:
     """Of the checkpoints in a run's folder; 0 without any."""
-    return max(
-        (int(path.name) for path in Path(workdir).glob("checkpoints/*") if path.name.isdigit()), default=0
-    )
+    saved = storage.path(workdir) / "checkpoints"
+    return max((int(own.name) for own in saved.glob("*") if own.name.isdigit()), default=0)
 
 
 def _pop_folder(config: dict[str, Any], name: str) -> tuple[str, Any]:
@@ -280,7 +280,7 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: there is no such run.
     """
-    path = Path(workdir) / "config.json"
+    path = storage.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} is missing: name the --workdir of a run of prophy_jax.train")
     remedy = "name another --workdir"
@@ -295,10 +295,9 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     return {**run, "config": config}
 
 
-def _holds_files(folder: Path, claimed: Path) -> bool:
+def _holds_files(folder: str | os.PathLike, claimed: str) -> bool:
     """Whether there are files below `folder`, other than unfinished ones of `claimed`."""
-    unfinished = f".{claimed.name}."
-    return any(not path.is_dir() and not path.name.startswith(unfinished) for path in folder.rglob("*"))
+    return any(not name.rpartition("/")[2].startswith(f".{claimed}.") for name in storage.list_files(folder))
 
 
 def _as_text(content: Mapping[str, Any]) -> str:
@@ -325,7 +324,7 @@ def read_json(path: str | os.PathLike, remedy: str, form: Any = dict) -> Stored:
         form: as `parse_json` takes it.
     """
     try:
-        content = Path(path).read_bytes()
+        content = storage.path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"no {path}: {remedy}") from error
     except OSError as error:
@@ -366,78 +365,13 @@ def _fits(value: Any, form: Any) -> bool:
     return isinstance(value, form) if isinstance(form, type | types.UnionType) else form(value)
 
 
-# --- Files that are whole or not there -------------------------------------------------------------
-
-
-def write_atomically(path: str | os.PathLike, content: str | bytes | Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that appears under its name only when it is whole and on the disk.
-
-    It replaces an older one. When it cannot be written, the older one stays and OSError is raised.
-
-    Args:
-        path: the file, in a folder that exists.
-        content: text (UTF-8), bytes, or a function that writes to the open file it is given.
-    """
-    with replacing(path) as partial, partial.open("wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives the body another name in the same folder to write a file under; at its end the file is at `path`.
-
-    When the body raises, nothing remains of the file.
-    """
-    path = Path(path)
-    partial = name_partial(path)
-    try:
-        yield partial
-        put_in_place(partial, path)
-    except BaseException:  # also on Ctrl-C
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def put_in_place(partial: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Renames a written file or folder once it is on the disk; a file replaces an older one."""
-    sync(partial)
-    os.replace(partial, path)
-    sync(os.path.dirname(os.path.abspath(path)))
-
-
-def _create(path: Path, text: str) -> None:
-    """As `write_atomically`, but a file that is there already stays as it is."""
-    partial = name_partial(path)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links, such as a mounted bucket
-            if not path.exists():
-                os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def name_partial(path: Path) -> Path:
-    """A hidden name beside `path` that no other process uses."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not os.path.isdir(path):  # folders of some network file systems cannot be synced
-            raise
-    finally:
-        os.close(descriptor)
+def wait_for_file(path: str | os.PathLike) -> None:
+    """Waits until a file appears that another process wrote. Raises UserError if it does not."""
+    until = time.monotonic() + SHARED_S
+    while not storage.path(path).exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path}, which another process wrote, cannot be seen on {socket.gethostname()}: "
+                "name a folder on storage that all hosts share"
+            )
+        time.sleep(0.5)

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from prophy_jax.data import taxonomy
 from prophy_jax.data.sources.video_files import IMAGES, VIDEOS, VideoFolder
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError, counted
 
 # Names that tables use for a column, in any case; the first one present counts.
@@ -110,7 +111,7 @@ def find_annotations(source: str | Path) -> Path:
     Raises:
         UserError: there is no such file or folder, or the folder has none or several.
     """
-    source = Path(source)
+    source = storage.path(source)
     try:
         return _find_annotations(source)
     except OSError as error:  # no permission, or a name that is too long
@@ -124,7 +125,7 @@ def _find_annotations(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise UserError(f"no file or folder {source}; --source must name a folder of videos and captions")
-    files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = [path for path in storage.files_in(source) if not path.name.startswith(".")]
     found = [path for path in files if path.suffix.lower() in READERS]
     # Some programs write a.json, with what they know of the video, beside each a.mp4 and a.txt.
     videos, texts = (
@@ -175,7 +176,7 @@ def describe_unused(path: Path, videos: VideoFolder, kind: "Format", rows: Seque
     half = [row.where for row in rows if any(_LONE.search(str(value)) for value in row.record.values())]
     if half:
         lines.append(f"halves of characters in {path} are kept as '?': {shorten(half)}")
-    others = [file.name for file in path.parent.iterdir() if file.name.lower() in NAME_LINES]
+    others = [file.name for file in storage.files_in(path.parent) if file.name.lower() in NAME_LINES]
     others = [name for name in sorted(others) if name != path.name]
     if count := sum(text is not None for _, text in videos.captioned()):
         others.append(f".txt files beside videos ({count})")
@@ -484,7 +485,7 @@ def _read_jsonl(path: Path) -> Iterable[Row]:
 
 def _read_lines(path: Path) -> Iterable[Row]:
     """The form of finetrainers: a file of names and one of captions, line by line."""
-    beside = {file.name.lower(): file for file in path.parent.iterdir() if file.is_file()}
+    beside = {file.name.lower(): file for file in storage.files_in(path.parent)}
     found = [beside[name] for name in CAPTION_LINES if name in beside]
     if not found:
         raise UserError(f"{path} has no {CAPTION_LINES[0]} beside it, with the captions line by line")

@@ -30,6 +30,7 @@ from prophy_jax.data.sources.annotations import Entry
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.data.taxonomy import Taxonomy
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError, counted
 
 T = TypeVar("T")
@@ -142,6 +143,9 @@ class Source(Protocol):
     def size(self, clip: Clip) -> int | None:
         """Bytes of a clip's video; None for a clip that is not there, or has no file."""
 
+    def first_files(self) -> list[str]:
+        """A video, or a zip file, of each source: whoever reads the clips must see it."""
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         """Each clip with its raw record, read again from the annotation file; {} without one."""
 
@@ -192,6 +196,9 @@ class CaptionedVideos(Source):
         found = self._videos.get((clip.source, clip.video))
         return None if found is None else found.size
 
+    def first_files(self) -> list[str]:
+        return list({source: found.path for (source, _), found in reversed(self._videos.items())}.values())
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         clips = iter(self.clips)  # in the order of sources, and of records within each
         clip = next(clips)
@@ -234,6 +241,9 @@ class Sandbox(Source):
     def size(self, clip: Clip) -> int | None:
         return None
 
+    def first_files(self) -> list[str]:
+        return []
+
     def annotations(self) -> Iterator[tuple[Clip, Mapping[str, Any]]]:
         return ((clip, {}) for clip in self.clips)
 
@@ -267,7 +277,7 @@ def read_sources(
     training = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [annotations.find_annotations(path) for path in (*training, *validation)]
     for number, path in enumerate(files[: len(training)]):
-        if any(path.samefile(own) for own in files[len(training) :]):
+        if any(storage.is_same(path, own) for own in files[len(training) :]):
             raise UserError(
                 f"{training[number]} is named by --source and by --val, which would leave no clip to train "
                 "on: name other clips, or say in a column `split` which are for validation"

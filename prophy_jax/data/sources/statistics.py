@@ -8,7 +8,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def table(stats: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(stats: Mapping[str, Any], path: str | os.PathLike) -> None:
+def picture(stats: Mapping[str, Any], path: str | os.PathLike | BinaryIO) -> None:
     """Draws the statistics into a PNG. The same statistics give the same pixels."""
     from matplotlib.figure import Figure
 

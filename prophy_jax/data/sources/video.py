@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from prophy_jax.data.sources import colours
 from prophy_jax.run.errors import UserError
-from prophy_jax.run.workdir import replacing
+from prophy_jax.run.storage import replacing
 
 Video = str | os.PathLike | BinaryIO
 # Pillow's names. FFmpeg takes an AVIF or HEIF image for a video of one frame a second, or for one tile of it.

@@ -17,9 +17,9 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from prophy_jax.run import storage
 from prophy_jax.run.errors import UserError
 
 # Endings of what is taken for a clip where no table names it: of videos, then of images.
@@ -53,32 +53,33 @@ class VideoFile(NamedTuple):
 
     Attributes:
         name: relative to the source: "videos/a.mp4", or "videos/0.zip:any/prefix/a.mp4".
-        path: of the file, or of the zip file.
+        path: of the file, or of the zip file; an address, if it is in a bucket.
         size: bytes, not compressed.
-        times: when a file's content and its entry last changed, in nanoseconds; () for a member.
+        marks: when a file's content and its entry last changed, in nanoseconds, or its MD5 in a bucket; ()
+            for a member.
         member: None for a file.
     """
 
     name: str
     path: str
     size: int
-    times: tuple[int, ...] = ()
+    marks: tuple[int | str, ...] = ()
     member: Member | None = None
 
     @property
-    def stamp(self) -> list[int]:
+    def stamp(self) -> list[int | str]:
         """What differs when the content does, known without reading it; equal ones mean equal content.
 
         Of two different ones, the contents may still be equal: a file may have been copied.
         """
-        return [self.size, self.member.crc] if self.member else [self.size, *self.times]
+        return [self.size, self.member.crc] if self.member else [self.size, *self.marks]
 
     def read(self) -> bytes:
         """The content. Raises UserError as `open` does, and for a file that cannot be read."""
         if self.member is not None:
             return self._read_member()
         try:
-            return Path(self.path).read_bytes()
+            return storage.path(self.path).read_bytes()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
 
@@ -88,10 +89,10 @@ class VideoFile(NamedTuple):
         Raises:
             UserError: a damaged member.
         """
-        if self.member is None:
+        if self.member is None and not storage.in_bucket(self.path):
             return self.path
-        file = io.BytesIO(self._read_member())
-        file.name = f"{self.path}:{self.member.name}"
+        file = io.BytesIO(self.read())
+        file.name = f"{self.path}:{self.member.name}" if self.member else self.path
         return file
 
     def crc(self) -> int:
@@ -99,7 +100,7 @@ class VideoFile(NamedTuple):
         if self.member is not None:
             return self.member.crc
         crc = 0
-        with open(self.path, "rb") as file:
+        with storage.open_file(self.path) as file:
             while chunk := file.read(1 << 20):
                 crc = zlib.crc32(chunk, crc)
         return crc
@@ -107,8 +108,7 @@ class VideoFile(NamedTuple):
     def sha256(self) -> bytes:
         if self.member is not None:
             return hashlib.sha256(self._read_member()).digest()
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        return bytes.fromhex(storage.hash_file(self.path))
 
     def _read_member(self) -> bytes:
         try:
@@ -120,7 +120,7 @@ class VideoFile(NamedTuple):
 @functools.lru_cache(maxsize=128)  # as many as WISA-80K has
 def _open_archive(path: str, process: int) -> zipfile.ZipFile:
     """A zip file that stays open, for all threads of one process: forked ones would share its position."""
-    return zipfile.ZipFile(path)
+    return zipfile.ZipFile(storage.open_file(path))
 
 
 def content_keys(videos: Iterable[VideoFile]) -> dict[VideoFile, tuple]:
@@ -152,15 +152,13 @@ class VideoFolder:
         UserError: a zip file cannot be read.
     """
 
-    def __init__(self, root: Path, folder: Path):
+    def __init__(self, root: storage.AnyPath, folder: storage.AnyPath):
         self.folder = folder
         self._prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         self._files: list[VideoFile] = []
         self._by_base_name: dict[str, list[VideoFile]] = defaultdict(list)
         self._no_files: dict[str, str] = {}  # name -> what it is instead
-        for path in walk(str(folder)) if folder.is_dir() else ():
-            name = os.path.relpath(path, root).replace(os.sep, "/")
-            file = _file(name, path)
+        for name, path, file in _list(root, folder):
             if isinstance(file, str):
                 self._no_files[name] = file
                 continue
@@ -285,6 +283,30 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", stem + ending.lower())
 
 
+def _list(root: storage.AnyPath, folder: storage.AnyPath) -> Iterator[tuple[str, str, VideoFile | str]]:
+    """Of all files below `folder`: name below `root`, path, and the file or what is there instead.
+
+    A folder's own files come before those of the folders in it.
+    """
+    if not storage.in_bucket(folder):
+        for path in walk(str(folder)) if folder.is_dir() else ():
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            yield name, path, _file(name, path)
+        return
+    below = storage.absolute(folder).removeprefix(storage.absolute(root)).lstrip("/")
+    found = storage.list_files(folder)
+    for own in sorted(found, key=_in_order):
+        size, md5 = found[own]
+        name, path = os.path.join(below, own), f"{storage.absolute(folder)}/{own}"
+        yield name, path, VideoFile(name, path, size, (md5,))
+
+
+def _in_order(name: str) -> list[tuple[bool, str]]:
+    """Sorts as `walk` does."""
+    *folders, last = name.split("/")
+    return [*((True, folder) for folder in folders), (False, last)]
+
+
 def _file(name: str, path: str) -> VideoFile | str:
     """The file at a path, or what is there instead."""
     try:
@@ -298,7 +320,7 @@ def _file(name: str, path: str) -> VideoFile | str:
 
 def _zip_members(name: str, path: str) -> list[VideoFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with storage.open_file(path) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except Exception as error:  # zipfile lets many kinds pass from a damaged file
         raise UserError(f"{path} is not a readable zip file ({error}); download it again") from error
