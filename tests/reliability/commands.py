@@ -409,6 +409,7 @@ def _make_inputs(root: pathlib.Path) -> None:
 _PASSING = re.compile(r"(^|/)\.[^/]+$|^tensorboard/|_CHECKPOINT_METADATA$|commit_success.txt$")
 # Of labels, times; and checksums of files that name the folder.
 _MEASURED = re.compile(rb'"(seconds_per_clip|peak_bytes|checksum)": ("[0-9a-f]*"|[0-9.e+-]+)')
+_TIMES = ("time/", "speed/", "goodput/")  # metrics that differ from run to run
 REFUSED = "refused when it is read"
 
 
@@ -447,7 +448,7 @@ def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]
 def _lasting(path: pathlib.Path) -> str:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return json.dumps(
-        [{key: value for key, value in line.items() if key[:5] not in ("time/", "speed")} for line in lines]
+        [{key: value for key, value in line.items() if not key.startswith(_TIMES)} for line in lines]
     )
 
 
