@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from prophy_jax.run import signals
-from prophy_jax.run.errors import UserError, close_bars, one_line
+from prophy_jax.run.errors import UserError, close_bars, one_line, status_of
 
 # Seconds.
 START_S = 300  # all processes must join in this time: hosts of a pod start minutes apart
@@ -66,7 +65,7 @@ def job(where: str, saves: bool = False) -> Iterator[None]:
             print(_error_text(error, lost), file=sys.stderr, flush=True)
             sys.stdout.flush()
         # Not by sys.exit: at a proper end, JAX waits for the others, who wait for this one.
-        os._exit({KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1))
+        os._exit(status_of(error))
 
 
 def parse(where: str) -> dict[str, str | int]:

@@ -122,7 +122,12 @@ def one_line_errors() -> Iterator[None]:
             close_bars()
             print(text, file=sys.stderr, flush=True)
         _give_up_output()
-        sys.exit({KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1))
+        sys.exit(status_of(error))
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that ends with it."""
+    return {KeyboardInterrupt: 130, signals.Stopped: signals.STOPPED}.get(type(error), 1)
 
 
 def _give_up_output() -> None:

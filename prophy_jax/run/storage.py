@@ -170,6 +170,11 @@ def open_file(text: str | os.PathLike) -> Any:
     return _system_of(text).open(os.fspath(text), "rb") if in_bucket(text) else open(text, "rb")
 
 
+def size(text: str | os.PathLike) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    return _system_of(text).size(os.fspath(text)) if in_bucket(text) else os.path.getsize(text)
+
+
 def stamp(text: str | os.PathLike) -> str | None:
     """What differs when a file was written or touched anew; None where there is none."""
     try:
