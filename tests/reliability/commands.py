@@ -115,7 +115,7 @@ class Process:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = list(self.words)
             first()
-            code = _run(self.words[0])
+            code = _run(self.words[0], self.log)
             last()
         except BaseException:
             traceback.print_exc()
@@ -154,15 +154,16 @@ class Process:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def _run(module: str) -> int:
-    """The exit status of a command, which ends as at the end of a program."""
+def _run(module: str, log: pathlib.Path) -> int:
+    """The exit status of a command, which ends as at the end of a program. A traceback goes to `log`."""
     code = 0
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
-        traceback.print_exc()
+        with open(log, "a") as file:  # stderr may be closed
+            traceback.print_exc(file=file)
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()

@@ -74,7 +74,7 @@ def run(place: Place, measured: dict[str, dict], seed: int, name: str, number: i
         and status == -signal.SIGTERM
         or name == "little memory"  # libraries in C++ abort, and Python has no say
     )
-    if not ended_by_signal and (fault := commands.fault_of(status, "error: ?" if spot.silent else text)):
+    if not ended_by_signal and (fault := commands.fault_of(status, text + "\nerror: not seen" * spot.silent)):
         return trial.failed(fault, f"{where}: status {status}\n{text}")
     if status == 0 and not spot.elsewhere:
         made = commands.contents(command.module, spot.out)
