@@ -246,15 +246,16 @@ def convert(component: Component, dst: storage.AnyPath) -> str:
     try:
         manifest = _write_part(component, partial)
     except stream.SourceError:
-        shutil.rmtree((missing or [partial])[-1])
+        shutil.rmtree((missing or [partial])[-1], ignore_errors=True)  # the source is what to say
         raise
     except OSError as error:
         if error.errno not in stream.DISK_FULL:
             raise UserError(
                 explain_system(error) or f"{error.filename or partial}: {error.strerror}"
             ) from error
-        shutil.rmtree((missing or [partial])[-1])
-        raise UserError(f"the disk is full, {partial} is removed: free some space or change --dst") from error
+        shutil.rmtree((missing or [partial])[-1], ignore_errors=True)
+        left = "cannot be removed" if partial.exists() else "is removed"
+        raise UserError(f"the disk is full, {partial} {left}: free some space or change --dst") from error
     bucket, unlisted = storage.in_bucket(dst), (stream.JOURNAL, "manifest.json")
     if bucket:
         storage.upload(partial, target, without=unlisted)
