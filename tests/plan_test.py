@@ -322,3 +322,27 @@ def test_the_step_compiles_for_a_tpu_that_is_not_there():
     )
     summed = sum(row["bytes"] for row in found.collectives if row["kind"] == "all-reduce")
     assert 2 * found.trained <= summed <= 4 * found.trained + 20_000
+
+
+@needs_tpu_compiler
+def test_over_several_slices_the_data_axis_alone_crosses_the_network():
+    from jax.experimental import topologies
+
+    hardware.get_devices(hardware.CHIPS["v5p"], "v5p:2x2x1", (2, 2, 1))  # sets what the compiler reads
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "context": 1}, 8, devices)
+    slices = [[device.slice_index for device in row.ravel()] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match="mesh.data=1 does not divide over 2 TPU slices"):
+        parallel.make_mesh({"data": 1, "fsdp": 8, "context": 1}, 8, devices)
+
+    @jax.jit
+    def loss(weights, batch):
+        return jnp.mean((batch @ weights) ** 2)
+
+    weights = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=parallel.replicated(mesh))
+    batch = jax.ShapeDtypeStruct(
+        (8, 256), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, parallel.BATCH)
+    )
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(loss)).lower(weights, batch).compile()

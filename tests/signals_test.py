@@ -27,9 +27,10 @@ SMALL = (
     "--config.samples.every=1000",
     "--config.steps=40",
 )
-# Each step takes a while, and so do a word of the command line: validation, clips, or a save.
+# Each step takes a while, and so does what a word of the command line names: validation, clips, last save.
 SLOW = """
-import runpy, sys, time
+import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests aside
 from prophy_jax.evaluation import validation
 from prophy_jax.run import checkpoints, parallel
 def slowly(owner, name, seconds):
@@ -207,15 +208,6 @@ def test_a_run_is_stopped_at_start_in_a_step_and_while_it_saves(tmp_path, tiny_d
     assert process.returncode == 75 and f"saved at step {stopped_at}: run the same command" in output, output
     assert output.count("saving after this step") == 1 and not (run / "lock.json").exists()
 
-    process = start(tmp_path, tiny_data, "slow-save")  # Ctrl-C, twice
-    wait_for_steps(run, process)
-    process.send_signal(signal.SIGINT)
-    wait_for_line(process, "SIGINT: saving after this step; again: ends at once")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and output.strip().splitlines()[-1] == "interrupted", output
-
     process = start(tmp_path, tiny_data)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and saved(run)[-1] == 40, output
@@ -227,6 +219,22 @@ def test_a_run_is_stopped_at_start_in_a_step_and_while_it_saves(tmp_path, tiny_d
     assert len(steps) >= 8 and spent["goodput/train_s"] > 40 * 0.1 and spent["goodput/start_s"] > 0
     share = f"{100 * lines[-1]['goodput/share']:.1f}%"
     assert f"goodput: {share} of " in output and "start-up" in output and "compiling" in output
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, tiny_data):
+    run = tmp_path / "run"
+    process = start(tmp_path, tiny_data, "slow-save")
+    wait_for_steps(run, process)
+    process.send_signal(signal.SIGINT)
+    wait_for_line(process, "SIGINT: saving after this step; again: ends at once")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and output.strip().splitlines()[-1] == "interrupted", output
+    # The checkpoints that there are, are whole.
+    output, _ = start(tmp_path, tiny_data).communicate(timeout=120)
+    assert "done: " in output, output
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh over `devices`, all of them. One axis may be -1: what is left.
 
+    Over several TPU slices, `data` alone crosses from one to another: the network between them is slow.
     Raises UserError when the shape does not cover the devices or does not divide the batch.
     """
     sizes, count = [shape[axis] for axis in AXES], len(devices)
@@ -45,7 +46,18 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
             "config.batch_size or change config.mesh"
         )
     # `jax.make_mesh` refuses an axis of 8 on a torus of 4x4x4 or 16x16.
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        if sizes[0] % slices:
+            raise UserError(
+                f"mesh.data={sizes[0]} does not divide over {slices} TPU slices, and only this axis may cross "
+                "from one to another: fix config.mesh"
+            )
+        placed = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
