@@ -534,7 +534,7 @@ def test_manifest(tmp_path):
     with pytest.raises(UserError, match="no training data at .* prophy_jax.prepare --config"):
         records.read_manifest(tmp_path)
     records.write_manifest(tmp_path, {"text_length": 8})
-    assert records.read_manifest(tmp_path) == {"schema_version": 2, "text_length": 8}
+    assert records.read_manifest(tmp_path) == {"schema_version": 2, "text_length": 8, "checksums": {}}
     assert os.listdir(tmp_path) == ["manifest.json"]
     (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(UserError, match="schema version 1, this program reads version 2; prepare"):
@@ -580,6 +580,7 @@ def test_damaged_manifests_and_reports_are_one_line(tmp_path, whole, damage):
     (folder / "manifest.json").write_bytes(damage)
     with pytest.raises(UserError, match="manifest.json.*damaged.*make the data again"):
         records.read_manifest(folder)
+    (folder / "manifest.json").unlink()
     (folder / "clips.jsonl").write_bytes(damage + b"\n")
     with pytest.raises(UserError, match="line 1 of .*clips.jsonl.*damaged.*make the data again, or delete"):
         [row["id"] for row in read_clips(folder)]

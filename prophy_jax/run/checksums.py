@@ -41,7 +41,10 @@ def hash_files(
             return name, found
         return name, [size, f"md5:{md5}" if md5 else storage.hash_file(os.path.join(folder, name))]
 
-    names = [name for name in listed if name.rpartition("/")[2] not in (*MARKS, *without)]
+    left_out = (*MARKS, *without)
+    names = [
+        name for name in listed if name.rpartition("/")[2] not in left_out and not storage.is_partial(name)
+    ]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         return dict(threads.map(entry, names))
 
