@@ -18,6 +18,8 @@ from tests.bucket import download
 from tests.commands import run_here
 from tests.conftest import get_config
 
+pytestmark = pytest.mark.jobs
+
 
 def files(folder) -> dict[str, bytes]:
     return {

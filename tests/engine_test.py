@@ -17,6 +17,8 @@ from prophy_jax.run.signals import STOPPED
 from tests.commands import run_here
 from tests.conftest import ROOT, build_run, xla_flags
 
+pytestmark = pytest.mark.jobs
+
 MEMORY = 80 << 20  # of each node, for objects
 
 
