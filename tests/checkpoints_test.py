@@ -1,6 +1,7 @@
 """Parameter trees on disk: round trip, cast, placement, and what does not fit."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,17 @@ def test_every_flipped_bit_of_a_training_checkpoint_is_found(tmp_path):
             assert checkpoints.tree_hash(state) == checkpoints.tree_hash(TREE)
         again.close()
     assert found >= 6
+
+
+def test_what_a_killed_process_left_of_an_old_checkpoint_goes(tmp_path):
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=2)
+    for step in (9, 10):
+        saved.save(step, {"a": jnp.ones(4)}, Position(), {})
+    saved.close()
+    (tmp_path / "checkpoints" / "8" / "state").mkdir(parents=True)  # it was being removed
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=2)
+    assert saved.latest() == 10 and sorted(os.listdir(saved.folder)) == ["10", "9"]
+    saved.close()
 
 
 def test_a_file_that_is_gone_and_one_that_is_cut_are_named(tmp_path):

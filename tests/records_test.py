@@ -232,6 +232,20 @@ def test_a_shard_is_not_made_where_the_folder_cannot_be_seen(tmp_path, monkeypat
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_shard_that_was_damaged_since_is_named_and_made_again(whole, tmp_path):
+    """One of another size is made again at once; other bytes are seen when the folder is put together."""
+    folder = tmp_path / "out"
+    assert make(folder, (0, 2)) is None
+    paths = sorted((folder / "work").glob("train-*.records.5x16x16"))
+    content = paths[0].read_bytes()
+    paths[0].write_bytes(content[len(content) // 2 :] + content[: len(content) // 2])
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{paths[0]} is damaged, its bytes .*: delete it and run the same"):
+        make(folder)
+    paths[0].unlink()
+    assert make(folder) is not None and _content(folder) == _content(whole)
+
+
 def test_making_a_shard_again_never_harms_the_one_that_is_there(tmp_path):
     job = Job(tmp_path / "out", PLAN, {"train": 1})
     with job.shard("train", 0) as shard:

@@ -141,7 +141,7 @@ class Job:
             report = _read_report(self._report(split, index))
             for dataset, size in report["datasets"].items():
                 path = _part(self._name(split, index), dataset)
-                if storage.size(path) != size.get("file_bytes", storage.size(path)):
+                if storage.size(path) != size.get("file", [storage.size(path)])[0]:
                     return False
         except (FileNotFoundError, NotADirectoryError, UserError):
             return False
@@ -184,8 +184,14 @@ class Job:
 
     def _put_together(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> None:
         reports = [_read_report(self._report(*shard)) for shard in self._shards]
+        listed = {}
         for report, (split, index) in zip(reports, self._shards, strict=True):
             report |= {"split": split, "shard": index}
+            for dataset, size in report["datasets"].items():
+                if "file" in size:  # earlier versions noted none
+                    listed[_part(self._name(split, index), dataset).name] = size.pop("file")
+        with checksums.verified(self._work, listed, "delete it and run the same command again"):
+            pass
         _fill_empty_split(reports)
         features, manifest = describe(reports)
         if self._rows is not None:  # the folder may have been finished for other clips
@@ -304,7 +310,8 @@ class Shard:
                 raise OSError(f"{path} was not written whole")
             reader.close()
             # A shard that is made a second time, by mistake, never changes the file that others may read.
-            self._report["datasets"][dataset]["file_bytes"] = partial.stat().st_size
+            digest = storage.hash_file(partial)
+            self._report["datasets"][dataset]["file"] = [partial.stat().st_size, digest]
             storage.place(partial, path)  # the folder is synced with the report, which comes last
             partial.unlink(missing_ok=True)
         return self._report

@@ -74,6 +74,10 @@ class TrainCheckpoints:
     def __init__(self, workdir: str, keep: int):
         _cut_large_arrays_only()
         self.folder = os.path.join(storage.absolute(workdir), "checkpoints")
+        if distributed.is_first():  # a process that was killed may have removed half of an old one
+            saved = (path for path in storage.path(self.folder).glob("*") if path.name.isdigit())
+            for path in sorted(saved, key=lambda path: int(path.name))[:-keep]:
+                storage.remove(path)
         self._saving = 0
         self._wait = ocp.multihost.get_barrier_sync_fn()
         self._manager = _Manager(
