@@ -59,6 +59,8 @@ def explain_system(error: BaseException) -> str:
         return f"{place}: {error.strerror}: {_REMEDIES[error.errno]}"
     if isinstance(error, OSError | ValueError | RuntimeError):  # of TensorStore, Orbax, array_record, XLA
         text = str(error)
+        if text == "can't start new thread":
+            return "the system starts no more threads: free memory, or raise their limit (ulimit -u)"
         if "RESOURCE_EXHAUSTED" in text and "ut of memory" in text:
             line = next(line for line in text.splitlines() if "ut of memory" in line)
             return f"there is not enough memory on the device ({line.strip()}): ask for less at a time"

@@ -408,8 +408,10 @@ def _make_inputs(root: pathlib.Path) -> None:
 # --- Results ---------------------------------------------------------------------------------------
 
 _PASSING = re.compile(r"(^|/)\.[^/]+$|^tensorboard/|_CHECKPOINT_METADATA$|commit_success.txt$")
-# Of labels, times; and checksums of files that name the folder.
-_MEASURED = re.compile(rb'"(seconds_per_clip|peak_bytes|checksum)": ("[0-9a-f]*"|[0-9.e+-]+)')
+# Of labels, times; times of sources that are put back; and checksums of what has these or names the folder.
+_MEASURED = re.compile(
+    rb'"(seconds_per_clip|peak_bytes|checksum|stamp|clips.jsonl)": ("[0-9a-f]*"|[0-9.e+-]+|\[[^]]*\])'
+)
 _TIMES = ("time/", "speed/", "goodput/")  # metrics that differ from run to run
 REFUSED = "refused when it is read"
 
