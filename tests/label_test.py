@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 
+import fsspec
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -27,6 +28,7 @@ from prophy_jax.labels import own as own_labels
 from prophy_jax.labels.prepared import PreparedClips
 from prophy_jax.models.codecs import linear_codec
 from prophy_jax.run.errors import UserError
+from tests.bucket import download
 from tests.commands import run_here
 from tests.conftest import ROOT
 from tests.conftest import get_config as get_tiny
@@ -251,6 +253,28 @@ def test_two_processes_and_interruptions_give_the_same_bytes(
     assert digests(out) == digests(whole)
     monkeypatch.setattr(labelling, "ask", None)  # nothing is left to ask
     assert run((0, 1)) == records.read_manifest(out)
+
+
+@pytest.mark.jobs
+def test_labels_in_a_bucket_are_those_on_a_disk(prepared, labels, model_folder, bucket, tmp_path):
+    """Of videos and records there, by two processes."""
+    source, data = prepared
+    fsspec.filesystem("gs").put(f"{source}/", f"{bucket}/source/", recursive=True)
+    fsspec.filesystem("gs").put(f"{data}/", f"{bucket}/data/", recursive=True)
+    made = [
+        label.label(
+            get_config(),
+            model_folder,
+            f"{bucket}/data",
+            f"{bucket}/labels",
+            (process, 2),
+            [f"{bucket}/source"],
+        )
+        for process in (1, 0)
+    ]
+    assert made[0] is None and made[1]["data_fingerprint"] == labels[1]["data_fingerprint"]
+    download(f"{bucket}/labels", tmp_path / "got")
+    assert digests(tmp_path / "got") == digests(labels[0])
 
 
 def test_a_clip_that_cannot_be_read_any_more_has_no_labels(prepared, labels, model_folder, tmp_path, capsys):
