@@ -13,7 +13,7 @@ import itertools
 import time
 from types import SimpleNamespace
 
-from prophy_jax import prepare
+from prophy_jax.data import recording
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources.video import Bucket
 
@@ -33,7 +33,7 @@ def main() -> None:
 
     def run(decode: bool, encode: float) -> float:
         begin = time.perf_counter()
-        decoded = prepare.decode_ahead(source, clips, [Bucket(81, 480, 832)], DATA, devices=1)
+        decoded = recording.decode_ahead(source, clips, [Bucket(81, 480, 832)], DATA, devices=1)
         for _ in decoded if decode else clips:
             time.sleep(encode)
         return time.perf_counter() - begin

@@ -16,8 +16,6 @@ with --distributed, others with --process=0/4 to --process=3/4, the workers of a
 F frames, H W pixels, T h w latent grid, N tokens, E categories.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -38,29 +36,19 @@ from ml_collections import ConfigDict
 import prophy_jax
 from prophy_jax.data import records, taxonomy
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, make_shard, parse_process, read_clips
+from prophy_jax.data.cropped import list_cropped, print_cropped, print_dry_run
+from prophy_jax.data.earlier import Earlier
+from prophy_jax.data.job import Job, make_shard, parse_process
+from prophy_jax.data.recording import NOT_FINITE, Spent, decode_ahead, measure_text, print_spent, record_shard
 from prophy_jax.data.sources import statistics
-from prophy_jax.data.sources.source import (
-    Clip,
-    Sample,
-    Source,
-    choose,
-    draw_sandbox,
-    read_sources,
-    split_clips,
-)
-from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
+from prophy_jax.data.sources.source import Clip, Source, choose, draw_sandbox, read_sources, split_clips
+from prophy_jax.data.sources.video import Bucket, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run import cli, engine, storage
-from prophy_jax.run.errors import NotFinite, UserError, counted
+from prophy_jax.run.errors import UserError, counted
 from prophy_jax.run.workdir import run_identity
 
 PACKAGES = ("numpy", "tensorflow-datasets", "array_record", "av", "pillow", "jax", "pymunk")  # shape the data
-KEPT = 0.6  # clips that keep less of their picture are listed
-NOT_FINITE = "the encoder gave values that are not finite"  # why a clip is skipped
-OPENED = 200  # clips that a dry run looks into
-READING, ENCODING, WHOLE = "reading videos", "encoding", "in all"  # what time goes to
-THREADS = 8  # that decode; FFmpeg decodes each video with several threads of its own
 
 
 def prepare(
@@ -98,7 +86,8 @@ def prepare(
     source, splits = list_clips(config.data, sources, validation, known)
     if dry_run:
         if sources:
-            print_dry_run(source, [clip for clips in splits.values() for clip in clips], config.data, known)
+            clips = [clip for clips in splits.values() for clip in clips]
+            print_dry_run(source, clips, config.data, buckets, known)
         taken = {split: len(clips) for split, clips in splits.items()}
         print(f"{count_clips(taken)} would be taken; nothing was written")
         return None
@@ -231,74 +220,6 @@ def make_plan(
     return plan | hashes
 
 
-class Earlier:
-    """What a folder holds already, by the content of its clips; see `prophy_jax.data.job.read_clips`.
-
-    Attributes:
-        made: id -> row of each clip that `read` was asked for.
-    """
-
-    def __init__(self, out: storage.AnyPath) -> None:
-        self._out = out
-        self._rows = read_clips(out)
-        self._finished = (out / "manifest.json").exists()
-        seen = [*self._rows, *read_clips(out, working=True)]
-        self._by_place = {(row["source"], row["video"]): row for row in seen}
-        self._by_content = {row["sha256"]: row for row in self._rows if self._finished and row["sha256"]}
-        self._open = functools.lru_cache(None)(functools.partial(records.open_dataset, out, "records"))
-        self.made: dict[str, dict[str, Any]] = {}
-
-    def row(self, source: Source, clip: Clip, read: bool = False) -> dict[str, Any]:
-        """What a clip's record is made of. Without `read` the content of a new clip is left open."""
-        known = self._by_place.get((clip.source, clip.video))
-        content = source.content(clip, known) if known or read else {}
-        return {
-            "id": clip.id,
-            "source": clip.source,
-            "video": clip.video,
-            "caption": hashlib.sha256(clip.caption.encode()).hexdigest()[:16],
-            "category": [int(e) for e in np.flatnonzero(clip.category)],
-            "sha256": content.get("sha256"),
-            "stamp": content.get("stamp"),
-        }
-
-    def read(self, source: Source, clip: Clip) -> Sample | str | None:
-        """The clip as it was encoded earlier, or why it was skipped; None if it must be read."""
-        row = self.made[clip.id] = self.row(source, clip, read=True)
-        was = self._by_content.get(row["sha256"])
-        if was is None or was["bucket"] is None:
-            return None
-        row["shown"] = was.get("shown")
-        stored = self._open(was["bucket"], was["split"])[was["index"]]
-        text = stored["text"], stored.get("text_mask")
-        same = stored["caption"].decode() == clip.caption
-        return Sample(
-            None, Bucket.parse(was["bucket"]), latents=stored["latents"], text=text if same else None
-        )
-
-    def print_changes(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Says which clips differ from those of a finished folder."""
-        if not self._finished or not self._rows:
-            return
-        was, now = {row["id"]: row for row in self._rows}, {row["id"]: row for row in rows}
-        both = now.keys() & was.keys()
-
-        def differ(key: str) -> list[str]:
-            return [name for name in now if name in both and now[name][key] not in (None, was[name][key])]
-
-        print(f"{self._out} is brought up to date; what is not listed here is kept")
-        records.print_list("clips added", [name for name in now if name not in both])
-        records.print_list("clips removed", [name for name in was if name not in both])
-        records.print_list("videos replaced", differ("sha256"))
-        moved = [name for name in now if name in both and now[name]["sha256"] is None]
-        records.print_list("videos moved, encoded anew only if their content has changed", moved)
-        records.print_list("captions changed", differ("caption"))
-        records.print_list("categories changed", differ("category"))
-
-
-# --- Clips to records ------------------------------------------------------------------------------
-
-
 class Recorder:
     """Makes shards of records: a worker of this command, see `prophy_jax.run.engine`.
 
@@ -352,7 +273,7 @@ class Recorder:
         return self._text_encoder([""])
 
     @functools.cached_property
-    def _earlier(self) -> "Earlier":
+    def _earlier(self) -> Earlier:
         return Earlier(self._out)
 
     @functools.cached_property
@@ -380,267 +301,6 @@ class Recorder:
                     if self._noted:
                         shard.note(rows=[self._earlier.made[clip.id] for clip in chunk])
                 yield spent.close()
-
-
-def decode_ahead(
-    source: Source,
-    clips: Sequence[Clip],
-    buckets: Sequence[Bucket],
-    data,
-    devices: int,
-    earlier: Earlier | None = None,
-) -> Iterator[tuple[Clip, Sample | str]]:
-    """Gives (clip, sample, or why there is none) in order, decoding in threads ahead of the reader.
-
-    At most THREADS + 2 `devices` decoded clips wait at a time. `close` ends the threads. What `earlier` has
-    of the same content is taken from there.
-    """
-    import grain
-
-    def read(clip: Clip) -> tuple[Clip, Sample | str]:
-        try:
-            if earlier and (taken := earlier.read(source, clip)):
-                return clip, taken
-            sample = source.read(clip, buckets, data.fps, data.max_upscale)
-            if earlier:
-                earlier.made[clip.id]["shown"] = sample.shown
-            return clip, sample
-        except UserError as error:
-            return clip, str(error)
-
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2 * devices)
-    return iter(grain.MapDataset.source(clips).map(read).to_iter_dataset(options))
-
-
-def measure_text(
-    grids: Mapping[Bucket, tuple], text: np.ndarray, mask: np.ndarray, known: Taxonomy
-) -> tuple[dict[Bucket, Sizes], bool]:
-    """Bucket -> sizes, and whether the rows behind the words are not zero: part of the text then.
-
-    `text` (1, L, D) and `mask` (1, L) are of the empty prompt.
-    """
-    sizes = {bucket: Sizes(*shapes, *text.shape[1:], len(known.names)) for bucket, shapes in grids.items()}
-    return sizes, bool(text[~mask].any())
-
-
-def record_shard(
-    shard: Shard,
-    clips: Iterable,
-    codec: Any,
-    text_encoder: Any,
-    sizes: Mapping[Bucket, Sizes],
-    padding: bool,
-    group: int,
-    spent: "Spent",
-) -> None:
-    """Encodes the clips of one shard, `group` of a bucket at a time, and writes their records.
-
-    How they are grouped depends on the shard alone, so that its bytes do too. `sizes` and `padding` are those
-    of `measure_text`.
-    """
-    waiting: dict[Bucket, list] = collections.defaultdict(list)
-    channels = next(iter(sizes.values())).latent_shape[-1]
-    moments = np.zeros((3, channels))  # count, sum, sum of squares, per channel
-    skipped, captions_cut = [], {}
-
-    def flush(bucket: Bucket) -> None:
-        nonlocal moments
-        batch = waiting.pop(bucket)
-        with spent.on(ENCODING):
-            latents = [sample.latents for _, sample in batch]
-            if fresh := [row for row, own in enumerate(latents) if own is None]:
-                frames = np.stack([batch[row][1].frames for row in fresh])
-                encoded = codec.encode(frames)  # (b, T, h, w, 16)
-                for row, own in zip(fresh, encoded, strict=True):
-                    latents[row] = own
-            captions = [sample.caption or clip.caption for clip, sample in batch]
-            wrong: list[int] = []  # rows of captions that the encoder makes NaN or infinity of
-            if any(sample.text is None for _, sample in batch):
-                try:
-                    text, mask = text_encoder(captions)
-                except NotFinite as error:
-                    wrong = error.rows
-                    text, mask = text_encoder(["" if n in wrong else own for n, own in enumerate(captions)])
-        for row, (clip, sample) in enumerate(batch):
-            written = None
-            if sample.text is not None:
-                rows = sample.text
-            else:
-                rows = (text[row], mask[row]) if padding else (text[row][mask[row]], None)
-            if sample.text is not None or row not in wrong:
-                written = write_record(shard, clip, sample, captions[row], latents[row], *rows, sizes[bucket])
-            if written is None:
-                skipped.append([clip.id, NOT_FINITE])
-                continue
-            moments = moments + written
-            if lost := text_encoder.words_lost(captions[row]):
-                captions_cut[clip.id] = lost
-
-    for clip, sample in clips:
-        if isinstance(sample, str):
-            skipped.append([clip.id, sample])
-            continue
-        waiting[sample.bucket].append((clip, sample))
-        if len(waiting[sample.bucket]) == group:
-            flush(sample.bucket)
-    for bucket in list(waiting):
-        flush(bucket)
-    shard.note(skipped=skipped, captions_cut=captions_cut, moments=moments.tolist())
-
-
-def write_record(
-    shard: Shard,
-    clip: Clip,
-    sample: Sample,
-    caption: str,
-    latents: np.ndarray,
-    text: np.ndarray,
-    text_mask: np.ndarray | None,
-    sizes: Sizes,
-) -> np.ndarray | None:
-    """Writes one clip; alignment too where it has masks. Returns count, sum and sum of squares (3, 16).
-
-    text (n, D); text_mask (n,) where its rows are not all words. Where a number is not finite in float16,
-    nothing is written, and None is returned.
-    """
-    with np.errstate(over="ignore"):
-        stored = latents.astype(np.float16), text.astype(np.float16)
-    if not all(np.isfinite(array).all() for array in stored):
-        return None
-    category = clip.category if sample.category is None else sample.category
-    shard.write(
-        f"records/{sample.bucket}",
-        records.features("records", sizes, [] if text_mask is not None else ["text_mask"]),
-        {
-            "id": clip.id,
-            "caption": caption,
-            "source": clip.source,
-            "video": clip.video,
-            "latents": stored[0],
-            "text": stored[1],
-            "category": category,
-        }
-        | ({} if text_mask is None else {"text_mask": text_mask.astype(np.uint8)}),
-    )
-    if sample.masks is not None:
-        masks = mean_over_tokens(sample.masks, sizes.token_grid)
-        shard.write(
-            f"alignment/{sample.bucket}",
-            records.features("alignment", sizes),
-            {"id": clip.id, "present": category, "maps": masks.T[category > 0].astype(np.float16)},
-        )
-    values = latents.reshape(-1, latents.shape[-1]).astype(np.float64)  # (T*h*w, 16)
-    return np.stack([np.full(values.shape[1], len(values)), values.sum(0), np.square(values).sum(0)])
-
-
-def mean_over_tokens(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """Masks (T, G, G, E) -> (N, E), the mean over what each token of the grid covers."""
-    if any(own % tokens for own, tokens in zip(masks.shape, grid, strict=False)):
-        raise UserError(
-            f"the sandbox has masks of {masks.shape[:3]} cells, no multiple of the backbone's tokens {grid}; "
-            "choose a codec of stride 4 in time and space, and patches of at least (1, 2, 2)"
-        )
-    t, h, w = (own // tokens for own, tokens in zip(masks.shape, grid, strict=False))
-    cells = masks.reshape(grid[0], t, grid[1], h, grid[2], w, -1)  # (T', t, H', h, W', w, E)
-    return cells.mean((1, 3, 5), np.float32).reshape(-1, masks.shape[-1])  # (T', H', W', E) -> (N, E)
-
-
-class Spent:
-    """The seconds that something takes, in all (WHOLE) and for what."""
-
-    def __init__(self) -> None:
-        self._seconds = {READING: 0.0, ENCODING: 0.0}
-        self._start = time.perf_counter()
-
-    def waiting(self, decoded: Iterator, tick: Callable[[int], Any]) -> Iterator:
-        """The items of `decoded`, with tick(1) for each."""
-        while True:
-            with self.on(READING):
-                item = next(decoded, None)
-            if item is None:
-                return
-            tick(1)
-            yield item
-
-    @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._seconds[what] += time.perf_counter() - before
-
-    def close(self) -> dict[str, float]:
-        return {**self._seconds, WHOLE: time.perf_counter() - self._start}
-
-
-def print_spent(spent: Sequence[Mapping[str, float]], clips: int, seconds: float) -> None:
-    """Says how long `clips` clips took, and for what; `spent` is of their shards."""
-    if clips:
-        whole = sum(own[WHOLE] for own in spent)
-        reading, encoding = (sum(own[what] for own in spent) / whole for what in (READING, ENCODING))
-        share = f"{reading:.0%} of the time went to {READING}, {encoding:.0%} to {ENCODING}"
-        print(f"{counted(clips, 'clip')} in {seconds:.0f} s, {seconds / clips:.2f} s each: {share}")
-
-
-# --- How much of the pictures is kept --------------------------------------------------------------
-
-
-def list_cropped(shown: Mapping[str, tuple[int, int]], places: Mapping[str, Bucket]) -> list[list]:
-    """[id, (height, width) shown, bucket] of clips that keep less than KEPT of their picture, worst first."""
-    kept = {name: share_kept(*size, places[name]) for name, size in shown.items()}
-    worst = sorted((share, name) for name, share in kept.items() if share < KEPT)
-    return [[name, list(shown[name]), str(places[name])] for _, name in worst]
-
-
-def print_cropped(cropped: Sequence[Sequence], data: Mapping[str, Any], where: str) -> None:
-    """Prints what `list_cropped` gave, and what to do about it; `data` is that of the configuration."""
-    lines, aspects = [], []
-    for name, (height, width), bucket in cropped:
-        kept = share_kept(height, width, Bucket.parse(bucket))
-        lines.append(f"{name}: {kept:.0%}, shown as {height} x {width} (H x W), cropped to {bucket}")
-        aspects.append(height / width)
-    records.print_list(f"warning: clips that keep less than {KEPT:.0%} of their picture", lines, where)
-    if not lines:
-        return
-    main = Bucket(*(data[key] for key in ("frames", "height", "width")))
-    others = [Bucket(*bucket) for bucket in data.get("buckets", ())]
-    # The main size, turned, if that suits them; else their median shape of about as many pixels.
-    aspect, area = sorted(aspects)[len(aspects) // 2], main.height * main.width
-    own = Bucket(main.frames, main.width, main.height)
-    if share_kept(aspect, 1, own) < 0.9:
-        sides = (max(16, 16 * round(math.sqrt(area * ratio) / 16)) for ratio in (aspect, 1 / aspect))
-        own = Bucket(main.frames, *sides)
-    buckets = f"--config.data.buckets='{tuple(map(tuple, dict.fromkeys((*others, own))))}'"
-    print(f"  if the model takes other sizes, give them a bucket of their own: {buckets}")
-
-
-def print_dry_run(source: Source, clips: Sequence[Clip], data: ConfigDict, known: Taxonomy) -> None:
-    """Prints statistics, what is skipped, and how some clips, spread over all, would be cropped."""
-    chosen = clips[:: -(-len(clips) // OPENED)] if clips else []
-    buckets, sizes, places, unusable = list_buckets(data), {}, {}, []
-
-    def look(clip: Clip) -> tuple[int, int] | str | None:
-        try:
-            return source.shown(clip)
-        except UserError as error:
-            return str(error)
-
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        for clip, shown in zip(chosen, threads.map(look, chosen), strict=True):
-            if isinstance(shown, str):
-                unusable.append(f"{clip.id}: {shown}")
-            elif shown and (size := choose_size(*shown, buckets, data.max_upscale)):
-                sizes[clip.id], places[clip.id] = shown, Bucket(data.frames, *size)
-            elif shown:
-                unusable.append(f"{clip.id}: too small: {shown[0]} x {shown[1]} pixels (H x W)")
-    kept = [share_kept(*shown, places[name]) for name, shown in sizes.items()]
-    print(statistics.table(statistics.summarise(source, known, kept)))
-    print(f"opened {counted(len(chosen), 'clip')}")
-    records.print_list("of these cannot be used", unusable, "")
-    print_cropped(list_cropped(sizes, places), data, "")
-    records.print_list("skipped", [f"{name}: {reason}" for name, reason in source.report.skipped], "")
-
-
-# --- What was made ---------------------------------------------------------------------------------
 
 
 def describe(

@@ -415,7 +415,7 @@ def test_several_processes_fetch_each_file_once(server, tmp_path):
 def test_a_vlm_from_the_hub(server, tmp_path, request):
     pytest.importorskip("torch")
     request.getfixturevalue("one_torch_thread")
-    from prophy_jax import label
+    from prophy_jax.labels import opening
     from tests.label_test import get_config
     from tests.tiny_vlm import save_tiny_vlm
 
@@ -423,7 +423,7 @@ def test_a_vlm_from_the_hub(server, tmp_path, request):
     offer(server, tmp_path / "origin", "Qwen/Tiny-VL")
     (tmp_path / "origin" / "LICENSE.txt").unlink()
     (tmp_path / "origin" / "model.fp16.safetensors").unlink()
-    model, described = label.open_model("Qwen/Tiny-VL", get_config(), 0)
+    model, described = opening.open_model("Qwen/Tiny-VL", get_config(), 0)
     assert model.num_layers == 4
     assert described.items() >= {"name": "Qwen/Tiny-VL", "revision": COMMIT}.items()
     wanted = [
@@ -436,5 +436,5 @@ def test_a_vlm_from_the_hub(server, tmp_path, request):
     config.rename(tmp_path / "other" / "config.json").write_text('{"model_type": "qwen2_vl"}')
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="--vlm: Qwen/Other holds a model of type qwen2_vl"):
-        label.open_model("Qwen/Other", get_config(), 0)
+        opening.open_model("Qwen/Other", get_config(), 0)
     assert server.fetched.count("model.safetensors") == 1

@@ -23,7 +23,9 @@ from prophy_jax.data.job import Job
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import source as sources
 from prophy_jax.data.sources import video
+from prophy_jax.labels import opening
 from prophy_jax.labels import own as own_labels
+from prophy_jax.labels.prepared import PreparedClips
 from prophy_jax.models.codecs import linear_codec
 from prophy_jax.run.errors import UserError
 from tests.bucket import download
@@ -371,9 +373,9 @@ def test_an_id_is_never_a_file_name():
 
 
 def test_preview_stays_in_its_folder(prepared, model_folder, tmp_path, monkeypatch):
-    read = label.PreparedClips.read
+    read = PreparedClips.read
     renamed = lambda self, *place: read(self, *place)._replace(id="../../outside/x")  # noqa: E731
-    monkeypatch.setattr(label.PreparedClips, "read", renamed)
+    monkeypatch.setattr(PreparedClips, "read", renamed)
     label.preview(get_config(), model_folder, prepared[1], tmp_path / "deep" / "p", 1)
     assert sorted(path.name for path in tmp_path.rglob("*"))[0:2] == ["deep", "p"]
     assert len(list((tmp_path / "deep" / "p").iterdir())) == 2
@@ -592,7 +594,7 @@ def test_bad_models(model_folder, tmp_path, damage, message):
     shutil.copytree(model_folder, folder)
     damage(folder)
     with pytest.raises(UserError, match=message) as found:
-        label.open_model(folder, get_config(), 0)
+        opening.open_model(folder, get_config(), 0)
     assert "\n" not in str(found.value)
 
 
@@ -647,7 +649,7 @@ def test_bad_data(prepared, labels, model_folder, tmp_path):
     records.write_manifest(other, manifest | {"sources": [str(tmp_path / "gone")]})
     with pytest.raises(UserError, match="gone.*if the source has moved, say where it is: --source=DIR"):
         label.label(config, model_folder, other, tmp_path / "labels")
-    assert label.PreparedClips(other, [str(source)]).read("9x32x48", "train", 0).frames is not None
+    assert PreparedClips(other, [str(source)]).read("9x32x48", "train", 0).frames is not None
     with pytest.raises(UserError, match="has 1 sources and 2 are named"):
         label.label(config, model_folder, other, tmp_path / "labels", sources=[source, source])
     # It is there, and nothing in it can be read.
@@ -756,7 +758,7 @@ def test_proposed_categories_are_read_back(captioned, model_folder, tmp_path, mo
     root, data, config = captioned
     copy, table = tmp_path / "data", root / "proposed.csv"
     shutil.copytree(data, copy)
-    label.propose(config, model_folder, copy, table)
+    propose.propose(config, model_folder, copy, table)
     printed = capsys.readouterr().out
     assert f"python -m prophy_jax.prepare --source={table} --out={copy}" in printed
     assert not list(root.glob("*.unfinished"))
@@ -797,7 +799,7 @@ def test_a_table_among_texts_takes_their_place(captioned, model_folder, tmp_path
     shutil.copytree(captioned[0] / "texts", texts)
     prepare.prepare(config, [texts], data)
     before = list_records(data)
-    label.propose(config, model_folder, data, texts / "proposed.csv", threshold=0.0)
+    propose.propose(config, model_folder, data, texts / "proposed.csv", threshold=0.0)
     monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
     capsys.readouterr()
     prepare.prepare(config, [texts], data)
@@ -819,24 +821,24 @@ def test_proposing_goes_on_where_it_was_killed(captioned, model_folder, tmp_path
 
     monkeypatch.setattr(propose, "ask", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
-        label.propose(config, model_folder, data, table)
+        propose.propose(config, model_folder, data, table)
     unfinished = root / "again.csv.unfinished"
     with unfinished.open("a") as file:
         file.write('{"cut off": [0.')
     monkeypatch.setattr(propose, "ask", lambda *args: asked.extend(args[1]) or ask(*args))
-    label.propose(config, model_folder, data, table)
+    propose.propose(config, model_folder, data, table)
     assert sorted(asked) == sorted(set(CAPTIONS.values()) - {"A ball hits a wall."})
     text = table.read_bytes()
     table.unlink()
     unfinished.write_text('{"another": "model"}\n{"my id": [0]}\n')
-    label.propose(config, model_folder, data, table)
+    propose.propose(config, model_folder, data, table)
     assert "is of another model or data, and is begun anew" in capsys.readouterr().out
     assert len(asked) == 6 and table.read_bytes() == text
 
 
 def test_threshold_and_answers_of_none(captioned, model_folder):
     root, data, config = captioned
-    label.propose(config, model_folder, data, root / "none.csv", threshold=1.0)
+    propose.propose(config, model_folder, data, root / "none.csv", threshold=1.0)
     rows = list(csv.DictReader(io.StringIO((root / "none.csv").read_text(encoding="utf-8-sig"))))
     assert sorted(row["category"] for row in rows) == ["collision", "none", "none", "none"]
 
@@ -855,7 +857,7 @@ def test_tables_that_cannot_be_written(captioned, tmp_path, table, message):
     root, data, config = captioned
     files = sorted(root.rglob("*"))
     with pytest.raises(UserError, match=message):
-        label.propose(config, tmp_path / "no model", data, table.format(root=root))
+        propose.propose(config, tmp_path / "no model", data, table.format(root=root))
     assert sorted(root.rglob("*")) == files
 
 
@@ -871,8 +873,8 @@ def test_a_table_beside_links_to_the_sources(captioned, model_folder, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
         with pytest.raises(UserError, match="no file can be written beside .*: make a folder with links"):
-            label.propose(config, model_folder, copy, table, sources)
-    label.propose(config, model_folder, copy, table, sources)
+            propose.propose(config, model_folder, copy, table, sources)
+    propose.propose(config, model_folder, copy, table, sources)
     monkeypatch.setattr(linear_codec.LinearCodec, "encode", None)
     prepare.prepare(config, [table], copy)
     assert list_records(copy).keys() == list_records(data).keys()
@@ -900,13 +902,13 @@ def test_questions_of_many_categories_are_put_in_parts(monkeypatch, model_folder
 def test_nothing_to_propose(captioned, prepared, tiny_data, model_folder, tmp_path):
     root, data, config = captioned
     with pytest.raises(UserError, match="is of the physics sandbox, which knows its categories"):
-        label.propose(get_config(), "no model", tiny_data, tmp_path / "p.csv")
+        propose.propose(get_config(), "no model", tiny_data, tmp_path / "p.csv")
     with pytest.raises(
         UserError, match="no .*gone, a source of .*: if it has moved, say where .*--source=DIR"
     ):
-        label.propose(config, "no model", data, root / "p.csv", [root / "texts", tmp_path / "gone"])
+        propose.propose(config, "no model", data, root / "p.csv", [root / "texts", tmp_path / "gone"])
     with pytest.raises(UserError, match="has 2 sources and 1 are named"):
-        label.propose(config, "no model", data, root / "p.csv", [root])
+        propose.propose(config, "no model", data, root / "p.csv", [root])
 
 
 def test_scores_that_are_no_numbers_are_refused():
@@ -938,8 +940,10 @@ def own(tmp_path):
 
 def test_own_labels_become_a_data_set(prepared, own, tmp_path, capsys):
     data, out = prepared[1], tmp_path / "labels"
-    assert label.import_labels(get_config(), own, data, out, only_check=True) is None and not out.exists()
-    manifest = label.import_labels(get_config(), own, data, out)
+    assert (
+        own_labels.import_labels(get_config(), own, data, out, only_check=True) is None and not out.exists()
+    )
+    manifest = own_labels.import_labels(get_config(), own, data, out)
     assert manifest["data_fingerprint"] == records.read_manifest(data)["fingerprint"]
     assert sorted(manifest["unlabelled"]) == ["clip1", "clip3", "clip5", "clip6"]
     assert "without labels: 4: clip" in capsys.readouterr().out
@@ -995,7 +999,7 @@ def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys,
     with pytest.raises(
         UserError, match="1 of . files of .*own cannot be used, as listed; nothing was written"
     ):
-        label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
+        own_labels.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
     [line] = capsys.readouterr().out.splitlines()
     assert re.search(f"own/{name}: .*{why}|{why}", line)
     assert not (tmp_path / "labels").exists()
@@ -1003,7 +1007,7 @@ def test_each_wrong_file_of_own_labels_is_named(prepared, own, tmp_path, capsys,
 
 def test_a_folder_without_own_labels(prepared, tmp_path):
     with pytest.raises(UserError, match="no labels in .*none: --import names a folder with a file ID.npz"):
-        label.import_labels(get_config(), tmp_path / "none", prepared[1], tmp_path / "labels")
+        own_labels.import_labels(get_config(), tmp_path / "none", prepared[1], tmp_path / "labels")
 
 
 def test_what_own_labels_leave_open_is_listed(prepared, own, tmp_path, capsys):
@@ -1013,7 +1017,7 @@ def test_what_own_labels_leave_open_is_listed(prepared, own, tmp_path, capsys):
     (own / "clip3.pt").write_bytes(b"x")
     (own / "clip5.npz").symlink_to(tmp_path / "nowhere")
     (own / "._clip0.npz").write_bytes(b"Mac OS X")
-    label.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
+    own_labels.import_labels(get_config(), own, prepared[1], tmp_path / "labels")
     printed = capsys.readouterr().out
     assert "own: no fault in 4 files\n" in printed and "labels of 4 of 7 clips" in printed
     assert "files left out, which are not labels: 3\n  ._clip0.npz\n  clip3.pt\n  clip5.npz\n" in printed
@@ -1035,4 +1039,4 @@ def test_names_of_own_labels_may_be_bytes(tmp_path):
 def test_a_folder_of_labels_of_another_kind(prepared, tmp_path):
     (tmp_path / "clip0.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="no labels in .*, which holds clip0.pt: --import names a folder"):
-        label.import_labels(get_config(), tmp_path, prepared[1], tmp_path / "labels")
+        own_labels.import_labels(get_config(), tmp_path, prepared[1], tmp_path / "labels")

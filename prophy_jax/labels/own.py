@@ -14,16 +14,98 @@ for each k; rows and columns cut the frame evenly.
 N = T h w tokens, E categories, P of them present.
 """
 
+import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+import prophy_jax
+from prophy_jax.data import records, taxonomy
+from prophy_jax.data.batch import Sizes
+from prophy_jax.data.job import Job
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run.errors import UserError
+from prophy_jax.labels.prepared import list_files, list_ids
+from prophy_jax.run import storage
+from prophy_jax.run.errors import UserError, counted
 
 ENDINGS = (".npz", ".npy")
+
+
+def import_labels(
+    config: ConfigDict, folder: str | Path, data: str | Path, out: str | Path, only_check: bool = False
+) -> dict[str, Any] | None:
+    """Makes a folder of labels from files of one's own (see the top of this file), once all are right.
+
+    Returns the manifest, None with `only_check`. Prints each wrong file and why. Raises UserError then, and
+    on data that do not exist or are of other categories; nothing is written.
+    """
+    # 1. Every file, and what is wrong with it.
+    storage.require_gs(out, "labels")
+    known, manifest = taxonomy.of(config), records.read_manifest(data)
+    known.check(manifest, data)
+    sizes = {bucket: Sizes.of(manifest, bucket) for bucket in manifest["buckets"]}
+    files = list_files(data, manifest)
+    ids = {file: list_ids(data, file) for shards in files.values() for file in shards}
+    clips = {name: file.bucket for file, names in ids.items() for name in names}
+    found, others = find(folder, clips)
+    wrong, empty, digest = [], [], hashlib.sha256()
+    for name, paths in found.items():
+        try:
+            if name not in clips:
+                raise ValueError(f"{data} has no clip {name!r}; its ids are such as {next(iter(clips))!r}")
+            if len(paths) > 1:
+                raise ValueError("the clip has another file: " + ", ".join(path.name for path in paths))
+            present, _ = read(paths[0], sizes[clips[name]].token_grid, known)
+            if not present.any():
+                empty.append(name)
+            digest.update(json.dumps(name).encode() + paths[0].read_bytes())
+        except ValueError as error:
+            wrong.append(f"{paths[0]}: {error}")
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {counted(len(found), 'file')} of {folder} cannot be used, as listed; "
+            "nothing was written"
+        )
+    unlabelled = [name for name in clips if name not in found]
+    print(f"{folder}: no fault in {counted(len(found), 'file')}")
+    records.print_list("files left out, which are not labels", others, "")
+    records.print_list("files that label no category, with shares of 0 alone", empty, "")
+    if unlabelled:
+        more = "" if len(unlabelled) < 9 else ", ..."
+        print(f"clips of {data} without labels: {len(unlabelled)}: {', '.join(unlabelled[:8])}{more}")
+    if only_check:
+        return None
+
+    # 2. The data set, in the order of the records.
+    plan = {
+        "data_fingerprint": manifest["fingerprint"],
+        "files_sha256": digest.hexdigest(),
+        "program": prophy_jax.__version__,
+    }
+    job = Job(out, plan, {split: len(shards) for split, shards in files.items()})
+    features = {f"alignment/{bucket}": records.features("alignment", size) for bucket, size in sizes.items()}
+    for split, index in job.missing():
+        file = files[split][index]
+        size, dataset = sizes[file.bucket], f"alignment/{file.bucket}"
+        with job.shard(split, index) as shard:
+            for name in ids[file]:
+                present, maps = known.multi_hot([]), np.zeros((0, size.tokens), np.float16)
+                if name in found:
+                    present, maps = read(found[name][0], size.token_grid, known)
+                shard.write(dataset, features[dataset], {"id": name, "present": present, "maps": maps})
+    about = {**plan, "categories": list(known.names), "clips": len(clips), "unlabelled": unlabelled}
+    made = job.finish(lambda reports: (features, about))
+    print(
+        f"{out}: labels of {len(found)} of {counted(len(clips), 'clip')}; "
+        f"train with --config.data.side.alignment={out}"
+    )
+    return made
 
 
 def find(folder: str | Path, ids: Iterable[str]) -> tuple[dict[str, list[Path]], list[str]]:

@@ -240,6 +240,9 @@ class _OnRay(Workers):
 
     Ray starts those again whose process ended. It would also give them their item again, but on a node that
     may be gone for hours while others have nothing to do: so this class gives items out, one at a time.
+    `ray.util.ActorPool` raises when an actor is lost, and forgets which item it had. Ray Data (2.60) builds
+    its actors anew for each call, counts nothing within an item, and fails on a lost node where retries are
+    bounded.
     """
 
     def __init__(self, ray: Any, make: Callable[[], Any], devices: int) -> None:
