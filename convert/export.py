@@ -485,7 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), storage.one_line_errors():
         try:
             main()
         except KeyboardInterrupt:

@@ -66,7 +66,10 @@ def test_videos_in_a_bucket_give_the_records_of_those_on_a_disk(
     download(f"{bucket}/data", tmp_path / "got")
     own, theirs = files(tmp_path / "got"), files(tmp_path / "disk")
     rows = [
-        [{**json.loads(line), "stamp": None, "checksum": None} for line in found.pop("clips.jsonl").splitlines()]
+        [
+            {**json.loads(line), "stamp": None, "checksum": None}
+            for line in found.pop("clips.jsonl").splitlines()
+        ]
         for found in (own, theirs)
     ]
     manifests = [json.loads(found.pop("manifest.json")) for found in (own, theirs)]

@@ -62,10 +62,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def expand_path(text: str, where: str, schemes: Sequence[str] = ()) -> str:
     """`text`, given as `where`, with ~ expanded. Raises UserError on addresses, but those of `schemes`."""
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    if not re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3):)", text):
         return os.path.expanduser(text)
-    storage.check_address(text, where, schemes)
-    return text
+    return storage.check_address(text, where, schemes)
 
 
 def _cut(word: str) -> tuple[str, str, str]:
