@@ -3,7 +3,8 @@
 # make test          environment, install, and the whole suite
 # make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
 # make test-lowest   the torch-free suite on the lowest versions that requirements.txt allows
-# make test-full     the long checks that `make test` leaves out
+# make test-jobs     commands that are stopped, killed, in buckets, on a Ray cluster
+# make test-full     all of these, and the long checks
 # make reliability   kills, damaged files and failing systems, up to half an hour; SEED=1: other ones
 # make lint          ruff, and mypy on the seams
 # make wheel         a wheel in an empty environment: prepares and trains the smallest run from an empty folder
@@ -26,7 +27,7 @@ PYTEST := -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 # apart: next to jax, it would make every command look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
-.PHONY: install test test-latest test-lowest test-full reliability lint demo demo-data wheel ratios bench-gpu clean
+.PHONY: install test test-jobs test-latest test-lowest test-full reliability lint demo demo-data wheel ratios bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -50,8 +51,11 @@ $(VENV)/.installed-demo-data: $(VENV)/.installed-test
 test: $(VENV)/.installed-test lint
 	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST)
 
+test-jobs: $(VENV)/.installed-test
+	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "jobs and not slow"
+
 test-full: $(VENV)/.installed-test
-	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "slow or not slow"
+	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "slow or not slow or jobs"
 
 SEED := 0
 reliability: $(VENV)/.installed-test

@@ -246,15 +246,16 @@ def convert(component: Component, dst: storage.AnyPath) -> str:
     try:
         manifest = _write_part(component, partial)
     except stream.SourceError:
-        shutil.rmtree((missing or [partial])[-1])
+        shutil.rmtree((missing or [partial])[-1], ignore_errors=True)  # the source is what to say
         raise
     except OSError as error:
         if error.errno not in stream.DISK_FULL:
             raise UserError(
                 explain_system(error) or f"{error.filename or partial}: {error.strerror}"
             ) from error
-        shutil.rmtree((missing or [partial])[-1])
-        raise UserError(f"the disk is full, {partial} is removed: free some space or change --dst") from error
+        shutil.rmtree((missing or [partial])[-1], ignore_errors=True)
+        left = "cannot be removed" if partial.exists() else "is removed"
+        raise UserError(f"the disk is full, {partial} {left}: free some space or change --dst") from error
     bucket, unlisted = storage.in_bucket(dst), (stream.JOURNAL, "manifest.json")
     if bucket:
         storage.upload(partial, target, without=unlisted)
@@ -506,7 +507,8 @@ def _is_made(component: Component, dst: storage.AnyPath) -> bool:
         return False
     if any(listed[file.name][1] != storage.hash_file(file) for file in job.sources):
         return False
-    print(f"{folder}: made of these files already")
+    with checksums.verified(folder, manifest.get("files", {}), "delete it, and run the same command again"):
+        print(f"{folder}: made of these files already")
     return True
 
 
@@ -554,7 +556,7 @@ def _return_freed_memory() -> None:
 
 def main(model: Model, arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of things that a user cannot change.
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of things that a user cannot change; others it raises.
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
     _return_freed_memory()
     options = _arguments(model, arguments)

@@ -5,8 +5,8 @@
 
 --checkpoint is a folder that `convert.wan` or `convert.cogvideox` wrote, the workdir of a finished training
 run, or one part of either (DIR/transformer, WORKDIR/branch). Every part that the folder holds is exported;
-dtypes stay as they are. Only Wan2.1 has the official format. `--dst` must not exist; it appears when it is
-whole. docs/pytorch.md says how to use it.
+dtypes stay as they are. Only Wan2.1 has the official format. `--dst` must not exist, unless it has these
+parameters already; it appears when it is whole. docs/pytorch.md says how to use it.
 
 Memory holds little more than the largest tensor of a converted model, or twice the largest leaf of a trained
 one, whose layers are one chunk.
@@ -479,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = cli.ArgumentParser("python -m convert.export", __doc__, buckets=("checkpoint",))
     parser.add_argument("--checkpoint", required=True, help="Folder of converted or trained parameters.")
     parser.add_argument("--format", choices=FORMATS, required=True, help="Names and files to write.")
-    parser.add_argument("--dst", required=True, help="Folder to write; it must not exist.")
+    parser.add_argument("--dst", required=True, help="Folder to write, a new one.")
     options = parser.parse_args(arguments)
     export(options.checkpoint, options.format, options.dst)
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import math
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -178,7 +177,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
     from prophy_jax.data import loader, taxonomy
     from prophy_jax.evaluation import validation
     from prophy_jax.plan import flops
-    from prophy_jax.run import checkpoints, distributed, goodput, lock, loop, metrics, storage
+    from prophy_jax.run import checkpoints, distributed, goodput, lock, loop, metrics
     from prophy_jax.run import workdir as folders
 
     # 1. What to train, on what. Everything that can be wrong, on any host, is found before the workdir is
@@ -269,45 +268,15 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)),
         )
-        validate = validation.make_validation(config, model, objective, mesh)
-        if config.samples.every:
-            write_clips = validation.make_validation_clips(config, model, objective, mesh)
         plain_step = make_train_step(flops.plain(model), objective, chosen, optimizer, config)
         step_flops: dict[int, int] = {}  # by the tokens of a clip
 
-        # 5. What is looked at now and then, after the checkpoint: a signal may end it, and it is made up for.
+        # 5. Validation and sample clips follow the checkpoint of their step: a signal cuts them short, and a
+        # run that resumes makes up for them.
         stop = loop.StopSignal(first_step)
-
-        def place_clips(step: int) -> str:
-            return os.path.join(workdir, "samples", f"step_{step:07d}.mp4")
-
-        def look(step: int, due: Mapping[str, bool]) -> None:
-            if due["validation"]:
-                values = stop.unless_noted(lambda: validate(optim.merge(state.ema, frozen)))
-                if writer and values:
-                    writer.write(step, values)
-                clock.spend("validation")
-            if due["samples"]:
-                clips = stop.unless_noted(
-                    lambda: write_clips(optim.merge(state.ema, frozen), place_clips(step))
-                )
-                if writer and clips:
-                    writer.write_clips(step, clips[0], config.data.fps, clips[1])
-                clock.spend("samples")
-
-        validated = any("validation/loss" in line for line in lines if line["step"] == first_step > 0)
+        look = validation.Looks(config, model, objective, mesh, workdir, writer, clock, stop)
         clock.spend("start")
-        ended = first_step == config.steps
-        look(
-            first_step,
-            {
-                "validation": distributed.agreed(not validated)
-                and loop.is_due(first_step, config.validation.every, ended, False),
-                "samples": first_step > 0
-                and distributed.agreed(not storage.path(place_clips(first_step)).exists())
-                and loop.is_due(first_step, config.samples.every, ended, False),
-            },
-        )
+        look.make_up(first_step, optim.merge(state.ema, frozen), lines)
 
         # 6. The loop. The state and the data position are saved together, before the data advances.
         recent_ids: deque = deque(maxlen=config.log.every or None)
@@ -316,26 +285,19 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
         window = loop.Window(first_step)
         step, stopping = first_step, False
         while step < config.steps and not stopping:
-            profile.before(step)
             with window.waiting():
                 ids, inputs = next(data)
             recent_ids.append((step, ids))
             tokens = math.prod(model.backbone.grid(inputs["latents"].shape[1:]))
-            new = tokens not in step_flops
-            if new:
-                clock.spend("train")
-            begun = time.perf_counter()
-            state, values = train_step(state, frozen, empty, inputs)
+            new = tokens not in step_flops  # so that it is compiled
+            with clock.compiling(window) if new else contextlib.nullcontext():
+                state, values = train_step(state, frozen, empty, inputs)
             step += 1
-            if new:  # it was compiled; now the device is at work
-                window.exclude(time.perf_counter() - begun)
-                clock.spend("compile")
+            if new:  # while the device is at work
                 step_flops[tokens] = flops.model_flops(plain_step, state, frozen, empty, inputs)
-            if step == first_step + 1:
-                stop.begin()
             window.count(config.batch_size * tokens, step_flops[tokens], values["loss/total"])
             progress.advance(step)
-            profile.after(step, values)
+            profile.advance(step, values)
 
             stopping = stop.requested(step)
             last = step == config.steps
@@ -357,7 +319,7 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
                 saved.save(step, state, data, folders.config_as_json(config))
                 clock.spend("save")
             if not stopping:
-                look(step, due)
+                look(step, optim.merge(state.ema, frozen), due)
                 if stop.noted:
                     saved.save(step, state, data, folders.config_as_json(config))
                     stopping = True

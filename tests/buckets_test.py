@@ -18,6 +18,8 @@ from tests.bucket import download
 from tests.commands import run_here
 from tests.conftest import get_config
 
+pytestmark = pytest.mark.jobs
+
 
 def files(folder) -> dict[str, bytes]:
     return {
@@ -73,6 +75,8 @@ def test_videos_in_a_bucket_give_the_records_of_those_on_a_disk(
         for found in (own, theirs)
     ]
     manifests = [json.loads(found.pop("manifest.json")) for found in (own, theirs)]
+    for manifest in manifests:  # its rows have stamps
+        del manifest["checksums"]["clips.jsonl"]
     assert own == theirs and rows[0] == rows[1] and len(rows[0]) == 6
     assert manifests[0].pop("sources") == [videos] and manifests[1].pop("sources")
     assert manifests[0].pop("checksum") != manifests[1].pop("checksum")

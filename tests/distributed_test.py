@@ -165,6 +165,7 @@ def test_job_is_killed_and_terminated_and_goes_on_with_other_processes(alone, tm
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
+@pytest.mark.jobs
 def test_a_job_in_a_bucket_is_killed_and_goes_on(alone, tiny_data, bucket, tmp_path, monkeypatch):
     fsspec.filesystem("gs").put(f"{tiny_data}/", f"{bucket}/data/", recursive=True)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/xla")

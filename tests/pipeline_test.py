@@ -169,7 +169,7 @@ def test_encoded_texts_are_kept(place, tmp_path):
     assert text.shape == (3, tiny_pipeline.LENGTH, 32) and mask.sum(1).tolist()[1] == 1
     assert np.abs(text[0] - text[1]).max() > 0.1 and not text[~mask].any()
     np.testing.assert_array_equal(text[0], text[2])
-    assert len(list(tmp_path.rglob("*.npy"))) == 2
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
 
     kept = encoders.load_text_encoder(config, str(tmp_path))
     kept._load = None  # the weights are not read

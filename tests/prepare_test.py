@@ -20,7 +20,7 @@ from prophy_jax.data import loader, records, taxonomy
 from prophy_jax.data.sandbox.clip import make_clip
 from prophy_jax.data.sources import video
 from prophy_jax.models.text import hash_text
-from prophy_jax.prepare import list_clips, prepare
+from prophy_jax.prepare import Recorder, list_buckets, list_clips, prepare
 from prophy_jax.run import encoders
 from prophy_jax.run.errors import NotFinite, UserError
 from tests.commands import run_here
@@ -460,6 +460,16 @@ def test_processes_make_what_one_makes(many, processes):
     assert _bytes(many / f"by{processes}") == _bytes(many / "whole")
     one, several = (records.read_manifest(many / name) for name in ("whole", f"by{processes}"))
     assert one == several
+
+
+def test_a_worker_that_does_not_see_the_videos_refuses(tmp_path):
+    """It would skip them all, one by one."""
+    config = _config(tmp_path / "out")
+    source, _ = list_clips(config.data, [_wisa(tmp_path / "wisa", 2)])
+    (tmp_path / "wisa").rename(tmp_path / "not mounted")
+    said = "wisa/videos/clip0.mp4 cannot be seen on .*storage that all hosts share, under the same path"
+    with pytest.raises(UserError, match=said):
+        Recorder(config, source, list_buckets(config.data), taxonomy.WISA, tmp_path / "out", noted=True)
 
 
 @pytest.mark.parametrize("call", [1, 4, 7])

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from prophy_jax.data import records
 from prophy_jax.data.batch import Sizes
-from prophy_jax.data.job import Job, Shard, parse_process, read_clips
+from prophy_jax.data.job import Job, Shard, make_shard, parse_process, read_clips
 from prophy_jax.run import workdir
 from prophy_jax.run.errors import UserError
 
@@ -222,6 +222,14 @@ def test_failing_shard_leaves_nothing_and_says_its_own_reason(tmp_path, failure)
     assert job.missing()[0] == ("train", 0)
     left = sorted(path.name for path in (tmp_path / "out" / "work").iterdir())
     assert left == ["plan.json"]
+
+
+def test_a_shard_is_not_made_where_the_folder_cannot_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "SHARED_S", 0)
+    said = "plan.json, which another process wrote, cannot be seen on .*storage that all hosts share"
+    with pytest.raises(UserError, match=said), make_shard(tmp_path / "elsewhere", "train", 0):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_making_a_shard_again_never_harms_the_one_that_is_there(tmp_path):
@@ -526,7 +534,7 @@ def test_manifest(tmp_path):
     with pytest.raises(UserError, match="no training data at .* prophy_jax.prepare --config"):
         records.read_manifest(tmp_path)
     records.write_manifest(tmp_path, {"text_length": 8})
-    assert records.read_manifest(tmp_path) == {"schema_version": 2, "text_length": 8}
+    assert records.read_manifest(tmp_path) == {"schema_version": 2, "text_length": 8, "checksums": {}}
     assert os.listdir(tmp_path) == ["manifest.json"]
     (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(UserError, match="schema version 1, this program reads version 2; prepare"):
@@ -572,6 +580,7 @@ def test_damaged_manifests_and_reports_are_one_line(tmp_path, whole, damage):
     (folder / "manifest.json").write_bytes(damage)
     with pytest.raises(UserError, match="manifest.json.*damaged.*make the data again"):
         records.read_manifest(folder)
+    (folder / "manifest.json").unlink()
     (folder / "clips.jsonl").write_bytes(damage + b"\n")
     with pytest.raises(UserError, match="line 1 of .*clips.jsonl.*damaged.*make the data again, or delete"):
         [row["id"] for row in read_clips(folder)]

@@ -33,6 +33,8 @@ import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests aside
 from prophy_jax.evaluation import validation
 from prophy_jax.run import checkpoints, parallel
+
+pytestmark = pytest.mark.jobs
 def slowly(owner, name, seconds):
     function = getattr(owner, name)
     setattr(owner, name, lambda *given, **named: (time.sleep(seconds), function(*given, **named))[1])

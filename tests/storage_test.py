@@ -212,3 +212,10 @@ def test_what_buckets_packages_raise_is_one_line():
             gcsfs.validate_response(status, b"", "b/x")
     with pytest.raises(KeyError), storage.one_line_errors():
         raise KeyError("a bug")
+
+
+def test_what_a_killed_writer_left_is_in_no_list_of_checksums(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / ".zarray").write_text("x")
+    storage.name_partial(tmp_path / "manifest.json").write_text("x")
+    assert list(checksums.hash_files(tmp_path)) == [".zarray", "file"]

@@ -48,6 +48,7 @@ _MANIFEST = {
     **{key: str for key in ("fingerprint", "data_fingerprint")},
     **{key: [str] for key in ("sources", "categories", "stand_in", "unannotated", "label_not_among_answers")},
     **{key: dict for key in ("codec", "text_encoder", "plan")},
+    "checksums": {str: str},
     **{key: _is_side for key in ("schema_version", "text_length", "text_dim")},
     **{key: [(str, str)] for key in ("skipped", "unreadable")},
     **{key: {str: int} for key in ("counts", "captions_cut")},
@@ -57,6 +58,7 @@ _MANIFEST = {
     "cropped": [(str, (_is_side, _is_side), str)],
     "labels_not_understood": {str: {"clips": int, "first": str}},
 }
+_LISTED = ("clips.jsonl", "empty_text.npz", "*/*/features.json", "*/*/dataset_info.json")
 _SHOWN = 20  # entries of a list that are printed; the manifest has all of them
 _OPEN_FILES = 64  # of one data set and split at a time; many systems allow a process 1,024
 
@@ -85,9 +87,24 @@ def features(dataset: str, sizes: batch.Sizes, without: Sequence[str] = ()) -> t
 
 
 def write_manifest(folder: storage.AnyPath, manifest: Mapping[str, Any]) -> None:
-    """Writes DIR/manifest.json, with the schema version first; it makes the folder complete."""
-    text = json.dumps(checksums.sealed({"schema_version": SCHEMA_VERSION, **manifest}), indent=2)
+    """Writes DIR/manifest.json, with the schema version first; it makes the folder complete.
+
+    It lists the checksums of the files beside it that have none of their own.
+    """
+    found = [path for pattern in _LISTED for path in sorted(folder.glob(pattern))]
+    files = {path.relative_to(folder).as_posix(): storage.hash_file(path) for path in found}
+    manifest = {"schema_version": SCHEMA_VERSION, **manifest, "checksums": files}
+    text = json.dumps(checksums.sealed(manifest), indent=2)
     storage.write_atomically(folder / "manifest.json", text + "\n")
+
+
+def check_file(data_dir: str | Path, name: str) -> None:
+    """Raises UserError where a file of a finished folder is not as it was when that was finished."""
+    path = storage.path(data_dir) / name
+    if path.is_file() and (storage.path(data_dir) / "manifest.json").is_file():
+        listed = read_manifest(data_dir).get("checksums", {})
+        if listed.get(name) not in (None, storage.hash_file(path)):
+            raise UserError(f"{path} is damaged (not as it was written); make the data again")
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -142,12 +159,16 @@ class Dataset(Sequence[Mapping[str, Any]]):
         """
         # Each level of the format is a sequence of length-delimited fields.
         values = {}
-        (features,) = _fields(memoryview(self._serialized(index)))  # Example.features
-        for entry in _fields(features):  # Features.feature, a map
-            name, feature = _fields(entry)
-            for kind in _fields(feature):  # bytes_list, float_list (packed) or int64_list
-                for value in _fields(kind):
-                    values[str(name, "utf-8")] = value
+        serialized = self._serialized(index)
+        try:
+            (features,) = _fields(memoryview(serialized))  # Example.features
+            for entry in _fields(features):  # Features.feature, a map
+                name, feature = _fields(entry)
+                for kind in _fields(feature):  # bytes_list, float_list (packed) or int64_list
+                    for value in _fields(kind):
+                        values[str(name, "utf-8")] = value
+        except (ValueError, IndexError) as error:
+            raise UserError(f"a record of {self._where} is damaged; make the data again") from error
         return self._stored(values)
 
     def _stored(self, example: Mapping[str, Any]) -> workdir.Stored:
@@ -194,6 +215,8 @@ def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
 def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.DatasetInfo:
     """What TFDS keeps about one bucket of a data set; UserError when it is missing or damaged."""
     folder = storage.path(data_dir) / name / bucket
+    for file in ("features.json", "dataset_info.json"):
+        check_file(data_dir, f"{name}/{bucket}/{file}")
     if (folder / "features.json").exists():
         _check_classes(folder / "features.json")
     try:

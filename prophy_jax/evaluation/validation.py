@@ -4,8 +4,9 @@ B batch, T h w latent grid.
 """
 
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from prophy_jax.diffusion import generate
 from prophy_jax.models.beside.part import Model
 from prophy_jax.run import distributed, encoders, parallel, storage
 from prophy_jax.run.errors import NotFinite
+from prophy_jax.run.goodput import Goodput
+from prophy_jax.run.loop import StopSignal, is_due
+from prophy_jax.run.metrics import MetricsWriter
 
 
 def make_validation(
@@ -94,3 +98,69 @@ def make_validation_clips(
         return frames, text
 
     return write
+
+
+class Looks:
+    """What a run looks at now and then: the loss on validation clips, and clips sampled from their prompts.
+
+    Args:
+        config: the whole configuration.
+        model, objective, mesh: of the run.
+        workdir: its folder.
+        writer: of its metrics; None on all processes but the first.
+        clock: where the time goes.
+        stop: ends a look when a signal comes.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        model: Model,
+        objective: Any,
+        mesh: jax.sharding.Mesh,
+        workdir: str,
+        writer: MetricsWriter | None,
+        clock: Goodput,
+        stop: StopSignal,
+    ) -> None:
+        self._config, self._workdir = config, workdir
+        self._writer, self._clock, self._stop = writer, clock, stop
+        self._validate = make_validation(config, model, objective, mesh)
+        if config.samples.every:
+            self._write_clips = make_validation_clips(config, model, objective, mesh)
+
+    def __call__(self, step: int, params: Any, due: Mapping[str, bool]) -> None:
+        """Looks at what is due after `step`: "validation", "samples"."""
+        if due["validation"]:
+            values = self._stop.unless_noted(lambda: self._validate(params))
+            if self._writer and values:
+                self._writer.write(step, values)
+            self._clock.spend("validation")
+        if due["samples"]:
+            clips = self._stop.unless_noted(lambda: self._write_clips(params, self._place_clips(step)))
+            if self._writer and clips:
+                self._writer.write_clips(step, clips[0], self._config.data.fps, clips[1])
+            self._clock.spend("samples")
+
+    def make_up(self, step: int, params: Any, lines: Sequence[Mapping[str, float]]) -> None:
+        """Looks at what a former process did not come to after `step`, as the lines of its metrics say.
+
+        Validation is due at step 0 too.
+        """
+        last = step == self._config.steps
+        due = {
+            name: is_due(step, self._config[name].every, last, False) for name in ("validation", "samples")
+        }
+        validated = any("validation/loss" in line for line in lines if line["step"] == step > 0)
+        sampled = step == 0 or storage.path(self._place_clips(step)).exists()
+        self(
+            step,
+            params,
+            {
+                "validation": due["validation"] and distributed.agreed(not validated),
+                "samples": due["samples"] and distributed.agreed(not sampled),
+            },
+        )
+
+    def _place_clips(self, step: int) -> str:
+        return os.path.join(self._workdir, "samples", f"step_{step:07d}.mp4")

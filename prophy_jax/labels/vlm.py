@@ -401,7 +401,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"--vlm: {folder} {what}; give the folder of a Qwen2.5-VL model, downloaded beforehand"
         )
-    config = read_json(path, "download the model again")
+    parts = {key: dict for key in ("vision_config", "text_config")}
+    config = read_json(path, "download the model again", parts)
     kind = config.get("model_type")
     if kind != "qwen2_5_vl":
         raise UserError(f"--vlm: {folder} holds a model of type {kind}; give a Qwen2.5-VL model (qwen2_5_vl)")

@@ -41,7 +41,10 @@ def hash_files(
             return name, found
         return name, [size, f"md5:{md5}" if md5 else storage.hash_file(os.path.join(folder, name))]
 
-    names = [name for name in listed if name.rpartition("/")[2] not in (*MARKS, *without)]
+    left_out = (*MARKS, *without)
+    names = [
+        name for name in listed if name.rpartition("/")[2] not in left_out and not storage.is_partial(name)
+    ]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         return dict(threads.map(entry, names))
 
@@ -81,7 +84,8 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def unsealed(content: dict[str, Any], where: str, remedy: str) -> dict[str, Any]:
     """What was `sealed`, as it was before. Raises UserError, with `remedy`, where it has changed since."""
     if not is_intact(content):
-        raise UserError(f"{where} is damaged (not as it was written): {remedy}")
+        by_hand = 'if you changed it yourself, take its "checksum" out'
+        raise UserError(f"{where} is damaged (not as it was written; {by_hand}): {remedy}")
     content = copy.copy(content)
     content.pop("checksum", None)
     return content

@@ -110,7 +110,7 @@ def run(
     if set(HELP) & set(sys.argv[1:]):
         print(_help(description))
         return
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is no fault of the user
+    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS warn of what is no fault, and raise what is one
     with one_line_errors(), _missing_keys(), storage.one_line_errors():
         config = _parse()
         checksums.enabled = flags.FLAGS.verify

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,18 +200,19 @@ class TextEncoder:
         )
 
     def _file(self, text: str) -> Path:
-        return self._cache / f"{hashlib.sha256(text.encode()).hexdigest()}.npy"
+        return self._cache / f"{hashlib.sha256(text.encode()).hexdigest()}.npz"  # with a CRC-32
 
     def _recall(self, text: str) -> np.ndarray | None:
         if self._cache is None or not self._file(text).exists():
             return None
         try:
-            return np.load(self._file(text))
-        except (OSError, ValueError, EOFError):  # damaged: it is encoded again
+            with np.load(self._file(text)) as stored:
+                return stored["rows"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # damaged: it is encoded again
             return None
 
     def _remember(self, text: str, rows: np.ndarray) -> None:
         if self._cache is None:
             return
         self._cache.mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(self._file(text), lambda file: np.save(file, rows))
+        storage.write_atomically(self._file(text), lambda file: np.savez(file, rows=rows))

@@ -163,21 +163,15 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     try:
         ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: another version of Ray
-        raise UserError(f"cannot join the Ray cluster {named}: {error}") from error
-    in_main = threading.current_thread() is threading.main_thread()  # which alone can set handlers
+        raise UserError(
+            f"cannot join the Ray cluster {named}: {error}; if it asks for a token, set RAY_AUTH_MODE=token"
+        ) from error
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray has not set its own
+        signal.signal(signal.SIGTERM, before)
     try:
-        if in_main:
-            signal.signal(signal.SIGTERM, _terminate)
         yield
     finally:
         ray.shutdown()
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, _: Any) -> None:
-    """Ends this process as the signal would, but lets it end its workers first."""
-    sys.exit(128 + number)
 
 
 class _Actor:

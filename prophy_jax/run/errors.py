@@ -59,6 +59,8 @@ def explain_system(error: BaseException) -> str:
         return f"{place}: {error.strerror}: {_REMEDIES[error.errno]}"
     if isinstance(error, OSError | ValueError | RuntimeError):  # of TensorStore, Orbax, array_record, XLA
         text = str(error)
+        if text == "can't start new thread":
+            return "the system starts no more threads: free memory, or raise their limit (ulimit -u)"
         if "RESOURCE_EXHAUSTED" in text and "ut of memory" in text:
             line = next(line for line in text.splitlines() if "ut of memory" in line)
             return f"there is not enough memory on the device ({line.strip()}): ask for less at a time"
@@ -108,12 +110,14 @@ def one_line_errors() -> Iterator[None]:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):  # None where it was closed, and progress bars write to it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     _drop_echoes()
     try:
         with signals.ending():
             yield
-        if sys.stdout:
-            sys.stdout.flush()  # where it cannot be written, this says so
+        sys.stdout.flush()  # where it cannot be written, this says so
     except BaseException as error:
         text = one_line(error)
         if not text:
@@ -132,7 +136,7 @@ def status_of(error: BaseException) -> int:
 
 def _give_up_output() -> None:
     """Where stdout or stderr cannot be written, Python would try again at its end, and say so in its way."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):

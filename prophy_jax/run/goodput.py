@@ -4,10 +4,15 @@ Steps that a killed part did after its last checkpoint are done again: they coun
 between its last line of metrics and its end, which nobody knows: it is missing from the sum.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prophy_jax.run.loop import Window
 
 KINDS = {
     "train": "training",
@@ -47,6 +52,14 @@ class Goodput:
         now = time.perf_counter()
         self._spent[kind] += now - self._then
         self._then = now
+
+    @contextlib.contextmanager
+    def compiling(self, window: "Window") -> Iterator[None]:
+        """The body compiles a step: its time is none of a step, here and in `window`."""
+        self.spend("train")
+        yield
+        window.exclude(time.perf_counter() - self._then)
+        self.spend("compile")
 
     def values(self) -> dict[str, float]:
         """What stands in the metrics."""

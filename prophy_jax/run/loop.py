@@ -147,16 +147,15 @@ def _end_at_once(*_: Any) -> None:
 class StopSignal:
     """Notes signals to stop, so that the loop can save after a step, the same on every process.
 
-    Those of `signals.NUMBERS`, and SIGINT, where a second one ends the process. Until `begin` they do
-    what they do in other commands.
+    Those of `signals.NUMBERS`, and SIGINT, where a second one ends the process. Until the first step is done
+    there is nothing to save, and they do what they do in other commands.
     """
 
     def __init__(self, first_step: int) -> None:
         self._noted, self._first_step, self._alone = False, first_step, jax.process_count() == 1
         self._cuts, self._terminal = False, signals.Terminal()
 
-    def begin(self) -> None:
-        """From now on there is something to save."""
+    def _begin(self) -> None:
         signals.end_elsewhere()
         signals.catch(self._note, (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
         if self._alone:  # otherwise JAX has its own handler, which tells the other processes
@@ -182,6 +181,8 @@ class StopSignal:
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`. Ask after every step: processes then agree on a later one."""
+        if step == self._first_step + 1:
+            self._begin()
         if self._alone:
             return self._noted
         # Counted from the start of this process: a signal that came before it stops at the first.
@@ -217,18 +218,16 @@ class Profile:
             self._written = tempfile.mkdtemp(prefix="prophy_jax-") if chosen else ""
         self._from = first_step + skip if count else -1
         self._to, self._on = self._from + count, False
+        self.advance(first_step, None)
 
-    def before(self, step: int) -> None:
-        """To be called with the number of steps done."""
-        if step == self._from:
-            self._on = True
-            jax.profiler.start_trace(self._written)
-
-    def after(self, step: int, values: Any) -> None:
+    def advance(self, step: int, values: Any) -> None:
         """To be called with the number of steps done and what the last one gave."""
         if step == self._to:
             jax.block_until_ready(values)
             self.close()
+        if step == self._from:
+            self._on = True
+            jax.profiler.start_trace(self._written)
 
     def close(self) -> None:
         if self._on:

@@ -52,8 +52,8 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
     else:
         if sizes[0] % slices:
             raise UserError(
-                f"mesh.data={sizes[0]} does not divide over {slices} TPU slices, and only this axis may "
-                "cross from one to another: fix config.mesh"
+                f"mesh.data={sizes[0]} does not divide over {slices} TPU slices, and this axis alone crosses "
+                "from one to another: fix config.mesh"
             )
         placed = mesh_utils.create_hybrid_device_mesh(
             (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True

@@ -274,6 +274,11 @@ def name_partial(target: AnyPath) -> AnyPath:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
 
 
+def is_partial(name: str) -> bool:
+    """Whether `name_partial` gave a file its name: a process that was killed may have left it."""
+    return bool(re.fullmatch(r"\..+\.[0-9a-f]{8}", name.rpartition("/")[2]))
+
+
 def create(target: AnyPath, content: bytes) -> bool:
     """Writes a file, whole, unless it is there, and says so; of several processes that try, one succeeds."""
     if in_bucket(target):

@@ -115,7 +115,7 @@ class Process:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = list(self.words)
             first()
-            code = _run(self.words[0])
+            code = _run(self.words[0], self.log)
             last()
         except BaseException:
             traceback.print_exc()
@@ -154,15 +154,16 @@ class Process:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def _run(module: str) -> int:
-    """The exit status of a command, which ends as at the end of a program."""
+def _run(module: str, log: pathlib.Path) -> int:
+    """The exit status of a command, which ends as at the end of a program. A traceback goes to `log`."""
     code = 0
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
-        traceback.print_exc()
+        with open(log, "a") as file:  # stderr may be closed
+            traceback.print_exc(file=file)
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -407,7 +408,12 @@ def _make_inputs(root: pathlib.Path) -> None:
 # --- Results ---------------------------------------------------------------------------------------
 
 _PASSING = re.compile(r"(^|/)\.[^/]+$|^tensorboard/|_CHECKPOINT_METADATA$|commit_success.txt$")
-_MEASURED = re.compile(rb'"(seconds_per_clip|peak_bytes)": [0-9.e+-]+')
+# Of labels, times; times of sources that are put back; and checksums of what has these or names the folder.
+_MEASURED = re.compile(
+    rb'"(seconds_per_clip|peak_bytes|checksum|stamp|clips.jsonl)": ("[0-9a-f]*"|[0-9.e+-]+|\[[^]]*\])'
+)
+_TIMES = ("time/", "speed/", "goodput/")  # metrics that differ from run to run
+REFUSED = "refused when it is read"
 
 
 def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]:
@@ -426,6 +432,8 @@ def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]
             continue
         if trained and name == "metrics.jsonl":
             found[name] = _digest(_lasting(path).encode())
+        elif hidden and ".array_record-" in name:
+            found[name] = _digest_records(path)
         else:
             content = _MEASURED.sub(b"", path.read_bytes())
             found[name] = _digest(content.replace(hidden.encode(), b"") if hidden else content)
@@ -443,7 +451,7 @@ def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]
 def _lasting(path: pathlib.Path) -> str:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return json.dumps(
-        [{key: value for key, value in line.items() if key[:5] not in ("time/", "speed")} for line in lines]
+        [{key: value for key, value in line.items() if not key.startswith(_TIMES)} for line in lines]
     )
 
 
@@ -451,20 +459,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def refused_later(out: pathlib.Path) -> bool:
-    """Whether data sets are refused when they are read."""
-    from prophy_jax.data import records
-    from prophy_jax.run.errors import UserError
+def _digest_records(path: pathlib.Path) -> str:
+    """Of the records of a shard, each of which has a checksum of the format, compared by whoever reads it."""
+    from array_record.python import array_record_module
 
     try:
-        for folder in (path.parent for path in sorted(out.glob("*/*/dataset_info.json"))):
-            for split in records.open_info(out, folder.parent.name, folder.name).splits:
-                stored = records.open_dataset(out, folder.parent.name, folder.name, split)
-                for index in range(len(stored)):
-                    stored.read(index)
-    except UserError:
-        return True
-    return False
+        reader = array_record_module.ArrayRecordReader(str(path))
+        read = [reader.read([index])[0] for index in range(reader.num_records())]
+        return _digest(b"".join(len(one).to_bytes(8, "little") + one for one in read))
+    except (RuntimeError, IndexError):
+        return REFUSED
 
 
 def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
