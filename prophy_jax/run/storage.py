@@ -242,6 +242,8 @@ def fetched(text: str | os.PathLike) -> Path:
 def cache_folder(name: str) -> str:
     """A folder of the user's cache, which may be deleted at any time."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if in_bucket(root):
+        raise UserError(f"XDG_CACHE_HOME={root} must be on a disk: name a folder of one")
     return os.path.join(root, "prophy_jax", name)
 
 
