@@ -219,7 +219,10 @@ def size(text: str | os.PathLike) -> int:
 
 
 def stamp(text: str | os.PathLike) -> str | None:
-    """What differs when a file was written or touched anew; None where there is none."""
+    """What differs when a file was written or touched anew; None where there is none.
+
+    S3 tells only whole seconds apart.
+    """
     try:
         if not in_bucket(text):
             return str(os.stat(text).st_mtime_ns)
