@@ -3,23 +3,27 @@
     python -m benchmarks.save [--gb=2] [--processes=2] [--rounds=3] [--dir=DIR]
 
 Each process holds its share of that many GB in fp32, layers of 64 MB, and saves them as `train` does, into
-a temporary folder (of DIR, on the disk that is to be measured). Prints the seconds until training could go
-on, and until the checkpoint is whole: written, hashed and on the disk.
+a temporary folder (of DIR, on the disk or in the gs:// bucket that is to be measured). Prints the seconds
+until training could go on, and until the checkpoint is whole: written, hashed and stored.
 """
 
 import argparse
+import contextlib
+import os
+import secrets
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import ARGUMENTS
-from prophy_jax.run import checkpoints, distributed
+from prophy_jax.run import checkpoints, cli, distributed, storage
+from prophy_jax.run.errors import UserError, one_line_errors
 
 LAYER = (8, 2048, 1024)  # 64 MB in fp32
 
@@ -58,8 +62,24 @@ def save(gb: float, rounds: int, folder: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def scratch(folder: str | None) -> Iterator[str]:
+    """A folder below another one, which is deleted at the end."""
+    if folder is None or not storage.in_bucket(folder):
+        if folder and not os.path.isdir(folder):
+            raise UserError(f"no folder {folder}: name another --dir")
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            yield own
+        return
+    own = f"{folder}/save-{secrets.token_hex(4)}"
+    try:
+        yield own
+    finally:
+        storage.remove(own)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, **ARGUMENTS)
+    parser = cli.ArgumentParser("python -m benchmarks.save", __doc__, buckets=("dir",))
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -67,18 +87,18 @@ def main() -> None:
     parser.add_argument("--process", help=argparse.SUPPRESS)  # ADDRESS,I/P FOLDER: what main starts
     options = parser.parse_args()
     if options.process:
-        where, folder = options.process.split()
+        where, folder = options.process.split(maxsplit=1)
         with distributed.job(where):
             save(options.gb, options.rounds, folder)
         return
     if options.processes == 1:
-        with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        with scratch(options.dir) as folder:
             save(options.gb, options.rounds, folder)
         return
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+    with scratch(options.dir) as folder:
         job = [
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.save", f"--gb={options.gb}", f"--rounds={options.rounds}",
@@ -91,4 +111,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(), storage.one_line_errors():
+        main()

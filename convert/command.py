@@ -594,7 +594,7 @@ def main(model: Model, arguments: list[str] | None = None) -> None:
 
 def run(model: Model) -> None:
     """The process: `main`, with one line for every error."""
-    with one_line_errors():
+    with one_line_errors(), storage.one_line_errors():
         try:
             main(model)
         except KeyboardInterrupt:

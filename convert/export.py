@@ -434,7 +434,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0]
 
 
 # --- Configuration files ---------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), storage.one_line_errors():
         try:
             main()
         except KeyboardInterrupt:

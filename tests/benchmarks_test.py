@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import gpu, kernels, measure, skipping, train_step
 from prophy_jax.plan import flops
+from prophy_jax.run import storage
 from tests.conftest import ROOT, xla_flags
 
 
@@ -225,15 +226,17 @@ def test_loading_is_timed_with_checksums_and_without():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_save_is_timed_from_one_process_and_from_several(processes):
-    words = ["--gb=0.2", "--rounds=1", f"--processes={processes}"]
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_save_is_timed_from_one_process_and_from_several(place, processes, tmp_path, request):
+    folder = tmp_path if place == "disk" else request.getfixturevalue("bucket")
+    words = ["--gb=0.2", "--rounds=1", f"--processes={processes}", f"--dir={folder}"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.save", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = rf"^0.2 GB, {processes} processes: the state is taken in ([\d.]+) s, .* is whole in ([\d.]+) s"
     ((taken, whole),) = re.findall(found, done.stdout, re.M)
-    assert 0 <= float(taken) <= float(whole)
+    assert 0 <= float(taken) <= float(whole) and not storage.list_files(folder)
 
 
 def test_sizes_of_a_shape_are_those_that_wan_is_built_with():

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from prophy_jax import build, evaluate
-from prophy_jax.run import cli, config_check, config_help, encoders, loop, workdir
+from prophy_jax.run import cli, config_check, config_help, encoders, loop, storage, workdir
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.config_help_test import shipped
@@ -281,7 +281,7 @@ def test_wrong_overrides_get_one_line(tmp_path, flag, override, words):
 
 
 def compile_cache(**environment) -> str:
-    code = "import jax; from prophy_jax.run import cli; cli._keep_compiled()"
+    code = "import jax; from prophy_jax.run import cli; cli._keep_compiled(alone=True)"
     code += "; print(jax.config.jax_compilation_cache_dir)"
     kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
@@ -299,6 +299,17 @@ def test_compiled_programs_are_kept_in_the_cache_folder_unless_the_user_names_an
     assert compile_cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "prophy_jax" / "xla")
     mine = str(tmp_path / "mine")
     assert compile_cache(JAX_COMPILATION_CACHE_DIR=mine) == mine
+    assert compile_cache(JAX_COMPILATION_CACHE_DIR="~/mine", HOME=str(tmp_path)) == mine
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_folders_that_the_environment_names_are_looked_at_too(monkeypatch, alone):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs:/b/x")
+    with pytest.raises(UserError, match="JAX_COMPILATION_CACHE_DIR=gs:/b/x is no address"):
+        cli._keep_compiled(alone)
+    monkeypatch.setenv("XDG_CACHE_HOME", "gs://b/x")
+    with pytest.raises(UserError, match="XDG_CACHE_HOME=gs://b/x must be on a disk"):
+        storage.cache_folder("xla")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import threading
+import time
+import types
 
 import pytest
 
@@ -13,7 +15,7 @@ from prophy_jax.run.errors import UserError
 @pytest.fixture(params=["disk", "bucket", "s3_bucket"])
 def place(request, tmp_path):
     """An empty folder of each kind."""
-    return tmp_path if request.param == "disk" else storage.path(request.getfixturevalue("bucket"))
+    return tmp_path if request.param == "disk" else storage.path(request.getfixturevalue(request.param))
 
 
 def names(folder) -> list[str]:
@@ -101,6 +103,8 @@ def test_a_touched_file_has_another_stamp(place):
     first = storage.stamp(place / "file")
     assert storage.stamp(place / "file") == first
     os.utime(place / "file", (1, 1)) if not storage.in_bucket(place) else None
+    if str(place).startswith("s3://"):
+        time.sleep(1.1)  # it counts whole seconds
     storage.touch(place / "file", b"1")
     assert storage.stamp(place / "file") not in (first, None)
     assert storage.stamp(place / "none") is None
@@ -158,6 +162,11 @@ def test_checksums_of_a_bucket_are_known_without_reading(bucket, tmp_path, monke
         ("gs:/b/x", "is no address: write gs://BUCKET/FOLDER"),
         ("gs://", "is no address"),
         ("gs:///x", "is no address"),
+        ("gs:b/x", "is no address"),
+        (" gs://b/x", "is no address"),
+        ("gs://b/../x", "is no address"),
+        ("gs://b/x[1]", "has '\\['"),
+        ("gs://b/x#1", "has '#'"),
         ("s3://b/x", "--out=s3://b/x is an address, and this must be on a disk or in gs://: copy it"),
         ("file:///tmp/x", "must be on a disk or in gs://"),
         ("https://storage.googleapis.com/b", "must be on a disk or in gs://"),
@@ -166,6 +175,26 @@ def test_checksums_of_a_bucket_are_known_without_reading(bucket, tmp_path, monke
 def test_other_addresses_are_refused(address, says):
     with pytest.raises(UserError, match=says):
         cli.expand_path(address, f"--out={address}", ["gs"])
+
+
+@pytest.mark.parametrize("kind", ["bucket", "s3_bucket"])
+def test_an_address_is_one_of_a_bucket_that_exists(kind, request):
+    address, schemes = request.getfixturevalue(kind), ("gs", "s3")
+    scheme, _, rest = address.partition("://")
+    assert cli.expand_path(f"{address}//a b%ü//c/", "", schemes) == f"{address}/a b%ü/c"
+    assert cli.expand_path(f"{scheme}://{rest.partition('/')[0]}/", "", schemes) == f"{scheme}://bucket"
+    with pytest.raises(UserError, match="--out: there is no bucket none"):
+        cli.expand_path(f"{scheme}://none/x", "--out", schemes)
+
+
+def test_a_bucket_that_does_not_answer_is_said(server, bucket, monkeypatch, capsys):
+    answered = threading.Event()
+    monkeypatch.setattr(storage, "WAIT_S", 0.01)
+    monkeypatch.setattr(
+        storage, "path", lambda _: types.SimpleNamespace(exists=lambda: answered.wait(0.5) or True)
+    )
+    cli.expand_path(bucket, "--out", ["gs"])
+    assert "has not answered yet" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -181,6 +210,9 @@ def test_what_buckets_packages_raise_is_one_line():
         storage.one_line_errors(),
     ):
         raise gcsfs.HttpError({"code": 403, "message": "no rights"})
+    for status in (403, 404, 502):  # these are OSError, FileNotFoundError and an error of requests
+        with pytest.raises(UserError, match="the bucket cannot be used"), storage.one_line_errors():
+            gcsfs.validate_response(status, b"", "b/x")
     with pytest.raises(KeyError), storage.one_line_errors():
         raise KeyError("a bug")
 

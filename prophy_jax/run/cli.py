@@ -62,10 +62,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def expand_path(text: str, where: str, schemes: Sequence[str] = ()) -> str:
     """`text`, given as `where`, with ~ expanded. Raises UserError on addresses, but those of `schemes`."""
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    if not re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3):)", text):
         return os.path.expanduser(text)
-    storage.check_address(text, where, schemes)
-    return text
+    return storage.check_address(text, where, schemes)
 
 
 def _cut(word: str) -> tuple[str, str, str]:
@@ -122,8 +121,8 @@ def run(
             print(config_help.describe(config))
             return
         where = flags.FLAGS.distributed if distributed else None
+        _keep_compiled(alone=where is None)
         if where is None:
-            _keep_compiled()
             status = main(config)
         else:
             from prophy_jax.run.distributed import job
@@ -172,13 +171,19 @@ def _help(description: str) -> str:
     )
 
 
-def _keep_compiled() -> None:
+def _keep_compiled(alone: bool) -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
 
     Not for jobs of several processes: one that finds a program on its own host would not join the others,
     who tune it together. They need a folder that all share, which only the user can name.
     """
-    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", storage.cache_folder("xla"))
+    name = "JAX_COMPILATION_CACHE_DIR"
+    folder = os.environ.get(name)
+    if folder is None and alone:
+        folder = storage.cache_folder("xla")
+    if not folder:
+        return
+    os.environ[name] = folder = expand_path(folder, f"{name}={folder}", ("gs", "s3"))
     if "jax" in sys.modules:  # which has read its environment; label never imports it
         sys.modules["jax"].config.update("jax_compilation_cache_dir", folder)
 

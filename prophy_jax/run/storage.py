@@ -11,12 +11,16 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -30,10 +34,17 @@ PACKAGES = {
     "gs": "gcsfs",
     "s3": "s3fs",
 }  # scheme -> what reads and writes it; the extra has the scheme's name
+# What raises errors of its own, and also OSError (403), ValueError and the like, when a bucket refuses.
+CLIENTS = {"gcsfs", "s3fs", "aiohttp", "google", "botocore", "aiobotocore"}
+WAIT_S = 5.0  # until a bucket that does not answer is worth a line
 AnyPath: TypeAlias = Path | epath.Path
 # Of what is in a bucket nothing is remembered, also for `epath` and TFDS: other processes change it.
 for _scheme in (*PACKAGES, "gcs"):
     fsspec.config.conf.setdefault(_scheme, {})["use_listings_cache"] = False
+# They log what they raise, with a traceback.
+for _package in PACKAGES.values():
+    logging.getLogger(_package).addHandler(logging.NullHandler())
+    logging.getLogger(_package).propagate = False
 
 
 def path(text: str | os.PathLike) -> AnyPath:
@@ -56,20 +67,50 @@ def resolved(text: str | os.PathLike) -> str:
     return absolute(text) if in_bucket(text) else str(Path(text).resolve())
 
 
-def check_address(text: str, where: str, schemes: Sequence[str]) -> None:
-    """Raises UserError, about `where`, unless what looks like an address is of `schemes`, and in reach."""
-    scheme, slashes, rest = re.match(r"([A-Za-z][\w+.-]*):(/*)(.*)", text).groups()
+def check_address(text: str, where: str, schemes: Sequence[str]) -> str:
+    """An address, without slashes that are no part of it.
+
+    Raises UserError, about `where`, unless it is one of `schemes`, and in reach.
+    """
+    scheme, slashes, rest = re.match(r"\s*([A-Za-z][\w+.-]*):(/*)(.*)", text, re.DOTALL).groups()
     if scheme not in schemes:
         places = "".join(f" or in {own}://" for own in schemes)
         raise UserError(
             f"{where} is an address, and this must be on a disk{places}: copy it, and give the path"
         )
-    if slashes != "//" or not rest:
+    names = [name for name in rest.split("/") if name]
+    if text[0].isspace() or slashes != "//" or not names or {".", ".."} & set(names):
         raise UserError(f"{where} is no address: write {scheme}://BUCKET/FOLDER")
+    if found := re.search(r"[][*?#\s]", rest.replace(" ", "")):  # patterns, versions of objects
+        raise UserError(
+            f"{where} has {found[0]!r}, which stands for something else in addresses: name another folder"
+        )
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
         raise UserError(f'{where}: buckets need another package: pip install "prophy_jax[{scheme}]"')
-    with one_line_errors():
-        path(text).exists()  # without credentials, this says so
+    address = f"{scheme}://{'/'.join(names)}"
+    with one_line_errors(), _waiting(address):
+        if not path(address).exists():  # without credentials, this says so
+            try:
+                # A name that nobody gave: nothing is listed there, but where there is no bucket.
+                _system_of(address).find(f"{scheme}://{names[0]}/{secrets.token_hex(8)}")
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{where}: there is no bucket {names[0]}: name another, or make it"
+                ) from error
+    return address
+
+
+@contextlib.contextmanager
+def _waiting(address: str) -> Iterator[None]:
+    """Says that a bucket does not answer, while the packages try it again and again, for up to a minute."""
+    line = f"{address} has not answered yet: still trying, for up to a minute"
+    timer = threading.Timer(WAIT_S, print, (line,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def require_gs(text: str | os.PathLike, what: str) -> None:
@@ -83,9 +124,11 @@ def one_line_errors() -> Iterator[None]:
     """What the packages for buckets raise in the body becomes a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        package = type(error).__module__.partition(".")[0]
-        if package not in ("gcsfs", "aiohttp", "google", "botocore", "aiobotocore", "s3fs"):
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not {name.partition(".")[0] for name in (*frames, type(error).__module__)} & CLIENTS:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
@@ -176,7 +219,10 @@ def size(text: str | os.PathLike) -> int:
 
 
 def stamp(text: str | os.PathLike) -> str | None:
-    """What differs when a file was written or touched anew; None where there is none."""
+    """What differs when a file was written or touched anew; None where there is none.
+
+    S3 tells only whole seconds apart.
+    """
     try:
         if not in_bucket(text):
             return str(os.stat(text).st_mtime_ns)
@@ -199,6 +245,8 @@ def fetched(text: str | os.PathLike) -> Path:
 def cache_folder(name: str) -> str:
     """A folder of the user's cache, which may be deleted at any time."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if in_bucket(root):
+        raise UserError(f"XDG_CACHE_HOME={root} must be on a disk: name a folder of one")
     return os.path.join(root, "prophy_jax", name)
 
 
