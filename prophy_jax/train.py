@@ -299,8 +299,8 @@ def train(config: Any, workdir: str, init: Sequence[str] = ()) -> bool:
             progress.advance(step)
             profile.advance(step, values)
 
-            stopping = stop.requested(step)
             last = step == config.steps
+            stopping = stop.requested(step) and not last
             due = {
                 name: loop.is_due(step, config[name].every, last or (stopping and always), always)
                 for name, always in (("log", 1), ("validation", 0), ("samples", 0), ("checkpoint", 1))

@@ -18,6 +18,7 @@ from prophy_jax.run import metrics, signals
 from tests.conftest import ROOT, xla_flags
 from tests.distributed_test import free_port
 
+pytestmark = pytest.mark.jobs
 SMALL = (
     "--config.backbone.num_layers=1",
     "--config.parts.branch.layers=(0,)",
@@ -33,8 +34,6 @@ import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests aside
 from prophy_jax.evaluation import validation
 from prophy_jax.run import checkpoints, parallel
-
-pytestmark = pytest.mark.jobs
 def slowly(owner, name, seconds):
     function = getattr(owner, name)
     setattr(owner, name, lambda *given, **named: (time.sleep(seconds), function(*given, **named))[1])
@@ -130,6 +129,23 @@ def test_a_command_ends_soon_and_says_why(number, body):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 75
     assert err.strip() == f"stopped by {number.name}: run the same command to go on"
+
+
+@pytest.mark.parametrize(
+    "number, status, says", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "stopped by SIGTERM")]
+)
+def test_a_command_ends_where_python_drops_what_a_signal_raises(number, status, says):
+    """As it does in callbacks of JAX."""
+    body = "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, body],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_line(process, "ready")
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and says in err and "Traceback" not in err
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -95,7 +95,7 @@ def check(config: Any) -> None:
             "own, such as --config.data.buckets='((49, 480, 832),)'"
         )
     profile = config.get("log", {}).get("profile", ())
-    if not isinstance(profile, tuple | list) or len(profile) not in (0, 2):
+    if not isinstance(profile, tuple | list) or len(profile) not in (0, 2) or profile and not profile[1]:
         raise UserError(
             f"config.log.profile={_short(profile)}: give how many steps to skip and how many to trace, "
             "such as --config.log.profile='(10, 5)'"

@@ -72,13 +72,13 @@ def parse(where: str) -> dict[str, str | int]:
     """Arguments of `jax.distributed.initialize`; none for "auto". Raises UserError."""
     if where == "auto":
         return {}
-    match = re.fullmatch(r"(.+:\d+),(\d+)/(\d+)", where)
-    if not match or int(match[2]) >= int(match[3]):
+    match = re.fullmatch(r"(.+:(\d+)),(\d+)/(\d+)", where)
+    if not match or int(match[3]) >= int(match[4]) or int(match[2]) > 65535:
         raise UserError(f"--distributed={where}: give auto, or HOST:PORT,I/P from I = 0 to P - 1")
     return {
         "coordinator_address": match[1],
-        "process_id": int(match[2]),
-        "num_processes": int(match[3]),
+        "process_id": int(match[3]),
+        "num_processes": int(match[4]),
         "cluster_detection_method": "deactivate",  # or Slurm would say which device to use
     }
 

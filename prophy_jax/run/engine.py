@@ -107,6 +107,8 @@ def workers(engine: str | None, make: Callable[[], Any], devices: int = 1) -> It
         UserError: there is no such engine or cluster, or as `make` does.
     """
     if engine is None:
+        if devices != 1:
+            raise UserError(f"--devices={devices} is about the workers of --engine=ray: name that too")
         yield _Here(make)
         return
     ray = _import(engine)

@@ -37,6 +37,8 @@ def say(text: str) -> None:
 
 def describe(number: int) -> str:
     """What a command says that has nothing to save."""
+    if number == signal.SIGINT:
+        return "interrupted"
     return f"stopped by {signal.Signals(number).name}: run the same command to go on"
 
 
@@ -57,7 +59,11 @@ class Terminal:
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """In the body, a signal to stop raises `Stopped`. Ends the process where the body does not end then."""
+    """In the body, a signal to stop raises `Stopped`, and Ctrl-C KeyboardInterrupt.
+
+    Ends the process where the body does not end then: Python calls handlers between its own instructions, and
+    drops what they raise inside some callbacks of JAX.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -68,14 +74,15 @@ def ending() -> Iterator[None]:
         raise Stopped(describe(number))
 
     def end_late() -> None:
-        # Python calls handlers between its own instructions; this thread is told at once.
-        while number := os.read(told, 1):
-            if number[0] in NUMBERS:
+        while number := os.read(told, 1):  # at once
+            if number[0] in (*NUMBERS, signal.SIGINT):
                 time.sleep(GRACE_S)
-                say(describe(number[0]))
-                os._exit(STOPPED)
+                if not ended.is_set():
+                    say(describe(number[0]))
+                    os._exit(130 if number[0] == signal.SIGINT else STOPPED)
         os.close(told)
 
+    ended = threading.Event()
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     threading.Thread(target=end_late, daemon=True).start()
@@ -84,6 +91,7 @@ def ending() -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(-1)
         for number, handler in former.items():
             if handler is not None:  # None: not of Python
