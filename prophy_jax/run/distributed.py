@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import traceback
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from prophy_jax.run import signals
 from prophy_jax.run.errors import UserError, close_bars, one_line, status_of
 
 # Seconds.
@@ -49,7 +49,7 @@ def job(where: str, saves: bool = False) -> Iterator[None]:
         "that no old process is left, and that all give the same address and count"
     )
     jax.config.update("jax_enable_preemption_service", saves)
-    with _print_if_killed(missing):
+    with signals.last_words(missing):
         _initialize(arguments)
     lost = (
         f"process {jax.process_index()} of {jax.process_count()} ({host}) lost the others, or was killed: "
@@ -57,7 +57,7 @@ def job(where: str, saves: bool = False) -> Iterator[None]:
         "processes: it resumes from what was saved"
     )
     try:
-        with _print_if_killed(lost):
+        with signals.last_words(lost):
             yield
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError):  # a full disk may have the logs
@@ -103,24 +103,6 @@ def _initialize(arguments: dict[str, str | int]) -> None:
         raise UserError(f"cannot join the job: {error}") from error
     finally:
         deadline.cancel()
-
-
-@contextlib.contextmanager
-def _print_if_killed(message: str) -> Iterator[None]:
-    """Prints `message` if this process dies in the body, whatever kills it.
-
-    A child process reads from a pipe, and prints when the pipe closes before a line has come.
-    """
-    child = subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r word || printf "\\n%s\\n" "$0" >&2', f"error: {message}"],
-        stdin=subprocess.PIPE,
-        start_new_session=True,  # or Ctrl-C would end it too
-    )
-    try:
-        yield
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            child.communicate(b"done\n")
 
 
 def _error_text(error: BaseException, lost: str) -> str:

@@ -32,7 +32,7 @@ from typing import Any
 import tqdm
 
 import prophy_jax
-from prophy_jax.run import checksums
+from prophy_jax.run import checksums, signals
 from prophy_jax.run.errors import UserError, counted
 
 HELP = (
@@ -162,18 +162,26 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
                 "address that it printed"
             ) from error
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: another version of Ray
-        raise UserError(
-            f"cannot join the Ray cluster {named}: {error}; if it asks for a token, set RAY_AUTH_MODE=token"
-        ) from error
-    if threading.current_thread() is threading.main_thread():  # elsewhere Ray has not set its own
-        signal.signal(signal.SIGTERM, before)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    ended = (
+        f"the Ray cluster {named or 'of this machine'} has ended, or this command was killed: what is "
+        "finished is kept; run the same command again"
+    )
+    with signals.last_words(ended):  # Ray ends a process that has lost its cluster
+        try:
+            ray.init(
+                address or None, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: another version of Ray
+            raise UserError(
+                f"cannot join the Ray cluster {named}: {error}; if it asks for a token, set "
+                "RAY_AUTH_MODE=token"
+            ) from error
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray has not set its own
+            signal.signal(signal.SIGTERM, before)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 class _Actor:

@@ -6,6 +6,7 @@ Training saves first (`prophy_jax.run.loop.StopSignal`); what other commands hav
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -103,3 +104,21 @@ def end_elsewhere() -> None:
     """From now on the process that handles its signals itself is not ended by `ending`."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
+
+
+@contextlib.contextmanager
+def last_words(message: str) -> Iterator[None]:
+    """Prints `message` if this process dies in the body, whatever kills it.
+
+    A child process reads from a pipe, and prints when the pipe closes before a line has come.
+    """
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r word || printf "\\n%s\\n" "$0" >&2', f"error: {message}"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # or Ctrl-C would end it too
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            child.communicate(b"done\n")
