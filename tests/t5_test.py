@@ -385,7 +385,7 @@ def test_prompts_that_become_nan_are_told_apart(tmp_path):
     ) as caught:
         encoder(PROMPTS)
     assert caught.value.rows == [2]
-    kept = sorted(cache.rglob("*.npy"))
+    kept = sorted(cache.rglob("*.npz"))
     assert len(kept) == 2  # of three texts
     whole, _ = encoder(PROMPTS[:2])
     kept[0].write_bytes(b"damaged")

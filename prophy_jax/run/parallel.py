@@ -46,7 +46,7 @@ def make_mesh(shape: Mapping[str, int], batch_size: int, devices: Sequence[jax.D
             "config.batch_size or change config.mesh"
         )
     # `jax.make_mesh` refuses an axis of 8 on a torus of 4x4x4 or 16x16.
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     if slices == 1:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
