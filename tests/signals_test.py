@@ -109,6 +109,13 @@ with errors.one_line_errors():
     time.sleep(0.1)
     exec(sys.argv[1])
 """
+# Where the tests run under nohup, or in the background of a shell, their processes ignore some signals.
+DEFAULTS = """
+import signal
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 # 2,000 million rounds in C, between which Python calls no handler.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
 
@@ -117,7 +124,7 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
 @pytest.mark.parametrize("body", ["time.sleep(60)", BUSY], ids=["waiting", "in C"])
 def test_a_command_ends_soon_and_says_why(number, body):
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, body],
+        [sys.executable, "-c", DEFAULTS + COMMAND, body],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -138,7 +145,7 @@ def test_a_command_ends_where_python_drops_what_a_signal_raises(number, status, 
     """As it does in callbacks of JAX."""
     body = "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)"
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, body],
+        [sys.executable, "-c", DEFAULTS + COMMAND, body],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for_line(process, "ready")
@@ -329,16 +336,17 @@ def test_make_stops_at_the_step_that_a_signal_stops(tmp_path):
     python = write_script(tmp_path / "python", f'#!/bin/sh\nexec {sys.executable} "$@" {sizes}\n')
     process = subprocess.Popen(
         ["make", "-f", ROOT / "Makefile", "-o", ".venv/.installed", f"RUN={python}", "demo"],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=tmp_path, env=environment(MAKELEVEL="", MAKEFLAGS=""),  # make may run the tests
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     run = tmp_path / "runs" / "demo_backbone"
     wait_for_steps(run, process)
     os.kill(train_pid(run), signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
-    *_, said, stopped = output.strip().splitlines()
+    said, stopped = [line for line in output.strip().splitlines() if re.match("stopped|make", line)][-2:]
     assert said == f"stopped by a signal, saved at step {saved(run)[-1]}: run the same command to resume"
-    assert re.fullmatch(r"make: \*\*\* \[.*demo\] Error 75", stopped)
+    assert re.fullmatch(r"make\S*: \*\*\* \[.*demo\] Error 75", stopped)
     assert os.listdir(tmp_path / "runs") == ["demo_backbone"]  # the next step of the rule was not begun
 
 
