@@ -22,6 +22,7 @@ LATEST := .venv-latest
 LOWEST := .venv-lowest
 WHEEL := $(CURDIR)/.venv-wheel
 RUN := $(VENV)/bin/python
+JOBS := -m "jobs and not slow"
 PYTEST := -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 # The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is installed
 # apart: next to jax, it would make every command look for a TPU first.
@@ -52,7 +53,9 @@ test: $(VENV)/.installed-test lint
 	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST)
 
 test-jobs: $(VENV)/.installed-test
-	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "jobs and not slow"
+	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) $(JOBS) || { \
+		echo "what failed is tried again, one at a time: some of these need a machine that is not too slow"; \
+		PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) -m pytest -q -rs $(JOBS) --last-failed --last-failed-no-failures none; }
 
 test-full: $(VENV)/.installed-test
 	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "slow or not slow or jobs"
