@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -109,11 +110,8 @@ def test_of_many_that_find_a_dead_holder_one_takes_over(place, fast):
             except UserError:
                 refused.append(number)
 
-        threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(take, range(6)))
         assert set(most) == {1} and len(most) + len(refused) == 6
         with contextlib.suppress(FileNotFoundError):
             (place / lock.LOCK).unlink()
@@ -141,11 +139,8 @@ def test_those_that_wait_come_one_after_another(place, fast):
             time.sleep(0.1)
             order.append(number)
 
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(take, range(4)))
     assert order[::2] == order[1::2] and sorted(order[::2]) == [0, 1, 2, 3]
 
 

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,11 +68,8 @@ def test_of_many_that_create_a_file_one_does(place, links, monkeypatch):
             if storage.create(file, text.encode() * 1000):
                 won.append(text)
 
-        threads = [threading.Thread(target=create, args=(text,)) for text in "abcdefgh"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(create, "abcdefgh"))
         (winner,) = won
         assert file.read_bytes() == winner.encode() * 1000
         made.append(file.name)

@@ -338,7 +338,7 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
         return rows
     if not path.exists():
         return []
-    records.check_file(out, CLIPS)
+    records.check_files(out, CLIPS)
     remedy = "make the data again, or delete this file, and the folder is used as it is"
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):

@@ -338,7 +338,7 @@ def load_empty_text(data_dir: str | Path) -> dict[str, np.ndarray]:
     Raises UserError when `data_dir` holds no prepared data, or it is damaged.
     """
     records.read_manifest(data_dir)
-    records.check_file(data_dir, "empty_text.npz")
+    records.check_files(data_dir, "empty_text.npz")
     path = storage.path(data_dir) / "empty_text.npz"
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")

@@ -98,13 +98,16 @@ def write_manifest(folder: storage.AnyPath, manifest: Mapping[str, Any]) -> None
     storage.write_atomically(folder / "manifest.json", text + "\n")
 
 
-def check_file(data_dir: str | Path, name: str) -> None:
-    """Raises UserError where a file of a finished folder is not as it was when that was finished."""
-    path = storage.path(data_dir) / name
-    if path.is_file() and (storage.path(data_dir) / "manifest.json").is_file():
-        listed = read_manifest(data_dir).get("checksums", {})
-        if listed.get(name) not in (None, storage.hash_file(path)):
-            raise UserError(f"{path} is damaged (not as it was written); make the data again")
+def check_files(data_dir: str | Path, *names: str) -> None:
+    """Raises UserError where files of a finished folder are not as they were when that was finished."""
+    root = storage.path(data_dir)
+    names = [name for name in names if (root / name).is_file()]
+    if not names or not (root / "manifest.json").is_file():
+        return
+    listed = read_manifest(data_dir).get("checksums", {})
+    for name in names:
+        if listed.get(name) not in (None, storage.hash_file(root / name)):
+            raise UserError(f"{root / name} is damaged (not as it was written); make the data again")
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -215,8 +218,7 @@ def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
 def open_info(data_dir: str | Path, name: str, bucket: str) -> tfds.core.DatasetInfo:
     """What TFDS keeps about one bucket of a data set; UserError when it is missing or damaged."""
     folder = storage.path(data_dir) / name / bucket
-    for file in ("features.json", "dataset_info.json"):
-        check_file(data_dir, f"{name}/{bucket}/{file}")
+    check_files(data_dir, f"{name}/{bucket}/features.json", f"{name}/{bucket}/dataset_info.json")
     if (folder / "features.json").exists():
         _check_classes(folder / "features.json")
     try:

@@ -107,8 +107,11 @@ def _fault(folder: str | os.PathLike, name: str, entry: Any, there: Mapping[str,
     try:
         size, digest = entry
         kind, md5 = ("md5", digest[4:]) if digest.startswith("md5:") else ("sha256", "")
-        found, known = there.get(name, (0, "")) if storage.in_bucket(path) else (os.path.getsize(path), "")
-        if storage.in_bucket(path) and name not in there:
+        if not storage.in_bucket(path):
+            found, known = os.path.getsize(path), ""
+        elif name in there:
+            found, known = there[name]
+        else:
             return f"{path} is missing"
         if found != size:
             return f"{path} is damaged, it has {found} bytes and not the {size} that were written"

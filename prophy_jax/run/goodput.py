@@ -8,8 +8,9 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from prophy_jax.run import lock
 
 if TYPE_CHECKING:
     from prophy_jax.run.loop import Window
@@ -81,7 +82,7 @@ class Goodput:
 def _age() -> float:
     """Seconds since this process began; 0 where the system does not say."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+        started = lock.start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, AttributeError, ValueError, IndexError):
         return 0.0

@@ -104,10 +104,15 @@ def _here() -> dict[str, str]:
 def _began(pid: int) -> str:
     """When a process of this machine began, and on which boot; "" where it is gone."""
     try:
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
-    except (OSError, IndexError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {start_ticks(pid)}"
+    except (OSError, IndexError, ValueError):
         return ""
+
+
+def start_ticks(pid: int) -> int:
+    """Clock ticks from the boot of this machine to the start of a process. OSError where it is gone."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _lives(path: storage.AnyPath, holder: dict[str, Any]) -> bool:

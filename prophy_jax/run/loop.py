@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -215,7 +214,7 @@ class Profile:
         skip, count = chosen or (0, 0)
         self._folder = self._written = os.path.join(workdir, "profile")
         if storage.in_bucket(workdir):  # the profiler writes to disks alone
-            self._written = tempfile.mkdtemp(prefix="prophy_jax-") if chosen else ""
+            self._written = storage.scratch_folder() if chosen else ""
         self._from = first_step + skip if count else -1
         self._to, self._on = self._from + count, False
         self.advance(first_step, None)

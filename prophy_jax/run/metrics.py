@@ -1,6 +1,5 @@
 """Training metrics as JSON lines, always, as TensorBoard events, and in Weights & Biases where asked for."""
 
-import atexit
 import contextlib
 import io
 import json
@@ -8,7 +7,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -38,8 +36,7 @@ class MetricsWriter:
         kept = [line for line in read_metrics(workdir) if first_step and line["step"] <= first_step]
         self._folder, self._sent = workdir, 0.0
         if storage.in_bucket(workdir):  # nothing can be appended there
-            self._folder = tempfile.mkdtemp(prefix="prophy_jax-")
-            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder = storage.scratch_folder()
         self._path = os.path.join(self._folder, "metrics.jsonl")
         storage.write_atomically(self._path, _as_lines(kept))
         self._file = open(self._path, "a")

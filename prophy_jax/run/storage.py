@@ -239,7 +239,8 @@ def fetched(text: str | os.PathLike) -> Path:
     """
     if not in_bucket(text):
         return Path(text)
-    return _fetch(absolute(text), stamp_of_folder(text))
+    # What is listed tells the content, without reading it.
+    return _fetch(absolute(text), hashlib.sha256(repr(list_files(text)).encode()).hexdigest())
 
 
 def cache_folder(name: str) -> str:
@@ -250,16 +251,16 @@ def cache_folder(name: str) -> str:
     return os.path.join(root, "prophy_jax", name)
 
 
-def stamp_of_folder(folder: str | os.PathLike) -> str:
-    """Tells the content of a folder, without reading it."""
-    return hashlib.sha256(repr(list_files(folder)).encode()).hexdigest()
+def scratch_folder() -> str:
+    """A new folder on a disk, deleted when the process ends."""
+    folder = tempfile.mkdtemp(prefix="prophy_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.lru_cache(64)
 def _fetch(address: str, stamp: str) -> Path:
-    scratch = Path(tempfile.mkdtemp(prefix="prophy_jax-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    target = scratch / address.rpartition("/")[2]
+    target = Path(scratch_folder()) / address.rpartition("/")[2]
     system = _system_of(address)
     if system.isfile(address):
         system.get_file(address, str(target))

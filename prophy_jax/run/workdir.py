@@ -297,7 +297,11 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _holds_files(folder: str | os.PathLike, claimed: str) -> bool:
     """Whether there are files below `folder`, other than unfinished ones of `claimed`."""
-    return any(not name.rpartition("/")[2].startswith(f".{claimed}.") for name in storage.list_files(folder))
+    if storage.in_bucket(folder):
+        names = (name.rpartition("/")[2] for name in storage.list_files(folder))
+    else:  # ends at the first: the folder may be a large one of somebody else
+        names = (path.name for path in storage.path(folder).rglob("*") if not path.is_dir())
+    return any(not name.startswith(f".{claimed}.") for name in names)
 
 
 def _as_text(content: Mapping[str, Any]) -> str:
