@@ -12,7 +12,7 @@ from prophy_jax.data.sources import statistics
 from prophy_jax.data.sources.source import Clip, Source
 from prophy_jax.data.sources.video import Bucket, choose_size, share_kept
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run.errors import UserError, counted
+from prophy_jax.run.errors import UserError, counted, shortage
 
 KEPT = 0.6  # clips that keep less of their picture are listed
 OPENED = 200  # clips that a dry run looks into
@@ -59,6 +59,8 @@ def print_dry_run(
         try:
             return source.shown(clip)
         except UserError as error:
+            if shortage(error):
+                raise
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:

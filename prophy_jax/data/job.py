@@ -284,6 +284,7 @@ class Shard:
         data = features.serialize_example(example)
         # TFDS writes the features in an order that differs from process to process.
         data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
+        records.require_threads()
         with _writing(self.out):
             if dataset not in self._files:
                 partial = storage.name_partial(_part(self.name, dataset))

@@ -18,7 +18,7 @@ from prophy_jax.data.job import Shard
 from prophy_jax.data.sources.source import Clip, Sample, Source
 from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.taxonomy import Taxonomy
-from prophy_jax.run.errors import NotFinite, UserError, counted
+from prophy_jax.run.errors import NotFinite, UserError, counted, shortage
 
 NOT_FINITE = "the encoder gave values that are not finite"  # why a clip is skipped
 READING, ENCODING, WHOLE = "reading videos", "encoding", "in all"  # what time goes to
@@ -49,6 +49,8 @@ def decode_ahead(
                 earlier.made[clip.id]["shown"] = sample.shown
             return clip, sample
         except UserError as error:
+            if shortage(error):
+                raise
             return clip, str(error)
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2 * devices)

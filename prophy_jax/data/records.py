@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,7 @@ from prophy_jax.run.errors import UserError
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
+_THREADS = 64  # of array_record's pool, however many cores there are
 # Of our columns, as TFDS writes them.
 _CLASSES = {
     f"tensorflow_datasets.core.features.{name}"
@@ -208,7 +210,27 @@ def _fields(message: memoryview) -> Iterator[memoryview]:
         position += size
 
 
+@functools.cache
+def require_threads() -> None:
+    """RuntimeError where the system refuses the threads that array_record starts with its first file.
+
+    It waits forever itself then: they are started here first.
+    """
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(_THREADS):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+
+
 def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
+    require_threads()
     # Reading ahead would be in vain where the next record is of another file.
     return array_record_module.ArrayRecordReader(
         path, options="readahead_buffer_size:0", file_reader_buffer_size=32768

@@ -31,7 +31,7 @@ from prophy_jax.data.job import Job
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.labels.prepared import list_files, list_ids
 from prophy_jax.run import storage
-from prophy_jax.run.errors import UserError, counted
+from prophy_jax.run.errors import UserError, counted, shortage
 
 ENDINGS = (".npz", ".npy")
 
@@ -65,6 +65,8 @@ def import_labels(
                 empty.append(name)
             digest.update(json.dumps(name).encode() + paths[0].read_bytes())
         except ValueError as error:
+            if shortage(error):
+                raise
             wrong.append(f"{paths[0]}: {error}")
     print(*wrong, sep="\n", end="\n" if wrong else "")
     if wrong:

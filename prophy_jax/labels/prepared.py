@@ -20,7 +20,7 @@ from prophy_jax.data.job import read_clips
 from prophy_jax.data.sources import source, video
 from prophy_jax.labels.earlier import EarlierLabels
 from prophy_jax.run import storage
-from prophy_jax.run.errors import UserError, counted
+from prophy_jax.run.errors import UserError, counted, shortage
 
 if TYPE_CHECKING:
     from prophy_jax.labels.labelling import View
@@ -200,6 +200,8 @@ class PreparedClips:
                 clip, [video.Bucket.parse(bucket)], self.fps, self.manifest["max_upscale"]
             )
         except UserError as error:
+            if shortage(error):
+                raise
             return Clip(name, category, None, str(error))
         return Clip(name, category, sample.frames)
 

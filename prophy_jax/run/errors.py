@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import re
 import sys
@@ -41,6 +42,8 @@ _REMEDIES = {
     errno.ENOMEM: "see that more memory is free",
     errno.EPIPE: "its reader is gone; send it to a file",
 }
+_NO_THREAD = ("can't start new thread", "can't allocate lock", "can't allocate read lock")  # Python's words
+_SOME_MEMORY = 1 << 28  # bytes: a decoded clip
 # The same in the texts of libraries that raise no OSError.
 _TEXTS = {
     os.strerror(number): number
@@ -59,7 +62,7 @@ def explain_system(error: BaseException) -> str:
         return f"{place}: {error.strerror}: {_REMEDIES[error.errno]}"
     if isinstance(error, OSError | ValueError | RuntimeError):  # of TensorStore, Orbax, array_record, XLA
         text = str(error)
-        if text == "can't start new thread":
+        if text in _NO_THREAD or getattr(error, "errno", None) == errno.EAGAIN:
             return "the system starts no more threads: free memory, or raise their limit (ulimit -u)"
         if "RESOURCE_EXHAUSTED" in text and "ut of memory" in text:
             line = next(line for line in text.splitlines() if "ut of memory" in line)
@@ -71,13 +74,34 @@ def explain_system(error: BaseException) -> str:
     return ""
 
 
+def shortage(error: BaseException | None) -> BaseException | None:
+    """What an error comes from, where that is too little memory, or too few threads or open files.
+
+    The file that could not be read may then be whole. A damaged file may ask for any amount of memory, so
+    the system is asked whether it has any.
+    """
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if isinstance(error, MemoryError) or number == errno.ENOMEM:
+            try:
+                mmap.mmap(-1, _SOME_MEMORY).close()
+            except OSError:
+                return error
+        elif number in (errno.EAGAIN, errno.EMFILE, errno.ENFILE) or str(error) in _NO_THREAD:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def one_line(error: BaseException) -> str:
     """What a command prints in place of a traceback; "" for what may be an error of its own."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, signals.Stopped):
         return str(error)
-    text = str(error) if isinstance(error, UserError) else explain_system(error)
+    text = explain_system(shortage(error) or error)
+    if not text and isinstance(error, UserError):
+        text = str(error)
     return f"error: {' '.join(text.split())}" if text else ""
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prophy_jax.run import storage
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, shortage
 
 LOCK = "lock.json"
 BEAT_S = 5.0  # between touches
@@ -106,7 +106,7 @@ def _began(pid: int) -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {start_ticks(pid)}"
-    except (OSError, IndexError, ValueError):
+    except (FileNotFoundError, ProcessLookupError, IndexError, ValueError):
         return ""
 
 
@@ -136,7 +136,9 @@ def _read(path: storage.AnyPath) -> dict[str, Any] | None:
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        if shortage(error):
+            raise
         return {}
 
 

@@ -69,11 +69,9 @@ def run(place: Place, measured: dict[str, dict], seed: int, name: str, number: i
     status = process.wait()
     text = process.text()
     where = f"{command.name}, {name}{spot.about}"
-    ended_by_signal = (status or 0) < 0 and (
-        spot.signalled_after is not None
-        and status == -signal.SIGTERM
-        or name == "little memory"  # libraries in C++ abort, and Python has no say
-    )
+    ended_by_signal = status == -signal.SIGTERM and spot.signalled_after is not None
+    if name == "little memory":  # libraries in C++ abort, and Python has no say; 127 is of the C library
+        ended_by_signal = (status or 0) < 0 or status == 127
     if not ended_by_signal and (fault := commands.fault_of(status, text + "\nerror: not seen" * spot.silent)):
         return trial.failed(fault, f"{where}: status {status}\n{text}")
     if status == 0 and not spot.elsewhere:
@@ -178,7 +176,7 @@ def _few_files(spot: Spot) -> None:
 
 
 def _little_memory(spot: Spot) -> None:
-    more = spot.dice.randint(40, 1500) << 20
+    more = spot.dice.randint(40, 2400) << 20
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     spot.about = f" ({more >> 20} MiB more than imports take)"
     spot.enter = lambda: resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))

@@ -31,7 +31,7 @@ from prophy_jax.data.sources.video import Bucket
 from prophy_jax.data.sources.video_files import VideoFile, VideoFolder, content_keys
 from prophy_jax.data.taxonomy import Taxonomy
 from prophy_jax.run import storage
-from prophy_jax.run.errors import UserError, counted
+from prophy_jax.run.errors import UserError, counted, shortage
 
 T = TypeVar("T")
 _LONGEST = 200  # characters of a text that is reported
@@ -189,7 +189,9 @@ class CaptionedVideos(Source):
             return {"stamp": known["stamp"], "sha256": known["sha256"]}
         try:
             return {"stamp": found.stamp, "sha256": found.sha256().hex()}
-        except (UserError, OSError):  # it cannot be decoded either, which says why
+        except (UserError, OSError) as error:  # it cannot be decoded either, which says why
+            if shortage(error):
+                raise
             return {"stamp": found.stamp, "sha256": ""}
 
     def size(self, clip: Clip) -> int | None:
@@ -415,6 +417,8 @@ def _locate(path: Path, known: Taxonomy, report: Report) -> list[tuple[str, Entr
             try:
                 found = folder.find(entry.video)
             except UserError as error:
+                if shortage(error):
+                    raise
                 found = _short(str(error))
             if cut:
                 doubtful.append(f"{row.where} ({_short(cut.text)!r} is no category)")

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from prophy_jax.run import storage
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, shortage
 
 # Endings of what is taken for a clip where no table names it: of videos, then of images.
 VIDEOS = (
@@ -136,7 +136,9 @@ def content_keys(videos: Iterable[VideoFile]) -> dict[VideoFile, tuple]:
             if count[key] > 1:
                 try:
                     keys[video] = (*key, measure(video))
-                except (UserError, OSError):
+                except (UserError, OSError) as error:
+                    if shortage(error):
+                        raise
                     keys[video] = (*key, video.name, video.path)  # unreadable: equal to none
     return keys
 
