@@ -145,7 +145,9 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     results = _plain(results)
     storage.write_atomically(os.path.join(out, "metrics.json"), json.dumps(results, indent=1))
     path = os.path.join(out, "report.html")
-    report.write(path, folders.config_as_json(config), results, sampled, shown, curves)
+    # That of the run, but for how these clips were sampled.
+    about = folders.read_run(run)["config"] | {"samples": folders.config_as_json(config)["samples"]}
+    report.write(path, about, results, sampled, shown, curves)
     return results
 
 

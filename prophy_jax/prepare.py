@@ -412,7 +412,8 @@ def print_summary(out: storage.AnyPath, manifest: dict[str, Any]) -> None:
         clips = counted(sum(found["counts"].values()), "clip")
         print(f"  {bucket}: {clips} of latents {tuple(found['latent_shape'])}")
     for split in manifest["stand_in"]:
-        print(f"no clip of split {split!r} can be used: clips of the other stand in, so that they overlap")
+        other = "val" if split == "train" else "train"
+        print(f"no clip of split {split!r} can be used: it holds the same clips as {other!r}")
     records.print_list("skipped", [f"{name}: {reason}" for name, reason in manifest["skipped"]])
     print_cropped(manifest.get("cropped", ()), manifest["video"], " in manifest.json")
     records.print_list(

@@ -4,10 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from tqdm import tqdm
 
+from prophy_jax.data import records
+from prophy_jax.data.recording import decode_ahead
+from prophy_jax.run import errors
 from prophy_jax.run.errors import UserError, one_line, one_line_errors
 
 # As libraries say it: TensorStore, array_record, XLA.
@@ -36,6 +40,65 @@ TENSORSTORE = (
 )  # fmt: skip
 def test_what_the_system_refuses_is_one_line_and_an_error_of_ours_is_none(error, line):
     assert one_line(error).startswith(line) and bool(one_line(error)) == bool(line)
+
+
+def damaged_by(cause: BaseException) -> UserError:
+    """As code raises it that takes any failure to read a file for a damaged file."""
+    try:
+        raise UserError("clip.mp4 is damaged: download it again") from cause
+    except UserError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("cause", "line"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "clip.mp4"), "clip.mp4: Too many open files: raise"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "the system starts no more threads"),
+        (RuntimeError("can't start new thread"), "the system starts no more threads"),
+        (OSError(errno.ENOENT, "No such file", "clip.mp4"), "clip.mp4 is damaged"),
+        (MemoryError(), "clip.mp4 is damaged"),  # it asks for an absurd size: there is memory
+    ],
+)
+def test_a_file_is_not_called_damaged_where_the_system_was_short_of_something(cause, line):
+    assert one_line(damaged_by(cause)).startswith(f"error: {line}")
+
+
+def test_a_file_is_not_called_damaged_where_there_is_no_memory(monkeypatch):
+    monkeypatch.setattr(errors, "_SOME_MEMORY", 1 << 60)
+    assert one_line(damaged_by(MemoryError())).startswith("error: there is not enough memory")
+
+
+def test_no_clip_is_skipped_where_the_system_was_short_of_something():
+    class Source:
+        def read(self, clip, *_):
+            raise clip
+
+    def read(cause):
+        data = type("Data", (), {"fps": 8, "max_upscale": 1})
+        return next(decode_ahead(Source(), [damaged_by(cause)], (), data, 1))
+
+    assert read(ValueError("no video"))[1] == "clip.mp4 is damaged: download it again"
+    with pytest.raises(UserError):
+        read(OSError(errno.EAGAIN, "Resource temporarily unavailable"))
+
+
+def test_threads_that_array_record_would_wait_for_are_asked_for_first(monkeypatch):
+    start, before = threading.Thread.start, threading.active_count()
+
+    def refused(thread):
+        if threading.active_count() > before + 20:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    records.require_threads.cache_clear()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start"):
+        records.require_threads()
+    assert threading.active_count() == before
+    monkeypatch.setattr(threading.Thread, "start", start)
+    records.require_threads()
+    assert threading.active_count() == before
 
 
 def test_an_error_begins_a_line_below_a_progress_bar(capfd):

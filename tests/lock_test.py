@@ -1,6 +1,7 @@
 """The lock of a folder: one holder, who is named, and who may die in any way."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,16 @@ with lock.held(sys.argv[1], "a run"):
 def fast(monkeypatch):
     monkeypatch.setattr(lock, "BEAT_S", 0.05)
     monkeypatch.setattr(lock, "WATCH_S", 0.5)
+
+
+def test_a_holder_is_not_taken_for_dead_where_no_more_files_can_be_opened(monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    assert lock._began(os.getpid())
+    monkeypatch.setattr(lock.Path, "read_text", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        lock._began(os.getpid())
 
 
 def test_a_live_holder_is_named_and_a_dead_one_is_not_waited_for(tmp_path):

@@ -36,8 +36,6 @@ from prophy_jax.models.text import tokenizer as prompts
 from prophy_jax.run import checkpoints, parallel, storage
 from prophy_jax.run.errors import NotFinite
 
-TEXTS_AT_ONCE = 4  # the attention scores of a longer batch would take as much memory as the weights
-
 
 def load_codec(config, mesh: Mesh) -> Any:
     """The codec of `config.codec`, with the weights of `config.codec_params` if it has any.
@@ -156,13 +154,10 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         texts = [prompts.clean(text) for text in texts]
         rows = {text: self._recall(text) for text in dict.fromkeys(texts)}
-        new = [text for text, known in rows.items() if known is None]
-        for first in range(0, len(new), TEXTS_AT_ONCE):
-            batch = new[first : first + TEXTS_AT_ONCE]
-            for text, encoded in zip(batch, self._encode(batch), strict=True):
-                rows[text] = encoded
-                if np.isfinite(encoded).all():
-                    self._remember(text, encoded)
+        for text in [text for text, known in rows.items() if known is None]:
+            rows[text] = self._encode(text)
+            if np.isfinite(rows[text]).all():
+                self._remember(text, rows[text])
         if wrong := [index for index, text in enumerate(texts) if not np.isfinite(rows[text]).all()]:
             raise NotFinite(
                 f"the text encoder {self._folder} makes NaN or infinity of a prompt: "
@@ -175,14 +170,17 @@ class TextEncoder:
             text[index, : len(rows[key])] = rows[key]
         return text, mask
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The rows (n, D) float32 of each text, without the zero rows at the end."""
+    def _encode(self, text: str) -> np.ndarray:
+        """The rows (n, D) float32, without the zero rows at the end.
+
+        Of one text: in a batch, its last bits would depend on the others. With its hundreds of rows it keeps
+        a device busy.
+        """
         if self._params is None:
             self._load()
-        ids, mask = self._tokenizer(texts, self._model.length)
-        encoded = np.asarray(self._run(self._params, ids, mask), np.float32)
-        counts = mask.sum(axis=1) if self._model.padding == "zeros" else [self._model.length] * len(texts)
-        return [rows[:count] for rows, count in zip(encoded, counts, strict=True)]
+        ids, mask = self._tokenizer([text], self._model.length)
+        encoded = np.asarray(self._run(self._params, ids, mask)[0], np.float32)  # (L, D)
+        return encoded[: mask.sum()] if self._model.padding == "zeros" else encoded
 
     def _load(self) -> None:
         devices = jax.local_devices()

@@ -116,7 +116,12 @@ def _run(options: argparse.Namespace, root: pathlib.Path, begun: float) -> int:
 
 
 def _one(run, until: float, *arguments):
-    return run(*arguments) if time.monotonic() < until else None
+    begun = time.monotonic()
+    if begun >= until:
+        return None
+    trial = run(*arguments)
+    trial.seconds = time.monotonic() - begun
+    return trial
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class Trial:
         count: how many kills, mutations or faults it tried.
         outcome: "same" (the right result), "refused" (status 1 and one line), "taken" (another result, of an
             input that nobody can tell from an intended one), or one of FAULTS.
+        seconds: that it took.
     """
 
     kind: str
@@ -23,6 +24,7 @@ class Trial:
     count: int = 0
     outcome: str = "same"
     detail: str = ""
+    seconds: float = 0.0
 
     def failed(self, outcome: str, detail: str) -> "Trial":
         self.outcome, self.detail = outcome, detail
@@ -36,11 +38,14 @@ def show(trials: Sequence[Trial]) -> str:
     for trial in trials:
         for name in (trial.name, None):
             rows[trial.kind, name]["tried"] += trial.count
+            rows[trial.kind, name]["seconds"] += trial.seconds
             rows[trial.kind, name][trial.outcome] += 1 if trial.outcome in FAULTS else trial.count
-    columns = ("tried", "same", "refused", "taken", *FAULTS)
+    columns = ("tried", "same", "refused", "taken", *FAULTS, "seconds")
     names = [f"{kind}: {name or 'ALL'}" for kind, name in rows]
     width = max(map(len, names), default=0)
     lines = [" " * width + "".join(f"{column:>10}" for column in columns)]
     for text, counts in sorted(zip(names, rows.values(), strict=True), key=lambda row: row[0]):
-        lines.append(f"{text:<{width}}" + "".join(f"{counts[column] or '.':>10}" for column in columns))
+        lines.append(
+            f"{text:<{width}}" + "".join(f"{round(counts[column]) or '.':>10}" for column in columns)
+        )
     return "\n".join(lines)
