@@ -292,7 +292,7 @@ def random_params(model: Any, shape: Shape) -> dict[str, Any]:
     def init(key):
         params = {"backbone": model.backbone.init(key, jnp.dtype(shape.dtype))}
         for name in model.parts:
-            params[name] = model.init_part(name, key, params["backbone"])
+            params[name] = model.init_part(name, key, params)
         return params
 
     layout, tree = jax.tree.flatten_with_path(jax.eval_shape(init, jax.random.key(0)))

@@ -7,7 +7,7 @@
     configs/cogvideox.py:demo_backbone    minutes: pretrains a small backbone on the physics sandbox
     configs/cogvideox.py:demo             minutes: trains the branch on that backbone
 
-Ablations follow a comma, as in configs/wan.py.
+Arms of the ablation follow a comma, as in configs/wan.py.
 
 Hardware of the paper's run: not stated by the paper. Ours: see docs/scaling.md for what it needs; no time is
 measured yet.

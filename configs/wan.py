@@ -9,8 +9,12 @@
 
 Every command prints all keys and what they mean with --print_config.
 
-An ablation follows a comma, such as configs/wan.py:demo,pb+seb. It takes parts away:
+An arm of the paper's ablation follows a comma, such as configs/wan.py:demo,pb+seb:
+    full                            the whole branch, as without a comma
     pb, pb+seb, pb+reb              the branch without the other expert blocks and their losses
+    lora                            adapters of the backbone's attention in place of the branch
+    lora+seb, lora+reb              adapters, and one expert block without physical blocks
+    full+lora                       the whole branch and adapters: the paper leaves open whether it has them
     bce                             absolute instead of relative semantic alignment
     absolute                        token alignment everywhere in the categories present, no balance
 
@@ -49,22 +53,29 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def choose(file: str, variants: Mapping[str, Callable[[], ConfigDict]], arg: str) -> ConfigDict:
-    """The configuration that "variant" or "variant,ablation" names, of a file."""
-    variant, _, ablation = arg.partition(",")
+    """The configuration that "variant" or "variant,arm" names, of a file."""
+    variant, _, arm = arg.partition(",")
     if variant not in variants:
         raise UserError(f"{file} has no variant {variant!r}; it has {sorted(filter(None, variants))}")
     config = variants[variant]()
-    ablations = {
+    arms = {
         "": (),
+        "full": (),
         "pb": (without_semantic, without_refinement),
         "pb+seb": (without_refinement,),
         "pb+reb": (without_semantic,),
+        "lora": (with_lora, without_branch),
+        "lora+seb": (with_lora, without_copies, without_refinement),
+        "lora+reb": (with_lora, without_copies, without_semantic),
+        "full+lora": (with_lora,),
         "bce": (bce,),
         "absolute": (absolute_alignment,),
     }
-    if ablation not in ablations:
-        raise UserError(f"{file} has no ablation {ablation!r}; it has {sorted(filter(None, ablations))}")
-    for change in ablations[ablation]:
+    if arm not in arms:
+        raise UserError(f"{file} has no arm {arm!r}; it has {sorted(filter(None, arms))}")
+    if arm and "branch" not in config.parts:
+        raise UserError(f"{file}:{variant} trains no branch: it has no arms such as {arm!r}")
+    for change in arms[arm]:
         change(config)
     return config
 
@@ -318,7 +329,39 @@ def small(folder: str, size: int, frames: int) -> ConfigDict:
     return config
 
 
-# --- Ablations -------------------------------------------------------------------------------------
+# --- Arms of the ablation --------------------------------------------------------------------------
+
+
+def with_lora(config: ConfigDict) -> None:
+    """Rank, alpha and rate as LoRA trainers commonly choose them: the paper states none.
+
+    WISA, of one of the same authors, has rank 128, alpha 16 and 2e-5.
+    """
+    rank = 64 if "variant" in config.backbone else 8
+    config.parts.lora = dict(
+        module="lora", rank=rank, alpha=float(rank), targets=("backbone/blocks/.*attn/[qkvo]",)
+    )
+    config.optimizer.groups = (("lora/", "lora"), *config.optimizer.groups)
+    config.optimizer.learning_rates.lora = 1e-4 if "variant" in config.backbone else 1e-3
+
+
+def without_branch(config: ConfigDict) -> None:
+    del config.parts["branch"]
+    config.losses = dict()
+    without_groups(config, "branch/")
+
+
+def without_copies(config: ConfigDict) -> None:
+    config.parts.branch.copies = False
+    without_groups(config, "branch/blocks/")
+
+
+def without_groups(config: ConfigDict, start: str) -> None:
+    """Drops the groups whose patterns begin so, and the learning rates that no other group has."""
+    kept = [group for group in config.optimizer.groups if not group[0].startswith(start)]
+    names = {name for _, name in kept}
+    rates = {name: rate for name, rate in config.optimizer.learning_rates.items() if name in names}
+    config.optimizer.groups, config.optimizer.learning_rates = tuple(kept), rates
 
 
 def without_semantic(config: ConfigDict) -> None:
@@ -329,6 +372,8 @@ def without_semantic(config: ConfigDict) -> None:
 def without_refinement(config: ConfigDict) -> None:
     config.parts.branch.refinement = None
     del config.losses["alignment"], config.losses["balance"]
+    if not config.parts.branch.get("copies", True):
+        without_groups(config, "branch/exits/")
 
 
 def bce(config: ConfigDict) -> None:

@@ -108,7 +108,7 @@ def place(
     shapes = {"backbone": jax.eval_shape(model.backbone.init, jax.random.key(0))}
     for name in model.parts:
         init = functools.partial(model.init_part, name)
-        shapes[name] = jax.eval_shape(init, jax.random.key(0), shapes["backbone"])
+        shapes[name] = jax.eval_shape(init, jax.random.key(0), shapes)
     if groups is None:
         groups = [("backbone/", None), *((f"{name}/", 1.0) for name in model.parts)]
     trainable, frozen = optim.split(shapes, groups)
@@ -140,7 +140,7 @@ def init_params(config: ConfigDict, model: Model, layout: Mapping[str, Any]) -> 
         params = {"backbone": draw(model.backbone.init, layout["backbone"], backbone_key)}
     for name in model.parts:
         init = functools.partial(model.init_part, name)
-        params[name] = draw(init, layout.get(name, {}), parts_key, params["backbone"])
+        params[name] = draw(init, layout.get(name, {}), parts_key, params)
     return params
 
 

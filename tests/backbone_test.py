@@ -125,7 +125,7 @@ def test_visits_after_blocks_that_are_not_there(opened, after):
 class Token(Part):
     """A token of its own ahead of those of the video, at no position; its end is what losses would read."""
 
-    def init(self, key, backbone, backbone_params):
+    def init(self, key, backbone, params):
         return {"token": jax.random.normal(key, (backbone.config.dim,))}
 
     def enter(self, params, flow):
@@ -147,7 +147,7 @@ class Bias(Part):
 
     fields: tuple[str, ...] = ("category",)
 
-    def init(self, key, backbone, backbone_params):
+    def init(self, key, backbone, params):
         return {"bias": jnp.zeros(backbone.config.dim)}
 
     def read(self, params, prompt):
@@ -163,7 +163,7 @@ class Bias(Part):
 def test_a_token_of_a_part_is_attended_to(opened):
     backbone, frozen, _, _, _, _ = opened
     model = Model(backbone, {"token": Token()})
-    params = {"backbone": frozen, "token": model.init_part("token", jax.random.key(1), frozen)}
+    params = {"backbone": frozen, "token": model.init_part("token", jax.random.key(1), {"backbone": frozen})}
     latents, t, prompt = inputs()
     output = jax.jit(model)(params, latents, t, prompt)
 
@@ -197,9 +197,7 @@ def two_parts(spec=WAN):
     model = Model(models.build(spec | dict(num_layers=3)), {"branch": branch, "bias": Bias()})
     params = {"backbone": randomised(jax.eval_shape(model.backbone.init, jax.random.key(0)))}
     for name in model.parts:
-        shapes = jax.eval_shape(
-            functools.partial(model.init_part, name), jax.random.key(0), params["backbone"]
-        )
+        shapes = jax.eval_shape(functools.partial(model.init_part, name), jax.random.key(0), params)
         params[name] = randomised(shapes, seed=len(params))
     return model, params
 
@@ -251,7 +249,7 @@ def test_a_prompt_read_ahead_is_the_same_prompt_to_every_part():
 def test_parts_of_one_kind_start_apart():
     branch = ProPhy((0,), SemanticConfig(LATENT[:3], hidden=8))
     model = Model(models.build(WAN | dict(num_layers=2)), {"first": branch, "second": branch})
-    frozen = randomised(jax.eval_shape(model.backbone.init, jax.random.key(0)))
+    frozen = {"backbone": randomised(jax.eval_shape(model.backbone.init, jax.random.key(0)))}
     kernels = [
         jax.jit(functools.partial(model.init_part, name))(jax.random.key(0), frozen)["semantic"]["router"]
         for name in model.parts

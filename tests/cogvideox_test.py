@@ -615,7 +615,7 @@ def branched(layers=(0, 2), **sizes):
     model = Model(backbone, {"branch": branch})
     params = {"backbone": randomised(jax.eval_shape(backbone.init, jax.random.key(0)))}
     init = functools.partial(model.init_part, "branch")
-    params["branch"] = jax.jit(init)(jax.random.key(1), params["backbone"])
+    params["branch"] = jax.jit(init)(jax.random.key(1), params)
     rng = np.random.default_rng(2)
     x, text = (rng.standard_normal((2, *shape), np.float32) for shape in (latent, TEXT))
     mask = np.arange(TEXT[0]) < np.array([[3], [5]])
@@ -729,7 +729,7 @@ def test_attention_runs_as_often_as_it_must(layers, remat):
     )
     params = {"backbone": jax.eval_shape(backbone.init, jax.random.key(0))}
     init = functools.partial(model.init_part, "branch")
-    params["branch"] = jax.eval_shape(init, jax.random.key(0), params["backbone"])
+    params["branch"] = jax.eval_shape(init, jax.random.key(0), params)
 
     def loss(branch, frozen, x, t, text, mask):
         output = model({"branch": branch, "backbone": frozen}, x, t, {"text": text, "text_mask": mask})

@@ -15,18 +15,18 @@ from prophy_jax.run.errors import UserError
 from tests.commands import run_here
 from tests.conftest import ROOT
 
-ABLATIONS = ("pb", "pb+seb", "pb+reb", "bce", "absolute")
+ARMS = ("lora", "lora+seb", "lora+reb", "pb", "pb+seb", "pb+reb", "full", "full+lora", "bce", "absolute")
 
 
 def shipped():
-    """(name, configuration) of every file of configs/, in all its variants and, of the demo, ablations."""
+    """(name, configuration) of every file of configs/, in all its variants and, of the demo, arms."""
     for path in sorted((ROOT / "configs").glob("*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
         with pytest.raises(UserError) as refused:
             module.get_config("no such variant")
         variants = re.findall(r"'([^']+)'", str(refused.value).split("it has")[1])
         assert {"tiny", "demo"} <= set(variants)
-        for arg in ("", *variants, *(f"demo,{ablation}" for ablation in ABLATIONS)):
+        for arg in ("", *variants, *(f"demo,{arm}" for arm in ARMS)):
             yield f"{path.name}:{arg}", module.get_config(arg)
 
 

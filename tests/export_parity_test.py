@@ -312,7 +312,7 @@ def example():
 
 def random_branch(model, backbone):
     """Unlike a fresh branch: bases, exits and experts random, blocks not those of the backbone."""
-    params = model.init_part("branch", jax.random.key(0), backbone)
+    params = model.init_part("branch", jax.random.key(0), {"backbone": backbone})
     rng = np.random.default_rng(3)
 
     def draw(path, leaf):

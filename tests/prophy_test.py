@@ -54,7 +54,7 @@ def _make(branch: ProPhy | None, sizes: tuple):
     model = Model(backbone, {"branch": branch} if branch else {})
     if branch:
         init = functools.partial(model.init_part, "branch")
-        params["branch"] = jax.jit(init)(jax.random.key(1), params["backbone"])
+        params["branch"] = jax.jit(init)(jax.random.key(1), params)
     return model, params
 
 
@@ -106,7 +106,8 @@ def test_scale_zero_is_the_backbone_and_scale_moves_the_output():
 def test_blocks_are_copies_of_their_own_layers_in_fp32():
     model, params = make(BRANCHES["pb+seb"])  # layers 1, 3
     backbone = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["backbone"])
-    branch = jax.jit(functools.partial(model.init_part, "branch"))(jax.random.key(1), backbone)
+    init = functools.partial(model.init_part, "branch")
+    branch = jax.jit(init)(jax.random.key(1), {"backbone": backbone})
     for copy, source in zip(
         jax.tree.leaves(branch["blocks"]), jax.tree.leaves(backbone["blocks"]), strict=True
     ):
@@ -241,7 +242,7 @@ def test_attention_runs_as_often_as_it_must(layers, remat):
     model = Model(backbone, {"branch": branch})
     params = {"backbone": jax.eval_shape(backbone.init, jax.random.key(0))}
     params["branch"] = jax.eval_shape(
-        lambda key, frozen: model.init_part("branch", key, frozen), jax.random.key(0), params["backbone"]
+        lambda key, params: model.init_part("branch", key, params), jax.random.key(0), params
     )
     shapes = [(1, 3, 8, 12, 16), (1,), (1, words, 8), (1, words)]
 

@@ -238,25 +238,34 @@ def test_caption_dropout_replaces_text_and_mask_but_not_for_the_coarse_loss(whol
     assert all_dropped[0]["loss/relative"] == pytest.approx(whole[0][0]["loss/relative"], rel=1e-6)
 
 
-@pytest.mark.parametrize("ablation", ["pb", "pb+seb", "pb+reb", "bce", "absolute"])
-def test_ablations_lack_the_parts_and_losses_they_name(ablation):
-    config = get_config(f"tiny,{ablation}")
+SEMANTIC, REFINEMENT = {"semantic": {"relative"}}, {"refinement": {"alignment", "balance"}}
+COPIES = {"blocks": set(), "exits": set()}
+# Arm -> what its branch has, and the losses that come with it.
+ARMS = {
+    "lora": {},
+    "lora+seb": SEMANTIC,
+    "lora+reb": {"exits": set(), **REFINEMENT},
+    "pb": COPIES,
+    "pb+seb": COPIES | SEMANTIC,
+    "pb+reb": COPIES | REFINEMENT,
+    "full": COPIES | SEMANTIC | REFINEMENT,
+    "full+lora": COPIES | SEMANTIC | REFINEMENT,
+    "bce": COPIES | REFINEMENT | {"semantic": {"bce"}},
+    "absolute": COPIES | SEMANTIC | {"refinement": {"absolute_alignment"}},
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_have_the_parts_and_losses_they_name(arm):
+    config = get_config(f"tiny,{arm}")
     reference = tiny()
     config.backbone, config.batch_size = reference.backbone, BATCH
-    if config.parts.branch.semantic:
+    if config.parts.get("branch", {}).get("semantic"):
         config.parts.branch.semantic.hidden = 8
     history, state, _ = run_steps(config, jax.devices()[:1], steps=1)
-    parts = {"blocks", "exits"}
-    parts |= set() if ablation in ("pb", "pb+reb") else {"semantic"}
-    parts |= set() if ablation in ("pb", "pb+seb") else {"refinement"}
-    assert set(state.params["branch"]) == parts
-    expected = {
-        "pb": set(),
-        "pb+seb": {"relative"},
-        "pb+reb": {"alignment", "balance"},
-        "bce": {"bce", "alignment", "balance"},
-        "absolute": {"relative", "absolute_alignment"},
-    }[ablation]
+    assert set(state.params.get("branch", ())) == set(ARMS[arm])
+    assert ("lora" in state.params) == ("lora" in arm)
+    expected = set().union(*ARMS[arm].values())
     names = {name.removeprefix("loss/") for name in losses_of(history[0])}
     assert names == expected | {"diffusion", "total"}
     weights = {"diffusion": 1.0, **config.losses}

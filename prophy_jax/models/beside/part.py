@@ -47,13 +47,25 @@ class Part:
     fields: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
 
-    def init(self, key: jax.Array, backbone: Backbone, backbone_params: Params) -> Params:
-        """Draws this part's parameters, fp32. At step 0 the model must be the backbone, bit for bit."""
+    def init(self, key: jax.Array, backbone: Backbone, params: Params) -> Params:
+        """Draws this part's parameters, fp32. At step 0 the model must be the backbone, bit for bit.
+
+        `params` has those of the backbone and of all parts before this one, by name.
+        """
         return {}
 
-    def adapt(self, backbone: Backbone, params: Params) -> Backbone:
-        """The backbone with changed layers, for a part that has no place of its own in the flow."""
-        return backbone
+    def adapt(self, own: Params, backbone: Backbone, params: Params) -> tuple[Backbone, Params]:
+        """Changed layers, for a part that has no place of its own in the flow.
+
+        Args:
+            own: Parameters of this part.
+            backbone: As the parts before this one adapted it.
+            params: Of the backbone and of all parts, likewise.
+
+        Returns:
+            The backbone and all parameters as the rest of the pass takes them.
+        """
+        return backbone, params
 
     def read(self, params: Params, prompt: Batch) -> Any:
         """What the part makes of the prompt alone; a sampler calls it once per clip.
@@ -138,11 +150,14 @@ class Model:
         """The model with another remat policy or another attention."""
         return dataclasses.replace(self, backbone=dataclasses.replace(self.backbone, **changes))
 
-    def init_part(self, name: str, key: jax.Array, backbone_params: Params) -> Params:
-        """Parameters of one part at step 0. Parts after the first draw from keys of their own."""
+    def init_part(self, name: str, key: jax.Array, params: Params) -> Params:
+        """Parameters of one part at step 0. Parts after the first draw from keys of their own.
+
+        `params` has those of the backbone and of the parts before it.
+        """
         place = list(self.parts).index(name)
         key = jax.random.fold_in(key, place) if place else key
-        return self.parts[name].init(key, self.backbone, backbone_params)
+        return self.parts[name].init(key, self.backbone, params)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -158,8 +173,8 @@ class Model:
             prompt: text (B, L, D), padded as the backbone was trained on it; text_mask (B, L); and the
                 `fields` of the parts.
         """
-        params = self._whole(params)
-        text = self._adapted(params).embed_text(params["backbone"], prompt["text"])
+        backbone, params = self._adapted(params)
+        text = backbone.embed_text(params["backbone"], prompt["text"])
         read = {name: part.read(params[name], prompt) for name, part in self.parts.items()}
         return Prompt(text, read, dict.fromkeys(("backbone", *self.parts)))
 
@@ -168,8 +183,8 @@ class Model:
 
         `rows` shortens the padding, see `Backbone.text_ahead`.
         """
-        params = self._whole(params)
-        read, backbone, mask = self.read(params, prompt), self._adapted(params), prompt["text_mask"]
+        read, mask = self.read(params, prompt), prompt["text_mask"]
+        backbone, params = self._adapted(params)
         ahead = {"backbone": backbone.text_ahead(params["backbone"]["blocks"], read.text, mask, rows)}
         for name, part in self.parts.items():
             ahead[name] = part.read_ahead(backbone, params[name], read.text, mask, rows)
@@ -206,8 +221,8 @@ class Model:
             scale: Multiplies what the parts add; at 0 those that only add are silent.
             key: For random choices of the parts in training.
         """
-        params = self._whole(params)
-        backbone, frozen = self._adapted(params), params["backbone"]
+        backbone, params = self._adapted(params)
+        frozen = params["backbone"]
         stream, cond = backbone.embed(frozen, latents, t, prompt.text)
         flow = Flow(backbone, frozen, latents, t, prompt.text, stream, cond, scale=scale, key=key)
 
@@ -231,15 +246,14 @@ class Model:
             flow = flow._replace(stream=stream)
         return Output(backbone.head(frozen, flow.stream, flow.cond), seen)
 
-    def _whole(self, params: Params) -> Params:
-        """With the trees of parts that have no parameters, which trees of arrays do not keep."""
-        return {**{name: {} for name in self.parts}, **params}
-
-    def _adapted(self, params: Params) -> Backbone:
+    def _adapted(self, params: Params) -> tuple[Backbone, Params]:
+        """The backbone, and all parameters, as all parts adapted them."""
         backbone = self.backbone
+        # Trees of arrays do not keep those of parts that have no parameters.
+        params = {**{name: {} for name in self.parts}, **params}
         for name, part in self.parts.items():
-            backbone = part.adapt(backbone, params[name])
-        return backbone
+            backbone, params = part.adapt(params[name], backbone, params)
+        return backbone, params
 
 
 def _of_one_part(name: str, visit: Visit) -> Any:

@@ -8,6 +8,10 @@
 The branch never reads the backbone's running state, so that it fits any backbone. Every exit starts at
 zero: at step 0 the model is the backbone, bit for bit.
 
+Without physical blocks (the paper's "LoRA + SEB" and "LoRA + REB") there is no stream of its own: the
+backbone itself goes on from embed(X~), and the refinement experts act on its tokens after the last block of
+`layers`, x <- x + scale * exit(sum_e rho_r[e] W_e x). How the paper attaches them then is not stated.
+
 B batch, T h w latent grid, N video tokens, L text length, D text width, C model width,
 E_s semantic experts, E_r refinement experts, E_a aligned categories, K physical blocks.
 """
@@ -161,10 +165,11 @@ def cast_kernels(tree: Any, dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ProPhy(Part):
-    """The physical branch. Parameters: {"semantic", "blocks", "exits", "refinement"}.
+    """The physical branch. Parameters: {"semantic", "blocks", "exits", "refinement"}, where it has them.
 
     Attributes:
         layers: Backbone blocks that are copied, and after which the copies' hints are added; ascending.
+        copies: Whether there are physical blocks.
         semantic: Semantic Expert Block; None: the branch has none.
         refinement: Refinement Expert Block; None: the branch has none.
         categories: Names of the categories of the labels, in their order; empty: they are not known.
@@ -174,8 +179,11 @@ class ProPhy(Part):
     semantic: SemanticConfig | None = None
     refinement: RefinementConfig | None = None
     categories: tuple[str, ...] = ()
+    copies: bool = True
 
     def __post_init__(self) -> None:
+        if not (self.copies or self.semantic or self.refinement):
+            raise UserError("the branch has neither physical blocks nor expert blocks: leave it out")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise UserError(f"layers={self.layers} of the branch: list at least one block, ascending from 0")
         if self.refinement and not 1 <= self.refinement.top_k <= self.refinement.experts:
@@ -184,17 +192,18 @@ class ProPhy(Part):
                 f"{self.refinement.experts}"
             )
 
-    def init(self, key: jax.Array, backbone: Backbone, backbone_params: Params) -> dict[str, Any]:
+    def init(self, key: jax.Array, backbone: Backbone, params: Params) -> dict[str, Any]:
         """Parameters in fp32: blocks copied from their own layers, exits and bases zero."""
-        stacked = backbone_params["blocks"]
+        stacked = params["backbone"]["blocks"]
         depth, layers = jax.tree.leaves(stacked)[0].shape[0], jnp.array(self.layers)
         if self.layers[-1] >= depth:
             raise UserError(f"layers={self.layers} of the branch: the backbone has {depth} blocks")
-        width, blocks = backbone.config.dim, len(self.layers)
-        params: dict[str, Any] = {
-            "blocks": jax.tree.map(lambda leaf: leaf[layers].astype(jnp.float32), stacked),
-            "exits": {"kernel": jnp.zeros((blocks, width, width)), "bias": jnp.zeros((blocks, width))},
-        }
+        width, exits = backbone.config.dim, len(self.layers) if self.copies else int(bool(self.refinement))
+        drawn: dict[str, Any] = {}
+        if self.copies:
+            drawn["blocks"] = jax.tree.map(lambda leaf: leaf[layers].astype(jnp.float32), stacked)
+        if exits:
+            drawn["exits"] = {"kernel": jnp.zeros((exits, width, width)), "bias": jnp.zeros((exits, width))}
         semantic_key, refinement_key = jax.random.split(key)
         if self.semantic:
             text = jnp.zeros((1, 1, backbone.config.text_dim))
@@ -202,11 +211,11 @@ class ProPhy(Part):
             grid, token = self.semantic.basis_grid, self.semantic.basis_space == "token"
             shape = (math.prod(grid), width) if token else (*grid, backbone.config.in_channels)
             basis = jnp.zeros((self.semantic.experts, *shape))
-            params["semantic"] = {"router": router["params"], "basis": basis}
+            drawn["semantic"] = {"router": router["params"], "basis": basis}
         if self.refinement:
             experts = RefinementExperts(self.refinement).init(refinement_key, jnp.zeros((1, 1, width)))
-            params["refinement"] = experts["params"]
-        return params
+            drawn["refinement"] = experts["params"]
+        return drawn
 
     def read(self, params: Params, prompt: Batch) -> Any:
         """(B, E_s) logits of the semantic router; None without one. Reads the valid rows of text alone."""
@@ -218,16 +227,22 @@ class ProPhy(Part):
     def read_ahead(
         self, backbone: Backbone, params: Params, text: jax.Array, mask: jax.Array, rows: int | None
     ) -> Any:
-        return backbone.text_ahead(params["blocks"], text, mask, rows)
+        return backbone.text_ahead(params["blocks"], text, mask, rows) if self.copies else None
+
+    def enter(self, params: Params, flow: Flow) -> Flow:
+        return flow if self.copies else flow._replace(stream=self._enhanced(params, flow))
 
     def visits(self, params: Params, flow: Flow) -> tuple[Stream, tuple[Visit, ...]]:
-        """Hint i follows backbone block layers[i]; the carry is the branch's own stream."""
+        """Hint i follows backbone block layers[i]; the carry is the branch's own stream.
+
+        Without physical blocks there is one hint, of the backbone's own tokens, and no carry.
+        """
         backbone, cond, dtype = flow.backbone, flow.cond, flow.stream.video.dtype
+        if "exits" not in params:
+            return None, ()
         # Cast once, rather than in each block and again where it is recomputed.
-        exits, copies = (
-            cast_kernels(params["exits"], dtype),
-            (cast_kernels(params["blocks"], dtype), flow.ahead),
-        )
+        exits = cast_kernels(params["exits"], dtype)
+        copies = (cast_kernels(params["blocks"], dtype), flow.ahead) if self.copies else ()
 
         def copy(hidden: Stream, layer: Any) -> Stream:
             params, ahead = jax.tree.map(lambda leaf: leaf[None], layer)  # a stack of one
@@ -242,15 +257,17 @@ class ProPhy(Part):
             return copy(hidden, following), add(stream, hidden.video, exit), ()
 
         def last_visit(hidden: Stream, stream: Stream, exit: Params) -> tuple[Stream, Stream, Any]:
-            if not self.refinement:
-                return hidden, add(stream, hidden.video, exit), ()
-            experts: Any = RefinementExperts(self.refinement, dtype=dtype)
-            tokens, *seen = experts.apply({"params": params["refinement"]}, hidden.video)
+            tokens, seen = (hidden if self.copies else stream).video, []
+            if self.refinement:
+                experts: Any = RefinementExperts(self.refinement, dtype=dtype)
+                tokens, *seen = experts.apply({"params": params["refinement"]}, tokens)
             return hidden, add(stream, tokens, exit), tuple(seen)
 
         def take(tree: Any, index: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[index], tree)
 
+        if not self.copies:
+            return None, (Visit(self.layers[-1:], last_visit, exits),)
         first = copy(self._enhanced(params, flow), take(copies, 0))
         return first, (
             Visit(self.layers[:-1], visit, (take(exits, slice(None, -1)), take(copies, slice(1, None)))),
@@ -277,7 +294,7 @@ class ProPhy(Part):
         return {f"router/{name}": value for name, value in found.items()}
 
     def _enhanced(self, params: Params, flow: Flow) -> Stream:
-        """The branch's own stream, embed(X~)."""
+        """embed(X~)."""
         if self.semantic is None:
             return flow.stream
         rho = jax.nn.softmax(flow.read)  # (B, E_s)
@@ -319,6 +336,7 @@ def build(
     semantic: Mapping[str, Any] | None = None,
     refinement: Mapping[str, Any] | None = None,
     categories: Sequence[str] = (),
+    copies: bool = True,
 ) -> ProPhy:
     """Builds the branch from nested dicts of a configuration or its JSON.
 
@@ -327,6 +345,7 @@ def build(
         semantic: Fields of `SemanticConfig`, or None.
         refinement: Fields of `RefinementConfig`, or None.
         categories: Names of the categories of the data; empty: not known.
+        copies: Whether there are physical blocks.
 
     Raises:
         UserError: on another number of categories than there are.
@@ -348,4 +367,5 @@ def build(
         semantic=SemanticConfig(**semantic) if semantic else None,
         refinement=RefinementConfig(**refinement) if refinement else None,
         categories=tuple(categories),
+        copies=copies,
     )
