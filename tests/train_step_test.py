@@ -58,7 +58,7 @@ def init(run):
 def start(run):
     """As `init`, with exits and a head away from zero."""
     trainable, frozen = init(run)
-    if "branch" in trainable:
+    if "exits" in trainable.get("branch", ()):
         exits = trainable["branch"]["exits"]
         exits["kernel"] = exits["kernel"] + 0.05 * jax.random.normal(jax.random.key(9), exits["kernel"].shape)
     head = (frozen if "backbone" in frozen else trainable)["backbone"]["head"]["out"]
