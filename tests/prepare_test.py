@@ -292,7 +292,7 @@ def test_bad_videos_are_skipped_and_listed(tmp_path, capsys):
         assert reason in reasons[f"clip{index + 1}"]
     printed = capsys.readouterr().out
     assert "skipped: 7" in printed and all(reason in printed for reason in reasons.values())
-    assert "so that they overlap" in printed
+    assert "it holds the same clips as" in printed
 
 
 def test_own_validation_clips(tmp_path):
@@ -317,7 +317,7 @@ def test_own_validation_clips(tmp_path):
 def test_no_validation_share(tmp_path, capsys):
     manifest = prepare(_config(tmp_path / "out", val_share=0.0), [_wisa(tmp_path / "wisa", 4)])
     assert _ids(tmp_path / "out", "train") == [f"clip{index}" for index in range(4)]
-    assert manifest["stand_in"] == ["val"] and "so that they overlap" in capsys.readouterr().out
+    assert manifest["stand_in"] == ["val"] and "it holds the same clips as" in capsys.readouterr().out
 
 
 def test_captions_that_do_not_fit_are_listed(tmp_path):

@@ -315,6 +315,32 @@ def test_processes_that_are_done_at_once_put_together_once(whole, tmp_path):
     assert _content(tmp_path / "out") == _content(whole)
 
 
+@pytest.mark.parametrize("name", ["records/9x16x16/*-00001-of-*", "*/5x16x16/features.json"])
+def test_a_finished_folder_that_lacks_a_file_is_not_called_finished(whole, tmp_path, name):
+    folder = tmp_path / "data"
+    shutil.copytree(whole, folder)
+    assert make(folder)
+    lost = sorted(folder.glob(name))[0]
+    lost.unlink()
+    with pytest.raises(UserError, match=f"{lost.name} is missing; make the data again"):
+        make(folder)
+
+
+def test_rows_of_clips_that_a_finished_folder_lost_are_missed(tmp_path):
+    folder = tmp_path / "data"
+    rows = {("train", 0): [{"id": "a", "sha256": "1", "category": []}]}
+    job = Job(folder, PLAN, {"train": 1}, rows=rows)
+    with job.shard("train", 0) as shard:
+        _write(shard, "records/5x16x16", "a")
+        shard.note(made=["train", 0], rows=rows["train", 0])
+    assert job.finish(lambda reports: ({"records/5x16x16": FEATURES["records/5x16x16"]}, {}))
+    assert [row["id"] for row in read_clips(folder)] == ["a"]
+    (folder / "clips.jsonl").unlink()
+    for look in (lambda: read_clips(folder), job.complete):
+        with pytest.raises(UserError, match="clips.jsonl is missing; make the data again"):
+            look()
+
+
 def test_finished_folder_is_left_alone(tmp_path):
     make(tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -596,7 +622,7 @@ def test_damaged_manifests_and_reports_are_one_line(tmp_path, whole, damage):
         records.read_manifest(folder)
     (folder / "manifest.json").unlink()
     (folder / "clips.jsonl").write_bytes(damage + b"\n")
-    with pytest.raises(UserError, match="line 1 of .*clips.jsonl.*damaged.*make the data again, or delete"):
+    with pytest.raises(UserError, match="line 1 of .*clips.jsonl.*damaged.*make the data again"):
         [row["id"] for row in read_clips(folder)]
 
 

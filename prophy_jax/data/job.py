@@ -102,6 +102,7 @@ class Job:
         plan = json.loads(json.dumps(self._plan))
         if self._rows is not None and records.read_manifest(self.out).get("plan") != plan:
             return False
+        records.check_files(self.out, CLIPS)
         if self._rows is None or not (self.out / CLIPS).exists():
             return True
         own = [{"split": split, **row} for (split, _), rows in self._rows.items() for row in rows]
@@ -180,6 +181,7 @@ class Job:
             except FileNotFoundError:
                 if not self.complete():  # otherwise another process did it meanwhile
                     raise
+        records.check_whole(self.out)
         return records.read_manifest(self.out)
 
     def _put_together(self, describe: Callable[[list[dict[str, Any]]], tuple[dict, dict]]) -> None:
@@ -337,11 +339,10 @@ def read_clips(out: str | Path, working: bool = False) -> list[dict[str, Any]]:
             with contextlib.suppress(FileNotFoundError):  # another process has just put the folder together
                 rows += _read_report(report).get("rows", [])
         return rows
+    records.check_files(out, CLIPS)
     if not path.exists():
         return []
-    records.check_files(out, CLIPS)
-    remedy = "make the data again, or delete this file, and the folder is used as it is"
-    found = []
+    remedy, found = "make the data again", []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"line {number} of {path}"
         found.append(checksums.unsealed(workdir.parse_json(line, where, remedy, _ROW), where, remedy))

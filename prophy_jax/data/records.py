@@ -103,13 +103,26 @@ def write_manifest(folder: storage.AnyPath, manifest: Mapping[str, Any]) -> None
 def check_files(data_dir: str | Path, *names: str) -> None:
     """Raises UserError where files of a finished folder are not as they were when that was finished."""
     root = storage.path(data_dir)
-    names = [name for name in names if (root / name).is_file()]
-    if not names or not (root / "manifest.json").is_file():
+    if not (root / "manifest.json").is_file():
         return
     listed = read_manifest(data_dir).get("checksums", {})
-    for name in names:
-        if listed.get(name) not in (None, storage.hash_file(root / name)):
+    for name in filter(listed.get, names):
+        if not (root / name).is_file():
+            raise UserError(f"{root / name} is missing; make the data again")
+        if listed[name] != storage.hash_file(root / name):
             raise UserError(f"{root / name} is damaged (not as it was written); make the data again")
+
+
+def check_whole(data_dir: str | Path) -> None:
+    """Raises UserError where files of a finished folder are missing."""
+    listed = read_manifest(data_dir).get("checksums", {})
+    for name in listed:
+        if not (storage.path(data_dir) / name).is_file():
+            raise UserError(f"{data_dir}/{name} is missing; make the data again")
+        if name.endswith("/dataset_info.json"):
+            dataset, bucket, _ = name.split("/")
+            for split in open_info(data_dir, dataset, bucket).splits:
+                open_dataset(data_dir, dataset, bucket, split)
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
