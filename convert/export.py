@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from convert import cogvideox, command, t5, wan
 from convert import leaves as lv
+from convert.lora import adapter_leaves
 from convert.prophy import branch_leaves
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli, storage
@@ -91,7 +92,7 @@ FORMS = {
 
 # The key tables of what is trained next to a backbone, by its file in prophy_jax.models.beside. Each is a
 # function of the backbone, the part, the form of the backbone, and a format.
-BESIDE = {"prophy": branch_leaves}
+BESIDE = {"prophy": branch_leaves, "lora": adapter_leaves}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,6 +369,8 @@ def _read(part: Part, progress: Callable[[int], Any]) -> Iterator[tuple[str, np.
             if not checkpoints.is_finite(values):
                 raise UserError(f"{part.folder}/tree: {path} holds NaN or infinity: convert or train again")
             digests[path][2].extend(checkpoints.leaf_digests(values))
+            if leaf.factor != 1:
+                values = (leaf.factor * values.astype(np.float32)).astype(values.dtype)
             bits = values.view(f"u{values.itemsize}")  # NumPy moves integers faster than bfloat16.
             for name, piece in zip(leaf.names[start:], bits if leaf.stacked else bits[None], strict=False):
                 yield name, np.ascontiguousarray(leaf.to_torch(piece))

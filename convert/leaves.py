@@ -35,6 +35,7 @@ class Leaf:
     stacked: bool  # Whether the first axis of `shape` is the layer.
     axes: Shape  # PyTorch axes in our order, before the reshape to `piece_shape`.
     rows: tuple[tuple[int, int], ...] = ()  # Ranges of a larger tensor, one after another; (): all of it.
+    factor: float = 1.0  # What PyTorch's values are of ours, in a table for writing only.
 
     @property
     def piece_shape(self) -> Shape:
@@ -91,6 +92,11 @@ def shapes_of(init: Callable[..., Any], *arguments: Any) -> dict[str, Shape]:
     """The shapes of what `init(key, *arguments)` would draw, by path; nothing is computed."""
     tree = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), *arguments), sep="/")
     return {path: leaf.shape for path, leaf in tree.items()}
+
+
+def abstract(init: Callable[..., Any]) -> Any:
+    """The shapes of what `init(key)` would draw, as a tree that other functions are traced with."""
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert import leaves as lv
@@ -25,7 +24,7 @@ def branch_leaves(backbone: Any, part: ProPhy, form: Any, naming: str) -> dict[s
         form: The `export.Form` of the transformer.
         naming: A format of it.
     """
-    weights = jax.eval_shape(backbone.init, jax.random.key(0))
+    weights = {"backbone": lv.abstract(backbone.init)}
     shapes = lv.shapes_of(lambda key, weights: part.init(key, backbone, weights), weights)
     copies = dataclasses.replace(backbone.config, num_layers=len(part.layers))
     table = {}

@@ -1,0 +1,207 @@
+"""LoRA files: the key tables of adapters, and adapters of other trainers, read.
+
+Written are diffusers' names (`transformer.blocks.0.attn1.to_q.lora_A.weight`), which `load_lora_weights` of
+its pipelines takes, and those of the original code (`diffusion_model.blocks.0.self_attn.q.lora_A.weight`),
+which ComfyUI takes as well. The scale is multiplied into lora_B: readers disagree on where alpha stands, and
+one that finds none takes the rank.
+
+Read are these, with `lora_down` and `lora_up` too, alpha in tensors of its own, in the header or in PEFT's
+adapter_config.json, and the names of kohya's trainers (`lora_unet_blocks_0_self_attn_q.lora_down.weight`).
+
+L blocks, r rank, O I output and input features.
+"""
+
+import collections
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from convert import leaves as lv
+from prophy_jax.models.beside.lora import Lora
+from prophy_jax.run.errors import UserError
+
+BEFORE = {"diffusers": "transformer.", "official": "diffusion_model."}
+_SIDES = {
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down"), "down"),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up"), "up"),
+}
+_KEY = re.compile(rf"(?P<layer>.+)\.(?P<side>{'|'.join(map(re.escape, _SIDES))})(\.default)?\.weight")
+_PREFIXES = (
+    *("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model."),
+    *("lora_unet_", "lora_transformer_"),
+)
+_OTHERS = {  # in the names of tensors of other methods
+    **dict.fromkeys(("dora_scale", "lora_magnitude_vector"), "DoRA"),
+    **{
+        ".lokr_": "LoKr (LyCORIS)",
+        ".hada_": "LoHa (LyCORIS)",
+        ".lora_mid": "LoCon (LyCORIS)",
+        ".oft_": "OFT",
+    },
+    **{".diff": "differences of whole weights", ".bias": "biases"},
+}
+
+
+def adapter_leaves(backbone: Any, part: Lora, form: Any, naming: str) -> dict[str, lv.Leaf]:
+    """Every leaf of the adapters by its path; see `convert.prophy.branch_leaves`.
+
+    Raises UserError on adapters of another part's blocks, of which no other program knows.
+    """
+    weights = {"backbone": lv.abstract(backbone.init)}
+    try:
+        shapes = lv.shapes_of(lambda key, weights: part.init(key, backbone, weights), weights)
+    except UserError as error:
+        raise UserError(f"{error}: adapters of other parts than the backbone have no PyTorch form") from error
+    table, layers = {}, _layers(form.leaves(backbone.config, naming))
+    for path, shape in shapes.items():
+        layer, _, side = path.removeprefix("backbone/").rpartition("/")
+        letter = {"down": "A", "up": "B"}[side]
+        names = tuple(f"{BEFORE[naming]}{name}.lora_{letter}.weight" for name in layers[layer])
+        factor = part.scale if side == "up" else 1.0
+        table[path] = lv.Leaf(names, (shape[2], shape[1]), shape, True, (1, 0), factor=factor)
+    return table
+
+
+def _layers(table: Mapping[str, lv.Leaf]) -> dict[str, tuple[str, ...]]:
+    """Path of a dense layer in a block -> its PyTorch names, one a block."""
+    return {
+        path.removeprefix("blocks/").removesuffix("/kernel"): tuple(
+            name.removesuffix(".weight") for name in leaf.names
+        )
+        for path, leaf in table.items()
+        if path.startswith("blocks/") and path.endswith("/kernel") and not leaf.rows
+    }
+
+
+def read(path: str, backbone: Any, form: Any, strength: float = 1.0) -> tuple[Lora, dict[str, Any]]:
+    """The adapters in a safetensors file, for a backbone.
+
+    Layers of different ranks, and blocks without an adapter, are filled with zeros.
+
+    Args:
+        path: Of the file.
+        backbone: Built.
+        form: The `export.Form` of the backbone.
+        strength: Multiplies all of it.
+
+    Returns:
+        The part, and its parameters in fp32.
+
+    Raises:
+        UserError: not a safetensors file, adapters of another model, size or method, or none at all.
+    """
+    tensors, metadata = _load(path)
+    for name in tensors:
+        for mark, method in _OTHERS.items():
+            if mark in name:
+                raise UserError(f"{path} has {method} ({name}): only plain LoRA is read")
+    known = {}  # name of a layer, as it is and as kohya's trainers write it -> (path, block)
+    for naming in form.configs:
+        for layer, names in _layers(form.leaves(backbone.config, naming)).items():
+            for block, name in enumerate(names):
+                known[name] = known[name.replace(".", "_")] = (layer, block)
+    found: dict[tuple[str, int], dict[str, np.ndarray]] = collections.defaultdict(dict)
+    alphas, strange = {}, []
+    for name, tensor in tensors.items():
+        match = _KEY.fullmatch(name)
+        own = match["layer"] if match else name.removesuffix(".alpha")
+        place = known.get(_without_prefix(own))
+        if place is None or not (match or name.endswith(".alpha")):
+            strange.append(name)
+        elif match:
+            found[place][_SIDES[match["side"]]] = tensor
+        else:
+            alphas[place] = float(tensor)
+    if strange:
+        near = difflib.get_close_matches(_without_prefix(strange[0]), known, 1, 0.0)
+        raise UserError(
+            f"{path} fits no layer of this model with {len(strange)} of its {len(tensors)} tensors, such as "
+            f"{strange[0]}; the nearest layer is {near[0]}: it is of another model"
+        )
+    if not found:
+        raise UserError(f"{path} holds no tensor of an adapter: name a LoRA file")
+    if alphas and (without := found.keys() - alphas.keys()):
+        raise UserError(
+            f"{path} states alpha of some layers, and not of {sorted(without)[0]}: it is cut short"
+        )
+    stated = _stated_alpha(path, metadata)
+    return _stack(path, found, alphas, stated, backbone, strength)
+
+
+def _stack(path, found, alphas, stated, backbone, strength) -> tuple[Lora, dict[str, Any]]:
+    rank = max(own["down"].shape[0] for own in found.values() if "down" in own)
+    kernels = lv.shapes_of(backbone.init)
+    arrays: dict[str, np.ndarray] = {}
+    for (layer, block), own in found.items():
+        if own.keys() != {"down", "up"}:
+            raise UserError(
+                f"{path} has one of the two matrices of {layer} in block {block} alone: it is cut short"
+            )
+        depth, width, out = kernels[f"blocks/{layer}/kernel"]
+        r = own["down"].shape[0]
+        down, up = own["down"], own["up"]  # (r, I), (O, r); of convolutions with axes of size 1 behind
+        if down.size != r * width or up.size != out * r:
+            raise UserError(
+                f"{path} has {layer} of {down.shape} and {up.shape}, this model takes ({r}, {width}) and "
+                f"({out}, {r}): it is of another size"
+            )
+        scale = alphas.get((layer, block), stated if stated is not None else r) / r
+        if not (np.isfinite(down).all() and np.isfinite(up).all() and math.isfinite(scale)):
+            raise UserError(f"{path} holds NaN or infinity in {layer} of block {block}: download it again")
+        downs = arrays.setdefault(f"backbone/{layer}/down", np.zeros((depth, width, rank), np.float32))
+        ups = arrays.setdefault(f"backbone/{layer}/up", np.zeros((depth, rank, out), np.float32))
+        downs[block, :, :r] = down.reshape(r, width).T  # (I, r)
+        ups[block, :r] = scale * up.reshape(out, r).T  # (r, O)
+    layers = sorted({layer for layer, _ in found})
+    targets = tuple(f"backbone/blocks/{re.escape(layer)}$" for layer in layers)
+    return Lora(rank, float(rank), targets, strength=strength), unflatten_dict(arrays, sep="/")
+
+
+def _without_prefix(name: str) -> str:
+    while prefix := next((one for one in _PREFIXES if name.startswith(one)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _load(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors in fp32, and the metadata of the header."""
+    import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
+
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}: name a LoRA in safetensors")
+    try:
+        with safe_open(path, "flax") as file:
+            tensors = {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from error
+
+
+def _stated_alpha(path: str, metadata: Mapping[str, str]) -> float | None:
+    """The alpha of all layers, noted in the header or in PEFT's file beside it; None: it is the rank.
+
+    Raises UserError where PEFT's file is damaged, or says that alpha differs from layer to layer.
+    """
+    beside = Path(path).with_name("adapter_config.json")
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if not noted and beside.is_file():
+            noted = json.loads(beside.read_text())
+        noted = {key.rpartition(".")[2]: value for key, value in noted.items()}
+        if noted.get("alpha_pattern") or noted.get("use_rslora") or noted.get("use_dora"):
+            raise UserError(
+                f"{path} has a scale of another form than one alpha over the rank: it is not read"
+            )
+        return float(noted["lora_alpha"]) if "lora_alpha" in noted else None
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"the notes of {path} on its alpha are damaged ({error}): download it again"
+        ) from error
