@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert import leaves as lv
 from prophy_jax.models.beside.lora import Lora
+from prophy_jax.run import checkpoints
 from prophy_jax.run.errors import UserError
 
 BEFORE = {"diffusers": "transformer.", "official": "diffusion_model."}
@@ -81,7 +82,7 @@ def _layers(table: Mapping[str, lv.Leaf]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def read(path: str, backbone: Any, form: Any, strength: float = 1.0) -> tuple[Lora, dict[str, Any]]:
+def read(path: str, backbone: Any, strength: float = 1.0) -> tuple[Lora, dict[str, Any]]:
     """The adapters in a safetensors file, for a backbone.
 
     Layers of different ranks, and blocks without an adapter, are filled with zeros.
@@ -89,7 +90,6 @@ def read(path: str, backbone: Any, form: Any, strength: float = 1.0) -> tuple[Lo
     Args:
         path: Of the file.
         backbone: Built.
-        form: The `export.Form` of the backbone.
         strength: Multiplies all of it.
 
     Returns:
@@ -98,6 +98,13 @@ def read(path: str, backbone: Any, form: Any, strength: float = 1.0) -> tuple[Lo
     Raises:
         UserError: not a safetensors file, adapters of another model, size or method, or none at all.
     """
+    from convert.export import FORMS  # which has a row for adapters
+
+    form = FORMS.get(type(backbone).__module__.rpartition(".")[2])
+    if form is None:
+        raise UserError(
+            f"no names of other programs are known for {type(backbone).__name__}: {path} is not read"
+        )
     tensors, metadata = _load(path)
     for name in tensors:
         for mark, method in _OTHERS.items():
@@ -134,6 +141,13 @@ def read(path: str, backbone: Any, form: Any, strength: float = 1.0) -> tuple[Lo
         )
     stated = _stated_alpha(path, metadata)
     return _stack(path, found, alphas, stated, backbone, strength)
+
+
+def read_merged(folder: str) -> list[str]:
+    """SHA-256 of the LoRA files that `convert.merge` added to the weights in a folder."""
+    if not checkpoints.holds_params(folder):
+        return []
+    return checkpoints.read_manifest(folder, "").get("merged", [])
 
 
 def _stack(path, found, alphas, stated, backbone, strength) -> tuple[Lora, dict[str, Any]]:

@@ -18,6 +18,7 @@ B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,24 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     if not prompts:
         raise UserError("no prompt: give --prompt=TEXT or --prompts=FILE with one prompt a line")
     return prompts
+
+
+def read_adapters(entries: Sequence[str]) -> list[tuple[str, float]]:
+    """(file, strength) of the flag --lora, FILE or FILE=STRENGTH. UserError on a file that is missing."""
+    found = []
+    for entry in entries:
+        file, equals, number = entry.rpartition("=")
+        try:
+            strength = float(number) if equals else 1.0
+        except ValueError:  # an equals sign in the name of a file
+            file, strength = entry, 1.0
+        file = file if equals else entry
+        if not math.isfinite(strength):
+            raise UserError(f"--lora={entry}: give a finite strength, such as --lora={file}=0.8")
+        if not storage.path(file).is_file():
+            raise UserError(f"--lora={entry}: there is no file {file}; name a LoRA in safetensors")
+        found.append((file, strength))
+    return found
 
 
 def use_checkpoint(config, folder: str) -> None:
@@ -193,6 +212,7 @@ class Sampler:
         seed: of the noise.
         scale: strength of what the parts add.
         overlay: also write each clip with the token routing laid over it.
+        adapters: (LoRA file, strength) of any number.
 
     Raises:
         UserError: weights that do not exist or fit, or a batch that does not.
@@ -207,6 +227,7 @@ class Sampler:
         seed: int,
         scale: float,
         overlay: bool,
+        adapters: Sequence[tuple[str, float]] = (),
     ) -> None:
         from prophy_jax import build
         from prophy_jax.data.batch import shapes
@@ -216,7 +237,7 @@ class Sampler:
         self._config, self._folders, self._out, self._seed = config, folders, out, seed
         self._overlay = overlay
         self._mesh = build.build_mesh(config.mesh, devices=jax.local_devices())
-        self._model = model = build.build_model(config, self._mesh)
+        model = build.build_model(config, self._mesh)
         objective = build.build_objective(config)
         if more := sorted({*model.fields} - {"text", "text_mask"}):
             raise UserError(f"these parts read {more}, which a prompt alone does not have")
@@ -230,13 +251,18 @@ class Sampler:
             )
         self._layout = build.place(model, self._mesh, config.frozen_dtype)
         references = build.check_params(config, self._layout, folders)
+        self._model, self._adapters = model, {}
+        if adapters:
+            self._add_adapters(adapters, references)
+            model = self._model
         self._codec = encoders.load_codec(config, self._mesh)
         self._encoder = encoders.load_text_encoder(config, encoders.default_cache())
         self._sizes = build.sizes(config, model)
         self._observe = generate.make_observer(model, objective)
         if overlay:
             inputs = shapes(("latents", *model.fields), self._sizes, 1)
-            seen = jax.eval_shape(self._observe, self._layout, inputs["latents"], inputs)
+            params = {**self._layout, **self._adapters}
+            seen = jax.eval_shape(self._observe, params, inputs["latents"], inputs)
             if all(model.parts[name].token_maps(found) is None for name, found in seen.items()):
                 raise UserError(
                     "--overlay: these parts have no token routing; leave it out, or name another run"
@@ -274,8 +300,24 @@ class Sampler:
     @functools.cached_property
     def _params(self) -> Any:
         from prophy_jax import build
+        from prophy_jax.run import parallel
 
-        return build.load_params(self._config, self._layout, self._folders)
+        loaded = build.load_params(self._config, self._layout, self._folders)
+        return loaded | jax.device_put(self._adapters, parallel.replicated(self._mesh))
+
+    def _add_adapters(self, adapters: Sequence[tuple[str, float]], references: dict[str, str]) -> None:
+        """Adds adapters to the model, their values to `_adapters`, and notes which they are."""
+        from convert import lora
+
+        weights, parts = self._config.backbone_params, {}
+        merged = lora.read_merged(weights)
+        for number, (file, strength) in enumerate(adapters):
+            name = f"lora_{number}"
+            parts[name], self._adapters[name] = lora.read(file, self._model.backbone, strength)
+            if (own := storage.hash_file(file)) in merged:
+                raise UserError(f"{weights} has {file} merged into it already: leave out --lora={file}")
+            references[f"{name}_sha256"] = own if strength == 1 else f"{own} times {strength:g}"
+        self._model = dataclasses.replace(self._model, parts={**self._model.parts, **parts})
 
     def sample(
         self, work: Iterable["Work"], tick: Callable[[int], Any], negative: Mapping[str, np.ndarray]
@@ -351,7 +393,8 @@ def main(config: Any) -> None:
     config.parts = {name: spec for name, spec in config.parts.items() if name in folders}
     if checkpoint := options.checkpoint or folders.get("backbone"):
         use_checkpoint(config, checkpoint)
-    if not config.parts and (options.overlay or options.baseline):
+    adapters = read_adapters(options.lora)
+    if not config.parts and (options.overlay or (options.baseline and not adapters)):
         raise UserError("--overlay and --baseline are about a trained part: name one with --branch=DIR")
     if options.engine:
         if options.distributed:
@@ -362,7 +405,15 @@ def main(config: Any) -> None:
     if options.baseline:
         scales[BASELINE] = 0.0
     make = functools.partial(
-        Sampler, config, folders, options.out, options.batch, options.seed, scales[""], options.overlay
+        Sampler,
+        config,
+        folders,
+        options.out,
+        options.batch,
+        options.seed,
+        scales[""],
+        options.overlay,
+        adapters,
     )
     with engine.workers(options.engine, make, options.devices) as workers:
         facts = workers.ask(Sampler.tell)
@@ -434,6 +485,8 @@ if __name__ == "__main__":
         [],
         "Folder of a part that a run trained, WORKDIR/branch; may be repeated; without it, no part.",
     )
+    about = "A LoRA file of diffusers, PEFT, kohya or ComfyUI, FILE or FILE=STRENGTH; may be repeated."
+    flags.DEFINE_multi_string("lora", [], about)
     flags.DEFINE_string("out", "samples", "Folder to write the clips to.")
     flags.DEFINE_float("scale", 1.0, "Strength of what the parts add.")
     about = "Of the noise; prompt i of a run has its own noise."

@@ -95,9 +95,7 @@ def test_diffusers_takes_what_is_exported_and_it_is_read_back(tmp_path, pair):
         pair.pipeline.load_lora_weights(str(file))
         np.testing.assert_allclose(pair.theirs(), want, rtol=0, atol=1e-4)
         pair.pipeline.unload_lora_weights()
-        np.testing.assert_allclose(
-            pair.ours(*lora.read(str(file), pair.backbone, pair.form)), want, rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose(pair.ours(*lora.read(str(file), pair.backbone)), want, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(pair.theirs(), plain)
 
 
@@ -113,9 +111,7 @@ def test_what_diffusers_saves_is_read(tmp_path, pair, strength):
     metadata = {"r": 4, "lora_alpha": 10, "target_modules": targets}
     type(pair.pipeline).save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=metadata)
     pair.reference.set_adapters(["default"], [strength])
-    part, params = lora.read(
-        str(tmp_path / "pytorch_lora_weights.safetensors"), pair.backbone, pair.form, strength
-    )
+    part, params = lora.read(str(tmp_path / "pytorch_lora_weights.safetensors"), pair.backbone, strength)
     assert part.rank == 4
     np.testing.assert_allclose(pair.ours(part, params), pair.theirs(), rtol=0, atol=1e-4)
 
@@ -144,7 +140,7 @@ def test_kohya_names_with_alpha_are_read(tmp_path, pair):
     name = next(name for name in written if name.endswith("ffn_0.lora_down.weight") or "net_0" in name)
     layer = name.partition(".")[0]
     save_file(written, tmp_path / "kohya.safetensors")
-    read = lora.read(str(tmp_path / "kohya.safetensors"), pair.backbone, pair.form)
+    read = lora.read(str(tmp_path / "kohya.safetensors"), pair.backbone)
     np.testing.assert_allclose(pair.ours(*read), want, rtol=0, atol=1e-5)
     down, up = written[f"{layer}.lora_down.weight"], written[f"{layer}.lora_up.weight"]
     less = {f"{layer}.lora_down.weight": down[:2], f"{layer}.lora_up.weight": np.ascontiguousarray(up[:, :2])}
@@ -152,7 +148,7 @@ def test_kohya_names_with_alpha_are_read(tmp_path, pair):
     outputs, other = [], tmp_path / "other.safetensors"
     for change, alpha in ((less, 1.0), (zero, 1.5)):  # alpha / r is 1/2 in both
         save_file(written | change | {f"{layer}.alpha": np.array(alpha, np.float32)}, other)
-        outputs.append(pair.ours(*lora.read(str(other), pair.backbone, pair.form)))
+        outputs.append(pair.ours(*lora.read(str(other), pair.backbone)))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=0, atol=1e-6)
     assert np.abs(outputs[0] - want).max() > 1e-3
 
@@ -180,7 +176,7 @@ def test_files_of_something_else_are_refused(tmp_path, change, message):
     file = export_adapters(tmp_path, pair, *random_adapters(pair), "diffusers")
     save_file(change(load_file(file)), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=message):
-        lora.read(str(tmp_path / "other.safetensors"), pair.backbone, pair.form)
+        lora.read(str(tmp_path / "other.safetensors"), pair.backbone)
 
 
 def test_damaged_files_and_notes_are_refused(tmp_path):
@@ -188,16 +184,16 @@ def test_damaged_files_and_notes_are_refused(tmp_path):
     file = export_adapters(tmp_path, pair, *random_adapters(pair), "diffusers")
     beside = file.with_name("adapter_config.json")
     beside.write_text(json.dumps({"lora_alpha": 6}))
-    part, params = lora.read(str(file), pair.backbone, pair.form)
+    part, params = lora.read(str(file), pair.backbone)
     beside.unlink()
-    once = lora.read(str(file), pair.backbone, pair.form)[1]
+    once = lora.read(str(file), pair.backbone)[1]
     np.testing.assert_allclose(params["backbone"]["ffn"]["up"]["up"], 2 * once["backbone"]["ffn"]["up"]["up"])
     for content in ("{", '{"lora_alpha": "x"}', '{"use_rslora": true}'):
         beside.write_text(content)
         with pytest.raises(UserError, match="alpha"):
-            lora.read(str(file), pair.backbone, pair.form)
+            lora.read(str(file), pair.backbone)
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        lora.read(str(file), pair.backbone, pair.form)
+        lora.read(str(file), pair.backbone)
     with pytest.raises(UserError, match="no file"):
-        lora.read(str(tmp_path / "nothing"), pair.backbone, pair.form)
+        lora.read(str(tmp_path / "nothing"), pair.backbone)

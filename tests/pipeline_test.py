@@ -197,6 +197,58 @@ def test_export_gives_the_weights_back(place, trained):
     assert branch["exits.1.weight"].shape == (48, 48) and np.abs(branch["exits.1.weight"]).max() > 0
 
 
+def test_adapters_from_training_to_a_file_and_merged_weights(place, trained):
+    """The same clip by the trained part, by its exported file and by merged weights."""
+    config, workdir, file = (
+        f"{CONFIG}:demo_data,lora",
+        place / "lora",
+        place / "adapters" / "prophy_lora.safetensors",
+    )
+
+    def do(module: str, *arguments: str) -> str:
+        return succeed(module, *arguments, cwd=place, devices=1)
+
+    rates = "--config.optimizer.learning_rates.lora=0.3"  # far in three steps
+    data = f"--config.data.dir={place / 'data'}"
+    do("prophy_jax.train", config, *weights(place), data, rates, f"--workdir={workdir}")
+    assert sorted(path.name for path in workdir.glob("*/tree")) == ["tree"] and (workdir / "lora").is_dir()
+    do("convert.export", f"--checkpoint={workdir}", "--format=diffusers", f"--dst={file.parent}")
+    merge = ("convert.merge", f"--checkpoint={place / 'wan'}", f"--lora={file}", f"--dst={place / 'merged'}")
+    assert "1 LoRA merged" in do(*merge)
+    clips = {}
+    for name, checkpoint, adapters in (
+        ("plain", "wan", ()),
+        ("part", "wan", (f"--branch={workdir / 'lora'}",)),
+        ("file", "wan", (f"--lora={file}",)),
+        ("twice half", "wan", (f"--lora={file}=0.25", f"--lora={file}=0.75")),
+        ("merged", "merged", ()),
+    ):
+        own = (f"--checkpoint={place / checkpoint}", *adapters, f"--out={place / 'clips of' / name}")
+        do("prophy_jax.sample", config, f"--prompt={PROMPT}", "--config.samples.steps=1", *own)
+        clips[name] = read_clip(place / "clips of" / name / "0000.mp4", 9, 16, 48, 80).astype(int)
+    assert np.abs(clips["plain"] - clips["part"]).mean() > 1
+    for name in ("file", "twice half", "merged"):  # roundings of another order, which H.264 spreads
+        assert np.abs(clips[name] - clips["part"]).mean() < 0.25, name
+
+    # Nothing is merged or sampled twice, and nothing is written on bad input.
+    merged = (f"--checkpoint={place / 'merged'}", f"--out={place / 'no'}", f"--prompt={PROMPT}")
+    for arguments, message in (
+        (("prophy_jax.sample", config, *merged, f"--lora={file}"), "merged into it already"),
+        (("prophy_jax.sample", config, *merged, "--lora=nowhere=2"), "there is no file nowhere"),
+        (("prophy_jax.sample", config, *merged, f"--lora={file}=nan"), "give a finite strength"),
+        (
+            ("prophy_jax.sample", config, *merged, f"--lora={place / 'wan' / 'vae' / 'manifest.json'}"),
+            "not a readable",
+        ),
+        (merge, "exists: name another --dst"),
+        ((*merge[:2], f"--dst={place / 'no'}"), "name a LoRA with --lora=FILE"),
+        ((merge[0], merged[0], merge[2], f"--dst={place / 'no'}"), "merged into it already"),
+    ):
+        done = run_here(*arguments)
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+        assert not (place / "no").exists()
+
+
 def test_a_part_that_was_not_converted(place, tmp_path):
     (tmp_path / "transformer").symlink_to(place / "wan" / "transformer")
     done = run(

@@ -1,6 +1,7 @@
 """Public configurations small enough for a test; VAEs and text encoders are the real ones, of small width.
 
 --config=tests/tiny_pipeline.py     configs/wan.py:demo_data with 9 frames of 48 x 80 pixels, three steps
+    ...:demo_data,lora              an arm of it
 cogvideox(VARIANT)                  configs/cogvideox.py:VARIANT with 9 or 17 frames of 24 x 40 pixels
 """
 
@@ -27,7 +28,8 @@ def get_config(arg: str = "demo_data") -> ConfigDict:
     config = _load("wan.py").get_config(arg)
 
     config.backbone.text_len = config.text_encoder.length = LENGTH
-    config.parts.branch.semantic.basis_grid = (3, 6, 10)
+    if "branch" in config.parts:
+        config.parts.branch.semantic.basis_grid = (3, 6, 10)
     config.data.update(dir="", height=48, width=80, frames=9, buckets=())
     config.data.side.alignment = ""
     config.samples.update(solver="unipc-diffusers", steps=8, shift=3.0, guidance=5.0, clips=1)
