@@ -32,6 +32,7 @@ from tqdm import tqdm
 from convert import cogvideox, command, t5, wan
 from convert import leaves as lv
 from convert.lora import adapter_leaves
+from convert.lora import read as read_adapters
 from convert.prophy import branch_leaves
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli, storage
@@ -93,6 +94,8 @@ FORMS = {
 # The key tables of what is trained next to a backbone, by its file in prophy_jax.models.beside. Each is a
 # function of the backbone, the part, the form of the backbone, and a format.
 BESIDE = {"prophy": branch_leaves, "lora": adapter_leaves}
+# Of these, what reads their files: a function of a path and the backbone, which gives the part and its values.
+READERS = {"lora": read_adapters}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,9 @@ class Part:
         return sum(array.size * array.dtype.numpy_dtype.itemsize for array in self.arrays.values())
 
 
-def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def export(
+    checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTES, quiet: bool = False
+) -> list[Path]:
     """Writes every part of `checkpoint` as PyTorch files under `dst`. Returns their paths in `dst`.
 
     Args:
@@ -122,6 +127,7 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
         dst: A folder that does not exist yet.
         shard_bytes: The most bytes of a file of the transformer, or of the text encoder for transformers,
             unless one tensor has more. The other files have no form in several pieces.
+        quiet: prints nothing.
 
     Raises:
         UserError: on bad input, a damaged tree or a full disk. Nothing is at `dst` then.
@@ -144,7 +150,7 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
         free = shutil.disk_usage(temporary).free
         if free < nbytes:
             raise UserError(f"{dst} needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
-        with tqdm(total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        with tqdm(total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, disable=quiet) as bar:
             for part in parts:
                 bar.set_description(part.name)
                 _write_part(part, naming, temporary, shard_bytes, bar.update)
@@ -155,7 +161,7 @@ def export(checkpoint: str, naming: str, dst: str, shard_bytes: int = SHARD_BYTE
         raise UserError(f"cannot write {error.filename or dst}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for part in parts:
+    for part in parts if not quiet else ():
         count = sum(len(entry.names) for entry in part.table.values())
         print(f"{part.name}: {count} tensors, {part.nbytes / 1e6:.1f} MB, from {part.folder}")
     return sorted(path for path in target.rglob("*") if path.is_file())

@@ -11,14 +11,17 @@ split, or of the validation split where there is no test split. Any run of proph
     clips            sampled from held-out prompts
 
 With parts next to the backbone, both are measured with the parts and without, from the same noise. A part may
-have measures of its own, see `prophy_jax.evaluation`.
+have measures of its own, see `prophy_jax.evaluation`. A part that other programs can read, such as LoRA, is
+also exported, read again and sampled from the same noise.
 
 M clips, T h w latent grid.
 """
 
+import dataclasses
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +33,7 @@ from prophy_jax.run import storage
 from prophy_jax.run import workdir as folders
 from prophy_jax.run.errors import UserError
 
+EXPORTED = "exported and read again"
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
 
 
@@ -49,6 +53,25 @@ def check_run(config: Any, workdir: str) -> None:
                 f"{config.backbone_params} is not the backbone that {workdir} started from: "
                 "name that one with --config.backbone_params=DIR, or train again"
             )
+
+
+def exported(model: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """The model with the parts that other programs can read as it is after export and reading them again.
+
+    Returns the model, and the parameters of these parts; {} where there are none.
+    """
+    from convert import export
+
+    parts, params = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in model.parts.items():
+            read = export.READERS.get(type(part).__module__.rpartition(".")[2])
+            if read and type(model.backbone).__module__.rpartition(".")[2] in export.FORMS:
+                [file] = export.export(
+                    places[name], export.FORMATS[0], os.path.join(folder, name), quiet=True
+                )
+                parts[name], params[name] = read(str(file), model.backbone)
+    return dataclasses.replace(model, parts={**model.parts, **parts}), params
 
 
 def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
@@ -94,6 +117,8 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         splits = ("val", "test") if split == "test" else ("val",)
         samplers = {f"with {added}" if added else "generated": model}
         samplers |= {"backbone alone": model.without()} if added else {}
+        again, values = exported(model, places)
+        samplers |= {EXPORTED: again} if values else {}
         passes = sum(-(-data["counts"][name] // batch_size) for name in splits)
         total = passes + len(samplers) * config.samples.steps
         bar = tqdm(total=total, desc="measuring", unit="part", dynamic_ncols=True)
@@ -126,8 +151,21 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         rows = {"real clip": clips["latents"][chosen]}
         for name, one in samplers.items():
             sample = generate.make_generator(one, objective, config.samples)
-            rows[name] = sample(after, clips["noise"][chosen], prompt, negative, after_steps=bar.update)
+            params = after | values if name == EXPORTED else after
+            rows[name] = sample(params, clips["noise"][chosen], prompt, negative, after_steps=bar.update)
         bar.close()
+        if values:
+            trained, alone, again = (np.asarray(rows[name]) for name in samplers)
+            results["exported"] = {
+                "parts": sorted(values),
+                "latents_differ_by": float(np.abs(again - trained).max()),
+                "backbone_alone_differs_by": float(np.abs(alone - trained).max()),
+            }
+            print(
+                f"{', '.join(values)}, exported and read again: sampled latents differ by at most "
+                f"{results['exported']['latents_differ_by']:.1e} from those of the trained parts, those of the "
+                f"backbone alone by {results['exported']['backbone_alone_differs_by']:.1e}"
+            )
 
     # 4. The report.
     versions = {name: [decode(latents) for latents in np.asarray(rows[name])] for name in rows}
