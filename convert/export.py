@@ -94,7 +94,7 @@ FORMS = {
 # The key tables of what is trained next to a backbone, by its file in prophy_jax.models.beside. Each is a
 # function of the backbone, the part, the form of the backbone, and a format.
 BESIDE = {"prophy": branch_leaves, "lora": adapter_leaves}
-# Of these, what reads their files: a function of a path and the backbone, which gives the part and its values.
+# Of these, what reads their files: a function of a path and the backbone, to the part and its values.
 READERS = {"lora": read_adapters}
 
 

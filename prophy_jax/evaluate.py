@@ -156,15 +156,15 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
         bar.close()
         if values:
             trained, alone, again = (np.asarray(rows[name]) for name in samplers)
+            apart, changed = (float(np.abs(one - trained).max()) for one in (again, alone))
             results["exported"] = {
                 "parts": sorted(values),
-                "latents_differ_by": float(np.abs(again - trained).max()),
-                "backbone_alone_differs_by": float(np.abs(alone - trained).max()),
+                "latents_differ_by": apart,
+                "backbone_alone_differs_by": changed,
             }
             print(
-                f"{', '.join(values)}, exported and read again: sampled latents differ by at most "
-                f"{results['exported']['latents_differ_by']:.1e} from those of the trained parts, those of the "
-                f"backbone alone by {results['exported']['backbone_alone_differs_by']:.1e}"
+                f"{', '.join(values)}, exported and read again: sampled latents differ by at most {apart:.1e} "
+                f"from those of the trained parts, and those of the backbone alone by {changed:.1e}"
             )
 
     # 4. The report.
