@@ -163,7 +163,7 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
                 "backbone_alone_differs_by": changed,
             }
             print(
-                f"{', '.join(values)}, exported and read again: sampled latents differ by at most {apart:.1e} "
+                f"{', '.join(values)}, exported and read again: latents differ by at most {apart:.1e} "
                 f"from those of the trained parts, and those of the backbone alone by {changed:.1e}"
             )
 
