@@ -17,7 +17,7 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess:
 
     For bad input and for quick answers. What escapes the command, such as a bug's exception, is raised here.
     """
-    own, argv, path = set(flags.FLAGS), sys.argv, list(sys.path)
+    own, argv, path, shown = set(flags.FLAGS), sys.argv, list(sys.path), sys.unraisablehook
     out, err = io.StringIO(), io.StringIO()
     code = 0
     sys.argv = [module, *arguments]
@@ -28,7 +28,7 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess:
     except SystemExit as stop:
         code = stop.code or 0
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.path[:], sys.unraisablehook = argv, path, shown
         for name in set(flags.FLAGS) - own:
             place = flags.FLAGS.find_module_defining_flag(name)
             if place in (module, cli.__name__) or name.split(".")[0] == "config":  # not of a library

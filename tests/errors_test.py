@@ -109,6 +109,27 @@ def test_an_error_begins_a_line_below_a_progress_bar(capfd):
     assert capfd.readouterr().err.endswith("\nerror: wrong\n")
 
 
+ECHO = """
+from prophy_jax.run.errors import UserError, one_line_errors
+
+class Half:
+    def __del__(self):
+        raise AttributeError("made by half")
+
+async def asked():
+    pass
+
+with one_line_errors():
+    half, waited = Half(), asked()
+    raise UserError("wrong")
+"""
+
+
+def test_what_fails_after_an_error_is_not_shown():
+    done = subprocess.run([sys.executable, "-c", ECHO], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: wrong\n")
+
+
 PROGRAM = """
 from prophy_jax.run.errors import one_line_errors
 with one_line_errors():

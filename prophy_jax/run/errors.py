@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -149,6 +150,9 @@ def one_line_errors() -> Iterator[None]:
         with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed too
             close_bars()
             print(text, file=sys.stderr, flush=True)
+        # What else fails while the process ends, such as an event loop that was half made, follows from it.
+        sys.unraisablehook = lambda what: None
+        warnings.simplefilter("ignore")
         _give_up_output()
         sys.exit(status_of(error))
 
