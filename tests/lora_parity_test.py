@@ -35,7 +35,7 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         if name == "wan":
-            self.reference, self.backbone, self.params = wan_parity_test.models.__wrapped__()
+            self.reference, self.backbone, self.params = wan_parity_test.make()
             latents, times, text = wan_parity_test.inputs((2, 3, 6, 10), 500)
             self.run_reference = wan_parity_test.run_reference
             self.pipeline = diffusers.WanPipeline(None, None, None, _scheduler(), self.reference)

@@ -27,6 +27,10 @@ def _full_precision():
 
 @pytest.fixture(scope="module")
 def models():
+    return make()
+
+
+def make():
     """(torch model, ours, our parameters), every weight random, norms and tables included."""
     reference = diffusers.WanTransformer3DModel(
         num_attention_heads=HEADS,
