@@ -324,6 +324,9 @@ def test_a_finished_folder_that_lacks_a_file_is_not_called_finished(whole, tmp_p
     lost.unlink()
     with pytest.raises(UserError, match=f"{lost.name} is missing; make the data again"):
         make(folder)
+    lost.mkdir()
+    with pytest.raises(UserError, match="make the data again"):
+        make(folder)
 
 
 def test_rows_of_clips_that_a_finished_folder_lost_are_missed(tmp_path):

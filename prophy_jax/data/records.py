@@ -299,7 +299,7 @@ def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Da
         files, lengths = [], []
     if min(lengths, default=0) < 1:
         raise UserError(f"{folder} is missing or damaged; make the data again")
-    present = {path.name for path in folder.iterdir()}
+    present = {path.name for path in storage.files_in(folder)}
     for path in files:
         if path.name not in present:
             raise UserError(f"{path} is missing; make the data again")

@@ -466,6 +466,8 @@ def _digest_records(path: pathlib.Path) -> str:
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         read = [reader.read([index])[0] for index in range(reader.num_records())]
+        if not read:  # no shard is empty, so that its first record is missed
+            return REFUSED
         return _digest(b"".join(len(one).to_bytes(8, "little") + one for one in read))
     except (RuntimeError, IndexError):
         return REFUSED
