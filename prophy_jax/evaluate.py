@@ -184,7 +184,8 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     storage.write_atomically(os.path.join(out, "metrics.json"), json.dumps(results, indent=1))
     path = os.path.join(out, "report.html")
     # That of the run, but for how these clips were sampled.
-    about = folders.read_run(run)["config"] | {"samples": folders.config_as_json(config)["samples"]}
+    about = json.loads(json.dumps(folders.read_run(run)["config"]))  # of which a page may ask for any key
+    about["samples"] = folders.config_as_json(config)["samples"]
     report.write(path, about, results, sampled, shown, curves)
     return results
 

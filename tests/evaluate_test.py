@@ -164,7 +164,8 @@ def finished_run(config, workdir):
     trainable, _ = optim.split(build.init_params(config, model, layout), optim.groups_of(config.optimizer))
     folders.claim_run(workdir, config, {})
     for part, tree in trainable.items():
-        checkpoints.save_params(os.path.join(workdir, part), tree, {"part": part, "step": 0})
+        about = checkpoints.describe_part(folders.config_as_json(config), part, 0, {})
+        checkpoints.save_params(os.path.join(workdir, part), tree, about)
     with open(os.path.join(workdir, "metrics.jsonl"), "w") as file:
         for step in range(5):
             line = {"step": step, "loss/diffusion": 1 / (step + 1), "loss/total": 2.0}
@@ -305,6 +306,15 @@ def test_most_and_least_alike_are_never_the_same_pair(measured, tmp_path):
         assert ("Semantic router: " in text) == (categories > 1)  # one alone is like no other
         assert ("Most alike: " in text) == (listed > 0)
         assert len(re.findall(r"c\d and c\d", text)) == 2 * listed
+
+
+def test_adapters_are_exported_read_again_and_sampled(tiny_data, tmp_path, capsys):
+    config = prepared("tiny,lora+seb", tiny_data, tmp_path / "run")
+    results = evaluate.evaluate(config, str(tmp_path / "run"), str(tmp_path / "out"))
+    found = results["exported"]
+    assert found["parts"] == ["lora"] and found["latents_differ_by"] < 1e-4
+    assert "lora, exported and read again: latents differ by at most" in capsys.readouterr().out
+    assert "exported and read again" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("ablation", ["pb", "pb+reb"])

@@ -232,7 +232,7 @@ class ProPhy(Part):
     def enter(self, params: Params, flow: Flow) -> Flow:
         return flow if self.copies else flow._replace(stream=self._enhanced(params, flow))
 
-    def visits(self, params: Params, flow: Flow) -> tuple[Stream, tuple[Visit, ...]]:
+    def visits(self, params: Params, flow: Flow) -> tuple[Any, tuple[Visit, ...]]:
         """Hint i follows backbone block layers[i]; the carry is the branch's own stream.
 
         Without physical blocks there is one hint, of the backbone's own tokens, and no carry.
