@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     parser = cli.ArgumentParser("python -m convert.merge", __doc__)
     parser.add_argument("--checkpoint", required=True, help="Folder of converted weights.")
-    parser.add_argument("--lora", action="append", default=[], help="FILE or FILE=STRENGTH; may be repeated.")
+    parser.add_argument(
+        "--lora", action="append", default=[], help="A LoRA file, FILE or FILE=STRENGTH; may be repeated."
+    )
     parser.add_argument("--dst", required=True, help="Folder to write, a new one.")
     options = parser.parse_args(arguments)
     digest = merge(options.checkpoint, sample.read_adapters(options.lora), options.dst)

@@ -23,6 +23,7 @@ COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "lab
     "convert.wan",
     "convert.cogvideox",
     "convert.export",
+    "convert.merge",
 ]
 # Every command shows its help in less than two seconds; one of these alone may take as long.
 HEAVY = {"torch", "transformers", "tensorboardX", "grain", "av"}
@@ -195,6 +196,7 @@ def list_flags(monkeypatch, command) -> dict[str, tuple[str, str]]:
     def of_argparse(parser):
         for action in parser._actions:
             kind = "bool" if action.nargs == 0 else "string"
+            kind = f"multi {kind}" if type(action).__name__ == "_AppendAction" else kind
             if "--help" not in action.option_strings:
                 found.update(
                     {option.removeprefix("--"): (kind, action.help) for option in action.option_strings}

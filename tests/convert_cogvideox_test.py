@@ -495,7 +495,9 @@ def test_a_branch_next_to_cogvideox_has_the_documented_keys(tmp_path):
     )
     backbone, part = models.build(SPECS["transformer"]), models.build(branch)
     frozen = jax.eval_shape(backbone.init, jax.random.key(0))
-    tree = jax.eval_shape(lambda key, frozen: part.init(key, backbone, frozen), jax.random.key(0), frozen)
+    tree = jax.eval_shape(
+        lambda key, frozen: part.init(key, backbone, {"backbone": frozen}), jax.random.key(0), frozen
+    )
     form = convert_export.FORMS["cogvideox"]
     table = convert_export.branch_leaves(backbone, part, form, "diffusers")
     shapes = lv.tensor_shapes(table)

@@ -89,7 +89,9 @@ def random_branch(spec=BRANCH):
     """Random values for every parameter, also for those that start at zero."""
     backbone, part = models.build(SPECS["transformer"]), models.build({"module": "prophy"} | spec)
     frozen = jax.eval_shape(backbone.init, jax.random.key(0))
-    shapes = jax.eval_shape(lambda key, frozen: part.init(key, backbone, frozen), jax.random.key(0), frozen)
+    shapes = jax.eval_shape(
+        lambda key, frozen: part.init(key, backbone, {"backbone": frozen}), jax.random.key(0), frozen
+    )
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: random(rng, leaf.shape), shapes)
 

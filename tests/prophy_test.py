@@ -355,7 +355,9 @@ def test_paper_size_parameter_counts():
     backbone = build(dict(module="wan", variant="1.3b"))
     branch = ProPhy(tuple(range(0, 30, 3)), SemanticConfig((21, 60, 104)), REFINEMENT)
     frozen = jax.eval_shape(backbone.init, jax.random.key(0))
-    shapes = jax.eval_shape(lambda key, frozen: branch.init(key, backbone, frozen), jax.random.key(0), frozen)
+    shapes = jax.eval_shape(
+        lambda key, frozen: branch.init(key, backbone, {"backbone": frozen}), jax.random.key(0), frozen
+    )
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
     d, f = 1536, 8960
     block = 8 * (d * d + d) + 4 * d + 2 * d * f + f + d + 2 * d + 6 * d
