@@ -65,7 +65,7 @@ def choose(file: str, variants: Mapping[str, Callable[[], ConfigDict]], arg: str
         "pb+seb": (without_refinement,),
         "pb+reb": (without_semantic,),
         "lora": (with_lora, without_branch),
-        "lora+seb": (with_lora, without_copies, without_refinement),
+        "lora+seb": (with_lora, without_copies, without_refinement, without_exits),
         "lora+reb": (with_lora, without_copies, without_semantic),
         "full+lora": (with_lora,),
         "bce": (bce,),
@@ -356,6 +356,11 @@ def without_copies(config: ConfigDict) -> None:
     without_groups(config, "branch/blocks/")
 
 
+def without_exits(config: ConfigDict) -> None:
+    """Of a branch that adds nothing to the stream."""
+    without_groups(config, "branch/exits/")
+
+
 def without_groups(config: ConfigDict, start: str) -> None:
     """Drops the groups whose patterns begin so, and the learning rates that no other group has."""
     kept = [group for group in config.optimizer.groups if not group[0].startswith(start)]
@@ -372,8 +377,6 @@ def without_semantic(config: ConfigDict) -> None:
 def without_refinement(config: ConfigDict) -> None:
     config.parts.branch.refinement = None
     del config.losses["alignment"], config.losses["balance"]
-    if not config.parts.branch.get("copies", True):
-        without_groups(config, "branch/exits/")
 
 
 def bce(config: ConfigDict) -> None:

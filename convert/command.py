@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 import prophy_jax
@@ -34,7 +33,7 @@ from convert import leaves as lv
 from prophy_jax import models
 from prophy_jax.models.text.tokenizer import load_tokenizer
 from prophy_jax.run import checksums, cli, hub, storage
-from prophy_jax.run.errors import UserError, explain_system, one_line_errors
+from prophy_jax.run.errors import UserError, explain_system
 
 # Stems of the weight files in the folder that diffusers has for a part.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -556,7 +555,6 @@ def _return_freed_memory() -> None:
 
 def main(model: Model, arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the process by default."""
-    logging.set_verbosity(logging.FATAL)  # Orbax warns of things that a user cannot change; others it raises.
     jax.config.update("jax_platforms", "cpu")  # Nothing is computed: an accelerator stays free.
     _return_freed_memory()
     options = _arguments(model, arguments)
@@ -594,8 +592,4 @@ def main(model: Model, arguments: list[str] | None = None) -> None:
 
 def run(model: Model) -> None:
     """The process: `main`, with one line for every error."""
-    with one_line_errors(), storage.one_line_errors():
-        try:
-            main(model)
-        except KeyboardInterrupt:
-            raise UserError("interrupted: the same command resumes from here") from None
+    cli.run_plain(functools.partial(main, model), "interrupted: the same command resumes from here")

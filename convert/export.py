@@ -36,7 +36,7 @@ from convert.lora import read as read_adapters
 from convert.prophy import branch_leaves
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli, storage
-from prophy_jax.run.errors import UserError, one_line_errors
+from prophy_jax.run.errors import UserError
 from prophy_jax.run.workdir import name_module, read_json
 
 FORMATS = ("diffusers", "official")
@@ -494,8 +494,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(), storage.one_line_errors():
-        try:
-            main()
-        except KeyboardInterrupt:
-            raise UserError("interrupted: nothing was written") from None
+    cli.run_plain(main, "interrupted: nothing was written")

@@ -94,9 +94,10 @@ def shapes_of(init: Callable[..., Any], *arguments: Any) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in tree.items()}
 
 
-def abstract(init: Callable[..., Any]) -> Any:
-    """The shapes of what `init(key)` would draw, as a tree that other functions are traced with."""
-    return jax.eval_shape(init, jax.random.key(0))
+def part_shapes(part: Any, backbone: Any) -> dict[str, Shape]:
+    """The shapes of a part's parameters next to a backbone, by path."""
+    weights = {"backbone": jax.eval_shape(backbone.init, jax.random.key(0))}
+    return shapes_of(lambda key, weights: part.init(key, backbone, weights), weights)
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:

@@ -16,7 +16,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from convert import leaves as lv
+from prophy_jax import models
 from prophy_jax.models.beside.lora import Lora
-from prophy_jax.run import checkpoints
+from prophy_jax.run import checkpoints, storage
 from prophy_jax.run.errors import UserError
 
 BEFORE = {"diffusers": "transformer.", "official": "diffusion_model."}
@@ -56,9 +57,8 @@ def adapter_leaves(backbone: Any, part: Lora, form: Any, naming: str) -> dict[st
 
     Raises UserError on adapters of another part's blocks, of which no other program knows.
     """
-    weights = {"backbone": lv.abstract(backbone.init)}
     try:
-        shapes = lv.shapes_of(lambda key, weights: part.init(key, backbone, weights), weights)
+        shapes = lv.part_shapes(part, backbone)
     except UserError as error:
         raise UserError(f"{error}: adapters of other parts than the backbone have no PyTorch form") from error
     table, layers = {}, _layers(form.leaves(backbone.config, naming))
@@ -82,6 +82,39 @@ def _layers(table: Mapping[str, lv.Leaf]) -> dict[str, tuple[str, ...]]:
     }
 
 
+def parse(entries: Sequence[str]) -> list[tuple[str, float]]:
+    """(file, strength) of the flag --lora, FILE or FILE=STRENGTH. UserError on a file that is missing."""
+    found = []
+    for entry in entries:
+        file, _, number = entry.rpartition("=")
+        try:
+            strength = float(number) if file else 1.0
+        except ValueError:  # an equals sign in the name of a file
+            file = ""
+        file, strength = (file, strength) if file else (entry, 1.0)
+        if not math.isfinite(strength):
+            raise UserError(f"--lora={entry}: give a finite strength, such as --lora={file}=0.8")
+        if not storage.path(file).is_file():
+            raise UserError(f"--lora={entry}: there is no file {file}; name a LoRA in safetensors")
+        found.append((file, strength))
+    return found
+
+
+def read_all(
+    adapters: Sequence[tuple[str, float]], backbone: Any, weights: str
+) -> Iterator[tuple[Lora, dict[str, Any], str]]:
+    """What `read` makes of each (file, strength), and the file's SHA-256.
+
+    Raises UserError as `read` does, and on a file that `weights`, the backbone's folder, has merged already.
+    """
+    merged = read_merged(weights) if adapters else []
+    for file, strength in adapters:
+        part, params = read(file, backbone, strength)
+        if (digest := storage.hash_file(file)) in merged:
+            raise UserError(f"{weights} has {file} merged into it already: leave out --lora={file}")
+        yield part, params, digest
+
+
 def read(path: str, backbone: Any, strength: float = 1.0) -> tuple[Lora, dict[str, Any]]:
     """The adapters in a safetensors file, for a backbone.
 
@@ -100,7 +133,7 @@ def read(path: str, backbone: Any, strength: float = 1.0) -> tuple[Lora, dict[st
     """
     from convert.export import FORMS  # which has a row for adapters
 
-    form = FORMS.get(type(backbone).__module__.rpartition(".")[2])
+    form = FORMS.get(models.file_of(type(backbone)))
     if form is None:
         raise UserError(
             f"no names of other programs are known for {type(backbone).__name__}: {path} is not read"

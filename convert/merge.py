@@ -13,12 +13,13 @@ import shutil
 from pathlib import Path
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
+from convert import leaves as lv
 from convert import lora
-from prophy_jax import models, sample
+from prophy_jax import models
 from prophy_jax.run import checkpoints, cli, storage
-from prophy_jax.run.errors import UserError, one_line_errors
+from prophy_jax.run.errors import UserError
 
 _COMPUTED = ("sha256", "shapes", "files", "checksum")  # of a manifest, when parameters are saved
 
@@ -47,27 +48,25 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
     if "module" not in spec:
         raise UserError(f"{source} is of no transformer alone: {remedy}")
     backbone = models.build(spec)
-    merged = list(manifest.get("merged", []))
-    opened = []
-    for file, strength in adapters:
-        opened.append(lora.read(file, backbone, strength))
-        digest = storage.hash_file(file)
-        if digest in merged:
-            raise UserError(f"{source} has {file} merged into it already")
-        merged.append(digest)
-    shapes = flatten_dict(jax.eval_shape(backbone.init, jax.random.key(0)), sep="/")
+    opened = list(lora.read_all(adapters, backbone, source))
+    digests = [digest for _, _, digest in opened]
+    for (file, _), digest in zip(adapters, digests, strict=True):
+        if digests.count(digest) > 1:
+            raise UserError(f"--lora={file} is named twice: add up its strengths")
     dtypes = {path: dtype for path, (_, dtype) in manifest["shapes"].items()}
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, leaf.dtype)) for path, leaf in shapes.items()
+        path: jax.ShapeDtypeStruct(shape, dtypes.get(path, "float32"))
+        for path, shape in lv.shapes_of(backbone.init).items()
     }
     params = {"backbone": checkpoints.load_params(source, unflatten_dict(wanted, sep="/"), remedy)}
-    for part, own in opened:
+    for part, own, _ in opened:
         params = part.merge(own, params)
 
     temporary = target.with_name(target.name + ".writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-        about = {key: value for key, value in manifest.items() if key not in _COMPUTED} | {"merged": merged}
+        about = {key: value for key, value in manifest.items() if key not in _COMPUTED}
+        about["merged"] = [*lora.read_merged(source), *digests]
         place = temporary / "transformer" if whole else temporary
         digest = checkpoints.save_params(str(place), params["backbone"], about)
         for part in sorted(Path(checkpoint).iterdir()) if whole else ():
@@ -96,13 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--dst", required=True, help="Folder to write, a new one.")
     options = parser.parse_args(arguments)
-    digest = merge(options.checkpoint, sample.read_adapters(options.lora), options.dst)
+    digest = merge(options.checkpoint, lora.parse(options.lora), options.dst)
     print(f"{options.dst}: {len(options.lora)} LoRA merged, transformer sha256 {digest}")
 
 
 if __name__ == "__main__":
-    with one_line_errors(), storage.one_line_errors():
-        try:
-            main()
-        except KeyboardInterrupt:
-            raise UserError("interrupted: nothing was written") from None
+    cli.run_plain(main, "interrupted: nothing was written")

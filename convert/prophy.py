@@ -24,8 +24,7 @@ def branch_leaves(backbone: Any, part: ProPhy, form: Any, naming: str) -> dict[s
         form: The `export.Form` of the transformer.
         naming: A format of it.
     """
-    weights = {"backbone": lv.abstract(backbone.init)}
-    shapes = lv.shapes_of(lambda key, weights: part.init(key, backbone, weights), weights)
+    shapes = lv.part_shapes(part, backbone)
     copies = dataclasses.replace(backbone.config, num_layers=len(part.layers))
     table = {}
     for path, leaf in form.leaves(copies, naming).items():

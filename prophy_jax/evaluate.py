@@ -61,12 +61,13 @@ def exported(model: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, Any]
     Returns the model, and the parameters of these parts; {} where there are none.
     """
     from convert import export
+    from prophy_jax import models
 
     parts, params = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, part in model.parts.items():
-            read = export.READERS.get(type(part).__module__.rpartition(".")[2])
-            if read and type(model.backbone).__module__.rpartition(".")[2] in export.FORMS:
+            read = export.READERS.get(models.file_of(type(part)))
+            if read and models.file_of(type(model.backbone)) in export.FORMS:
                 [file] = export.export(
                     places[name], export.FORMATS[0], os.path.join(folder, name), quiet=True
                 )

@@ -18,7 +18,6 @@ B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,24 +45,6 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     if not prompts:
         raise UserError("no prompt: give --prompt=TEXT or --prompts=FILE with one prompt a line")
     return prompts
-
-
-def read_adapters(entries: Sequence[str]) -> list[tuple[str, float]]:
-    """(file, strength) of the flag --lora, FILE or FILE=STRENGTH. UserError on a file that is missing."""
-    found = []
-    for entry in entries:
-        file, equals, number = entry.rpartition("=")
-        try:
-            strength = float(number) if equals else 1.0
-        except ValueError:  # an equals sign in the name of a file
-            file, strength = entry, 1.0
-        file = file if equals else entry
-        if not math.isfinite(strength):
-            raise UserError(f"--lora={entry}: give a finite strength, such as --lora={file}=0.8")
-        if not storage.path(file).is_file():
-            raise UserError(f"--lora={entry}: there is no file {file}; name a LoRA in safetensors")
-        found.append((file, strength))
-    return found
 
 
 def use_checkpoint(config, folder: str) -> None:
@@ -251,10 +232,8 @@ class Sampler:
             )
         self._layout = build.place(model, self._mesh, config.frozen_dtype)
         references = build.check_params(config, self._layout, folders)
-        self._model, self._adapters = model, {}
-        if adapters:
-            self._add_adapters(adapters, references)
-            model = self._model
+        self._adapters: dict[str, Any] = {}
+        self._model = model = self._adapted(model, adapters, references)
         self._codec = encoders.load_codec(config, self._mesh)
         self._encoder = encoders.load_text_encoder(config, encoders.default_cache())
         self._sizes = build.sizes(config, model)
@@ -305,19 +284,18 @@ class Sampler:
         loaded = build.load_params(self._config, self._layout, self._folders)
         return loaded | jax.device_put(self._adapters, parallel.replicated(self._mesh))
 
-    def _add_adapters(self, adapters: Sequence[tuple[str, float]], references: dict[str, str]) -> None:
-        """Adds adapters to the model, their values to `_adapters`, and notes which they are."""
+    def _adapted(self, model: Any, adapters: Sequence[tuple[str, float]], references: dict[str, str]) -> Any:
+        """The model with adapters; their values go to `_adapters`, and which they are to `references`."""
         from convert import lora
 
-        weights, parts = self._config.backbone_params, {}
-        merged = lora.read_merged(weights)
-        for number, (file, strength) in enumerate(adapters):
+        parts, found = {}, lora.read_all(adapters, model.backbone, self._config.backbone_params)
+        for number, (part, own, digest) in enumerate(found):
             name = f"lora_{number}"
-            parts[name], self._adapters[name] = lora.read(file, self._model.backbone, strength)
-            if (own := storage.hash_file(file)) in merged:
-                raise UserError(f"{weights} has {file} merged into it already: leave out --lora={file}")
-            references[f"{name}_sha256"] = own if strength == 1 else f"{own} times {strength:g}"
-        self._model = dataclasses.replace(self._model, parts={**self._model.parts, **parts})
+            parts[name], self._adapters[name] = part, own
+            references[f"{name}_sha256"] = (
+                digest if part.strength == 1 else f"{digest} times {part.strength:g}"
+            )
+        return dataclasses.replace(model, parts={**model.parts, **parts})
 
     def sample(
         self, work: Iterable["Work"], tick: Callable[[int], Any], negative: Mapping[str, np.ndarray]
@@ -384,6 +362,7 @@ def name_files(out: str, index: int, suffix: str, overlay: bool) -> list[str]:
 
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
+    from convert import lora
     from prophy_jax.run import distributed
 
     # 1. What to sample, and with what. Everything that can be wrong is found before OUT is touched.
@@ -393,7 +372,7 @@ def main(config: Any) -> None:
     config.parts = {name: spec for name, spec in config.parts.items() if name in folders}
     if checkpoint := options.checkpoint or folders.get("backbone"):
         use_checkpoint(config, checkpoint)
-    adapters = read_adapters(options.lora)
+    adapters = lora.parse(options.lora)
     if not config.parts and (options.overlay or (options.baseline and not adapters)):
         raise UserError("--overlay and --baseline are about a trained part: name one with --branch=DIR")
     if options.engine:

@@ -34,6 +34,8 @@ BRANCHES = {
     "pb+reb": ProPhy((0, 1, 2, 3), None, REFINEMENT),
     "token basis": ProPhy((0, 2), SemanticConfig((3, 2, 3), basis_space="token"), REFINEMENT),
     "other basis size": ProPhy((0, 2), SemanticConfig((2, 8, 8)), REFINEMENT),
+    "seb alone": ProPhy((0, 2), SEMANTIC, copies=False),
+    "reb alone": ProPhy((0, 2), None, REFINEMENT, copies=False),
 }
 
 
@@ -88,7 +90,11 @@ def test_step_zero_is_the_backbone_bit_for_bit(name, jit):
     assert with_branch.dtype == alone.dtype
     assert np.asarray(with_branch).tobytes() == np.asarray(alone).tobytes()
     # The same comparison must be able to fail: a hint that is not zero changes the output.
-    params["branch"]["exits"]["bias"] += 1e-3
+    own = params["branch"]
+    if "exits" in own:
+        own["exits"]["bias"] += 1e-3
+    else:
+        own["semantic"]["basis"] += 1e-2
     changed = wrap(model)(params, x, t, prompt).prediction
     assert np.asarray(changed).tobytes() != np.asarray(alone).tobytes()
 

@@ -102,8 +102,8 @@ class Job:
         plan = json.loads(json.dumps(self._plan))
         if self._rows is not None and records.read_manifest(self.out).get("plan") != plan:
             return False
-        records.check_files(self.out, CLIPS)
         if self._rows is None or not (self.out / CLIPS).exists():
+            records.check_files(self.out, CLIPS)
             return True
         own = [{"split": split, **row} for (split, _), rows in self._rows.items() for row in rows]
         return _agree(own, read_clips(self.out))
@@ -286,9 +286,9 @@ class Shard:
         data = features.serialize_example(example)
         # TFDS writes the features in an order that differs from process to process.
         data = tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
-        records.require_threads()
         with _writing(self.out):
             if dataset not in self._files:
+                records.require_threads()
                 partial = storage.name_partial(_part(self.name, dataset))
                 if storage.in_bucket(partial):  # array_record writes to disks alone
                     partial = Path(tempfile.gettempdir()) / partial.name

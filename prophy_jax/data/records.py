@@ -121,8 +121,9 @@ def check_whole(data_dir: str | Path) -> None:
             raise UserError(f"{data_dir}/{name} is missing; make the data again")
         if name.endswith("/dataset_info.json"):
             dataset, bucket, _ = name.split("/")
-            for split in open_info(data_dir, dataset, bucket).splits:
-                open_dataset(data_dir, dataset, bucket, split)
+            info = open_info(data_dir, dataset, bucket)
+            for split in info.splits:
+                _open_split(storage.path(data_dir) / dataset / bucket, info, split)
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -290,7 +291,10 @@ def open_dataset(data_dir: str | Path, name: str, bucket: str, split: str) -> Da
 
     Raises UserError when the split does not exist or one of its files is missing; later, one that is damaged.
     """
-    folder, info = storage.path(data_dir) / name / bucket, open_info(data_dir, name, bucket)
+    return _open_split(storage.path(data_dir) / name / bucket, open_info(data_dir, name, bucket), split)
+
+
+def _open_split(folder: storage.AnyPath, info: tfds.core.DatasetInfo, split: str) -> Dataset:
     if split not in info.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {sorted(info.splits)}")
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from prophy_jax import models
 from prophy_jax.losses import prophy
 from prophy_jax.losses.loss import Batch, Loss, Seen
 from prophy_jax.models.backbone import Params
@@ -131,7 +132,7 @@ def choose(weights: Mapping[str, float], reductions: Mapping[str, str], model: M
 def _find_part(name: str, loss: Loss, model: Model) -> str:
     if loss.part is None:
         return ""
-    module = loss.part.__module__.rpartition(".")[2]
+    module = models.file_of(loss.part)
     places = [place for place, part in model.parts.items() if isinstance(part, loss.part)]
     if len(places) != 1:
         found = "no part" if not places else f"several parts ({', '.join(places)})"

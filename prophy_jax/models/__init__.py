@@ -28,6 +28,11 @@ def find(name: str, package: str = __name__) -> ModuleType:
     return importlib.import_module(place)
 
 
+def file_of(model: type) -> str:
+    """The file of this package that a class is from, as configurations name it."""
+    return model.__module__.rpartition(".")[2]
+
+
 def build(
     spec: Mapping[str, Any], package: str = __name__, known: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:

@@ -60,6 +60,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def run_plain(main: Callable[[], Any], interrupted: str) -> None:
+    """The process of a command without a configuration: one line for every error, `interrupted` on Ctrl-C."""
+    logging.set_verbosity(logging.FATAL)  # as in `run`
+    with one_line_errors(), storage.one_line_errors():
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise UserError(interrupted) from None
+
+
 def expand_path(text: str, where: str, schemes: Sequence[str] = ()) -> str:
     """`text`, given as `where`, with ~ expanded. Raises UserError on addresses, but those of `schemes`."""
     if not re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3):)", text):
