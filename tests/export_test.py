@@ -577,7 +577,11 @@ def test_an_existing_destination_is_not_changed(tmp_path, kind):
     with pytest.raises(UserError, match="out exists"):
         convert_export.export(str(tmp_path / "vae"), "official", str(out))
     after = out.lstat()  # without the time of the last reading, which listing a folder changes
-    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
+        before.st_ino,
+        before.st_size,
+        before.st_mtime_ns,
+    )
 
 
 def test_a_disk_that_fills_up_during_an_export(tmp_path):

@@ -88,6 +88,14 @@ def test_two_adapters_and_a_branch_that_is_adapted_itself():
         assert np.abs(want - predict(model.without(name), params)).max() > 1e-3
 
 
+def test_a_scale_may_be_of_one_part(spec):
+    model, params = make(spec, {"branch": BRANCH, "lora": Lora(2, 2.0)}, moved=("branch", "lora"))
+    run = jax.jit(lambda scale: model(params, *inputs(), scale=scale).prediction)
+    np.testing.assert_array_equal(run({"branch": 0.5}), run(0.5))
+    np.testing.assert_array_equal(run({}), run(1.0))
+    assert np.abs(run({"branch": 0.5}) - run({})).max() > 1e-3
+
+
 def test_text_that_is_read_ahead_is_adapted_too(spec):
     model, params = make(spec, {"lora": Lora(4, 4.0, EVERYWHERE)}, moved=("lora",))
     latents, t, prompt = inputs()

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from prophy_jax.diffusion import guided, solvers
-from prophy_jax.models.beside.part import Batch, Model
+from prophy_jax.models.beside.part import Batch, Model, Scale
 from prophy_jax.run import parallel
 from prophy_jax.run.errors import NotFinite
 
@@ -64,7 +64,7 @@ def make_sampler(
         return read, jax.tree.map(split_rows, solvers.start(solver, noise))
 
     @functools.partial(jax.jit, donate_argnames="state")
-    def loop(params: Any, state: Any, prompt: Any, scale: jax.Array, first: Any, last: Any) -> Any:
+    def loop(params: Any, state: Any, prompt: Any, scale: Scale, first: Any, last: Any) -> Any:
         def predict(x: jax.Array, t: jax.Array) -> jax.Array:
             return model.predict(params, split_rows(x), t, prompt, scale).prediction
 
@@ -107,15 +107,16 @@ def make_generator(
         noise: jax.Array,
         prompt: Batch,
         negative: Batch,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         after_steps: Callable[[int], None] | None = None,
     ) -> jax.Array:
         masks = np.asarray(prompt["text_mask"]), np.asarray(negative["text_mask"])[None]
         rows = text_rows(np.concatenate(masks))
         read, state = begin(params, noise, prompt, negative, rows=rows)
+        scales = jax.tree.map(jnp.float32, scale)
         pieces = min(PIECES, steps) if after_steps else 1
         for piece in np.array_split(np.arange(steps), pieces):
-            state = loop(params, state, read, jnp.float32(scale), piece[0], piece[-1] + 1)
+            state = loop(params, state, read, scales, piece[0], piece[-1] + 1)
             if after_steps:
                 finite = np.isfinite(np.asarray(state.x)).reshape(len(state.x), -1).all(axis=1)
                 if not finite.all():

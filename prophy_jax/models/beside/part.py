@@ -18,6 +18,7 @@ import jax
 from prophy_jax.models.backbone import Backbone, Params, Stream, Visit, run
 
 Batch = Mapping[str, jax.Array]  # arrays of `prophy_jax.data.batch`, leading B
+Scale = float | jax.Array | Mapping[str, float | jax.Array]  # of all parts, or by part; of others 1
 
 
 class Flow(NamedTuple):
@@ -196,7 +197,7 @@ class Model:
         latents: jax.Array,
         t: jax.Array,
         prompt: Batch,
-        scale: float | jax.Array = 1.0,
+        scale: Scale = 1.0,
         key: jax.Array | None = None,
     ) -> Output:
         """Predicts from noisy latents and a prompt: `read`, then `predict`."""
@@ -208,7 +209,7 @@ class Model:
         latents: jax.Array,
         t: jax.Array,
         prompt: Prompt,
-        scale: float | jax.Array = 1.0,
+        scale: Scale = 1.0,
         key: jax.Array | None = None,
     ) -> Output:
         """Predicts what the backbone was trained to predict, from noisy latents.
@@ -218,16 +219,17 @@ class Model:
             latents: (B, T, h, w, c), noisy, normalised.
             t: (B,), in the units of the backbone (Wan: 0..1000, CogVideoX: 0..999).
             prompt: Of `read` or `read_ahead`, B rows.
-            scale: Multiplies what the parts add; at 0 those that only add are silent.
+            scale: Multiplies what the parts add, all of them or by name; at 0 those that only add are silent.
             key: For random choices of the parts in training.
         """
         backbone, params = self._adapted(params)
         frozen = params["backbone"]
         stream, cond = backbone.embed(frozen, latents, t, prompt.text)
-        flow = Flow(backbone, frozen, latents, t, prompt.text, stream, cond, scale=scale, key=key)
+        flow = Flow(backbone, frozen, latents, t, prompt.text, stream, cond, key=key)
 
         def of(name: str) -> Flow:
-            return flow._replace(read=prompt.read[name], ahead=prompt.ahead[name])
+            own = scale.get(name, 1.0) if isinstance(scale, Mapping) else scale
+            return flow._replace(read=prompt.read[name], ahead=prompt.ahead[name], scale=own)
 
         for name, part in self.parts.items():
             flow = part.enter(params[name], of(name))
