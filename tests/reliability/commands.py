@@ -33,7 +33,7 @@ from tests.conftest import ROOT
 LIMIT_S = 120.0  # no command takes a tenth of this; one that does hangs
 MODULES = (
     *(f"prophy_jax.{name}" for name in ("prepare", "label", "train", "sample", "evaluate")),
-    *("convert.wan", "convert.export"),
+    *("convert.wan", "convert.export", "convert.merge"),
 )
 # What the commands import once they run.
 LATER = (
@@ -54,7 +54,7 @@ LATER = (
     *("prophy_jax.models.codecs.wan_vae", "prophy_jax.models.text.t5", "prophy_jax.models.wan"),
     *("matplotlib.pyplot", "av", "pymunk", "tokenizers", "transformers.models.qwen2_5_vl"),
 )
-QUICK = ("convert", "prepare", "prepare, sandbox", "label", "export")
+QUICK = ("convert", "prepare", "prepare, sandbox", "label", "export", "merge")
 LABELS = importlib.util.find_spec("torch") is not None
 # What these event of `sys.addaudithook` do to the file that is their first argument, and where the argument
 # is that says which folder that is relative to.
@@ -349,6 +349,11 @@ class Place:
                 "convert.export",
                 (f"--checkpoint={root / 'wan'}", "--format=diffusers", "--dst=OUT"),
             ),
+            Command(
+                "merge",
+                "convert.merge",
+                (f"--checkpoint={root / 'wan'}", f"--lora={root / 'lora.safetensors'}=0.5", "--dst=OUT"),
+            ),
         ]  # fmt: skip
         if self.quick:
             found = [one for one in found if one.name in QUICK]
@@ -398,6 +403,7 @@ class Place:
 def _make_inputs(root: pathlib.Path) -> None:
     """In a process of its own: threads that begin here would not be in later forks."""
     tiny_pipeline.save_public(root / "public")
+    tiny_pipeline.save_lora(root / "lora.safetensors")
     tiny_pipeline.save_clips(root / "clips")
     if LABELS:
         from tests.tiny_vlm import save_tiny_vlm
