@@ -350,7 +350,7 @@ def with_lora(config: ConfigDict) -> None:
 def with_trained_backbone(config: ConfigDict) -> None:
     """The rate at which trainers of Wan commonly fine-tune all of it; the paper has no such row.
 
-    A part of it alone: config.optimizer.groups=(("backbone/blocks/.*attn/", "backbone"), ("backbone/", None)).
+    A part alone: config.optimizer.groups=(("backbone/blocks/.*attn/", "backbone"), ("backbone/", None)).
     """
     config.optimizer.learning_rates.backbone = 1e-5 if "variant" in config.backbone else 1e-4
 
