@@ -425,16 +425,17 @@ REFUSED = "refused when it is read"
 def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]:
     """What a command has made: of each file its hash, as if it did not name the folder `hidden`.
 
-    Of a training run, where files have times and names of their own in them: the metrics without times, the
-    hashes of the parameters, after their files were verified, and the steps of the whole checkpoints.
+    Of parameters that are trained or merged, whose files have names of their own: the hashes, after the files
+    were verified. Of a training run also the metrics without times, and the steps of the whole checkpoints.
     """
     found = {}
     if not out.exists():
         return found
     trained = module == "prophy_jax.train"
+    hashed = trained or module == "convert.merge"
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = path.relative_to(out).as_posix()
-        if _PASSING.search(name) or trained and re.search(r"^checkpoints/|/tree/|manifest.json$", name):
+        if _PASSING.search(name) or hashed and re.search(r"^checkpoints/|/tree/|manifest.json$", name):
             continue
         if trained and name == "metrics.jsonl":
             found[name] = _digest(_lasting(path).encode())
@@ -443,11 +444,13 @@ def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]
         else:
             content = _MEASURED.sub(b"", path.read_bytes())
             found[name] = _digest(content.replace(hidden.encode(), b"") if hidden else content)
-    if trained:
+    if hashed:
         for path in sorted(out.glob("*/manifest.json")):
             manifest = json.loads(path.read_text())
+            about = {key: manifest.get(key) for key in ("sha256", "step", "shapes", "merged")}
             with checksums.verified(path.parent, manifest["files"], ""):
-                found[path.parent.name] = f"{manifest['sha256']} {manifest['step']} {manifest['shapes']}"
+                found[path.parent.name] = json.dumps(about, sort_keys=True)
+    if trained:
         for path in sorted(out.glob("checkpoints/*")):
             with checksums.verified(path, json.loads((path / "checksums.json").read_text()), ""):
                 found[f"checkpoints/{path.name}"] = ""
