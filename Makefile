@@ -71,6 +71,7 @@ lint: $(VENV)/.installed-test
 
 test-latest: $(LATEST)/.installed
 	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST)
+	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST) $(JOBS) tests/distributed_test.py
 
 $(LATEST)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON_LATEST)" || { echo "no Python 3.12 or later found: make PYTHON_LATEST=/path/to/python"; exit 1; }

@@ -15,6 +15,7 @@ An arm of the paper's ablation follows a comma, such as configs/wan.py:demo,pb+s
     lora                            adapters of the backbone's attention in place of the branch
     lora+seb, lora+reb              adapters, and one expert block without physical blocks
     full+lora                       the whole branch and adapters: the paper leaves open whether it has them
+    finetune                        the whole backbone in place of the branch, or what patterns name of it
     bce                             absolute instead of relative semantic alignment
     absolute                        token alignment everywhere in the categories present, no balance
 
@@ -68,6 +69,7 @@ def choose(file: str, variants: Mapping[str, Callable[[], ConfigDict]], arg: str
         "lora+seb": (with_lora, without_copies, without_refinement, without_exits),
         "lora+reb": (with_lora, without_copies, without_semantic),
         "full+lora": (with_lora,),
+        "finetune": (without_branch, with_trained_backbone),
         "bce": (bce,),
         "absolute": (absolute_alignment,),
     }
@@ -343,6 +345,14 @@ def with_lora(config: ConfigDict) -> None:
     )
     config.optimizer.groups = (("lora/", "lora"), *config.optimizer.groups)
     config.optimizer.learning_rates.lora = 1e-4 if "variant" in config.backbone else 1e-3
+
+
+def with_trained_backbone(config: ConfigDict) -> None:
+    """The rate at which trainers of Wan commonly fine-tune all of it; the paper has no such row.
+
+    A part alone: config.optimizer.groups=(("backbone/blocks/.*attn/", "backbone"), ("backbone/", None)).
+    """
+    config.optimizer.learning_rates.backbone = 1e-5 if "variant" in config.backbone else 1e-4
 
 
 def without_branch(config: ConfigDict) -> None:

@@ -22,6 +22,8 @@ from prophy_jax.run import checkpoints, lock, metrics, storage
 from prophy_jax.run.errors import UserError
 from tests.conftest import ROOT, get_config, xla_flags
 
+pytestmark = pytest.mark.jobs
+
 # Short deadlines, and parameters that are small are split too. "slow" makes each step take a while.
 BOOT = """
 import runpy, sys, time
@@ -165,7 +167,6 @@ def test_job_is_killed_and_terminated_and_goes_on_with_other_processes(alone, tm
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-@pytest.mark.jobs
 def test_a_job_in_a_bucket_is_killed_and_goes_on(alone, tiny_data, bucket, tmp_path, monkeypatch):
     fsspec.filesystem("gs").put(f"{tiny_data}/", f"{bucket}/data/", recursive=True)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/xla")

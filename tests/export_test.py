@@ -573,15 +573,15 @@ def test_an_existing_destination_is_not_changed(tmp_path, kind):
     out = tmp_path / "out"
     make = {"file": out.touch, "folder": out.mkdir, "dangling link": lambda: out.symlink_to("nowhere")}
     make[kind]()
-    before = out.lstat()
+
+    def state():  # without the time of the last reading, which listing a folder changes
+        found = out.lstat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    before = state()
     with pytest.raises(UserError, match="out exists"):
         convert_export.export(str(tmp_path / "vae"), "official", str(out))
-    after = out.lstat()  # without the time of the last reading, which listing a folder changes
-    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
-        before.st_ino,
-        before.st_size,
-        before.st_mtime_ns,
-    )
+    assert state() == before
 
 
 def test_a_disk_that_fills_up_during_an_export(tmp_path):

@@ -19,6 +19,8 @@ from tests.commands import run_here
 from tests.conftest import ROOT, xla_flags
 from tests.videos import read_clip
 
+pytestmark = pytest.mark.jobs
+
 CONFIG = "--config=tests/tiny_pipeline.py"
 PROMPT = "A red ball falls into the blue box."
 

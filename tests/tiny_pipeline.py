@@ -93,6 +93,21 @@ def save_public(folder: pathlib.Path) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
 
 
+def save_lora(path: pathlib.Path) -> None:
+    """Writes random adapters of the attention of `save_public`'s backbone, as diffusers does."""
+    from safetensors.numpy import save_file
+
+    from convert import export, lora
+    from prophy_jax import models
+    from prophy_jax.models.beside.lora import Lora
+
+    backbone = models.build({"module": "wan", **BACKBONE})
+    part = Lora(2, 4.0, ("backbone/blocks/.*attn.*",))
+    table = lora.adapter_leaves(backbone, part, export.FORMS["wan"], "diffusers")
+    shapes = {name: leaf.torch_shape for leaf in table.values() for name in leaf.names}
+    save_file(_random_tensors(shapes, 3), path)
+
+
 def _random_tensors(shapes, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
 

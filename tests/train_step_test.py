@@ -243,6 +243,7 @@ COPIES = {"blocks": set(), "exits": set()}
 # Arm -> what its branch has, and the losses that come with it.
 ARMS = {
     "lora": {},
+    "finetune": {},
     "lora+seb": SEMANTIC,
     "lora+reb": {"exits": set(), **REFINEMENT},
     "pb": COPIES,

@@ -83,6 +83,7 @@ def uninterrupted(tmp_path_factory, tiny_data):
     return workdir
 
 
+@pytest.mark.jobs
 def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, tiny_data):
     workdir = str(tmp_path / "run")
     process = command(workdir, tiny_data)
@@ -165,6 +166,7 @@ def test_sigterm_saves_and_the_run_goes_on_on_another_mesh(uninterrupted, tmp_pa
     assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-2)
 
 
+@pytest.mark.jobs
 def test_a_finished_run_is_extended(uninterrupted, tmp_path, tiny_data):
     """More steps than it was begun with: those of one run with as many, since the rate is constant."""
     workdir = tmp_path / "run"

@@ -33,7 +33,7 @@ from tests.conftest import ROOT
 LIMIT_S = 120.0  # no command takes a tenth of this; one that does hangs
 MODULES = (
     *(f"prophy_jax.{name}" for name in ("prepare", "label", "train", "sample", "evaluate")),
-    *("convert.wan", "convert.export"),
+    *("convert.wan", "convert.export", "convert.merge"),
 )
 # What the commands import once they run.
 LATER = (
@@ -54,7 +54,7 @@ LATER = (
     *("prophy_jax.models.codecs.wan_vae", "prophy_jax.models.text.t5", "prophy_jax.models.wan"),
     *("matplotlib.pyplot", "av", "pymunk", "tokenizers", "transformers.models.qwen2_5_vl"),
 )
-QUICK = ("convert", "prepare", "prepare, sandbox", "label", "export")
+QUICK = ("convert", "prepare", "prepare, sandbox", "label", "export", "merge")
 LABELS = importlib.util.find_spec("torch") is not None
 # What these event of `sys.addaudithook` do to the file that is their first argument, and where the argument
 # is that says which folder that is relative to.
@@ -349,6 +349,11 @@ class Place:
                 "convert.export",
                 (f"--checkpoint={root / 'wan'}", "--format=diffusers", "--dst=OUT"),
             ),
+            Command(
+                "merge",
+                "convert.merge",
+                (f"--checkpoint={root / 'wan'}", f"--lora={root / 'lora.safetensors'}=0.5", "--dst=OUT"),
+            ),
         ]  # fmt: skip
         if self.quick:
             found = [one for one in found if one.name in QUICK]
@@ -398,6 +403,7 @@ class Place:
 def _make_inputs(root: pathlib.Path) -> None:
     """In a process of its own: threads that begin here would not be in later forks."""
     tiny_pipeline.save_public(root / "public")
+    tiny_pipeline.save_lora(root / "lora.safetensors")
     tiny_pipeline.save_clips(root / "clips")
     if LABELS:
         from tests.tiny_vlm import save_tiny_vlm
@@ -419,16 +425,17 @@ REFUSED = "refused when it is read"
 def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]:
     """What a command has made: of each file its hash, as if it did not name the folder `hidden`.
 
-    Of a training run, where files have times and names of their own in them: the metrics without times, the
-    hashes of the parameters, after their files were verified, and the steps of the whole checkpoints.
+    Of parameters that are trained or merged, whose files have names of their own: the hashes, after the files
+    were verified. Of a training run also the metrics without times, and the steps of the whole checkpoints.
     """
     found = {}
     if not out.exists():
         return found
     trained = module == "prophy_jax.train"
+    hashed = trained or module == "convert.merge"
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = path.relative_to(out).as_posix()
-        if _PASSING.search(name) or trained and re.search(r"^checkpoints/|/tree/|manifest.json$", name):
+        if _PASSING.search(name) or hashed and re.search(r"^checkpoints/|/tree/|manifest.json$", name):
             continue
         if trained and name == "metrics.jsonl":
             found[name] = _digest(_lasting(path).encode())
@@ -437,11 +444,13 @@ def contents(module: str, out: pathlib.Path, hidden: str = "") -> dict[str, str]
         else:
             content = _MEASURED.sub(b"", path.read_bytes())
             found[name] = _digest(content.replace(hidden.encode(), b"") if hidden else content)
-    if trained:
+    if hashed:
         for path in sorted(out.glob("*/manifest.json")):
             manifest = json.loads(path.read_text())
+            about = {key: manifest.get(key) for key in ("sha256", "step", "shapes", "merged")}
             with checksums.verified(path.parent, manifest["files"], ""):
-                found[path.parent.name] = f"{manifest['sha256']} {manifest['step']} {manifest['shapes']}"
+                found[path.parent.name] = json.dumps(about, sort_keys=True)
+    if trained:
         for path in sorted(out.glob("checkpoints/*")):
             with checksums.verified(path, json.loads((path / "checksums.json").read_text()), ""):
                 found[f"checkpoints/{path.name}"] = ""
