@@ -18,6 +18,8 @@ from ml_collections.config_dict import placeholder
 
 from configs import wan
 
+PUBLIC = ("", "2b", "1.5-5b")  # variants of public weights
+
 
 def get_config(arg: str = "") -> ConfigDict:
     variants = {

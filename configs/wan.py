@@ -37,6 +37,7 @@ NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
     "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+PUBLIC = ("", "14b")  # variants of public weights
 # (pattern of parameter paths, name of its learning rate); the first match counts.
 GROUPS = (("branch/blocks/", "blocks"), ("branch/", "branch"), ("backbone/", "backbone"))
 

@@ -16,7 +16,6 @@ B prompts, F H W video, T h w latent grid, N video tokens, L text length, D text
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from prophy_jax.library.loaded import Loaded, take_sizes, use_checkpoint  # noqa: F401  (named here before)
 from prophy_jax.run import engine, storage, workdir
 from prophy_jax.run.errors import NotFinite, UserError, counted
 
@@ -45,80 +45,6 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     if not prompts:
         raise UserError("no prompt: give --prompt=TEXT or --prompts=FILE with one prompt a line")
     return prompts
-
-
-def use_checkpoint(config, folder: str) -> None:
-    """Points the configuration at a folder of converted weights, or at one of backbone parameters.
-
-    Sizes are those that the manifests of the folder say. Raises UserError where they are of another kind of
-    model than the configuration describes.
-    """
-    from prophy_jax.run import checkpoints
-
-    root = storage.path(folder)
-    if (root / "transformer").is_dir():
-        config.backbone_params = os.path.join(folder, "transformer")
-        config.codec_params = os.path.join(folder, "vae")
-        config.text_encoder_params = os.path.join(folder, "text_encoder")
-        names = ("backbone", "codec", "text_encoder")
-    else:
-        if (root / "checkpoints").is_dir() or (root / "state").is_dir():
-            found = checkpoints.find_parts(folder)
-            if "backbone" not in found:
-                raise UserError(
-                    f"--checkpoint={folder} trained no backbone, but {sorted(found)}: name the weights"
-                )
-            folder = found["backbone"]
-        config.backbone_params = folder
-        names = ("backbone",)
-    for name in names:
-        take_sizes(config, name)
-
-
-def take_sizes(config: Any, name: str) -> None:
-    """Gives `config.NAME` the sizes that the manifest of its parameters says, and prints which were others.
-
-    What is no number, such as how a model counts positions, goes with other settings of the configuration:
-    UserError is raised where it differs.
-    """
-    from prophy_jax import models
-    from prophy_jax.run import checkpoints
-
-    folder = config[f"{name}_params"]
-    if not checkpoints.holds_params(folder):
-        return  # reading the parameters says so
-    stored = checkpoints.read_manifest(folder, checkpoints.name_folder(config.backbone_remedy, folder)).get(
-        "model"
-    )
-    if not stored:  # of an earlier version
-        return
-    spec = config[name].to_dict()
-    if stored.get("module") != spec["module"]:
-        raise UserError(
-            f"{folder} is of the model {stored.get('module')!r}, config.{name} of {spec['module']!r}: name "
-            "the --config of that model"
-        )
-    own = dataclasses.asdict(models.build(spec).config)
-    try:
-        theirs = dataclasses.asdict(models.build(stored).config)
-    except (UserError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{folder}/manifest.json has no usable sizes ({error}): convert or train again"
-        ) from error
-    if "text_len" in spec:  # Of prompts, and of no weight: what the configuration says counts.
-        theirs["text_len"] = own["text_len"]
-    other = {key: value for key, value in theirs.items() if value != own[key]}
-    kinds = {key: value for key, value in other.items() if isinstance(value, str | bool)}
-    if kinds:
-        different = workdir.differences({key: own[key] for key in kinds}, kinds)
-        raise UserError(f"{folder} is another kind of model ({different}): name its --config=FILE.py:VARIANT")
-    if other:
-        listed = ", ".join(f"{key} {value}" for key, value in other.items() if not isinstance(value, tuple))
-        print(f"config.{name} takes the sizes of {folder}: {listed or ', '.join(other)}")
-        kept = {key: value for key, value in spec.items() if key not in own and key != "variant"}
-        config[name] = {**kept, **theirs}
-    if name == "backbone" and "text_len" in other:
-        config.text_encoder.length = theirs["text_len"]
 
 
 def find_parts(config: Any, folders: list[str]) -> dict[str, str]:
@@ -211,58 +137,20 @@ class Sampler:
         adapters: Sequence[tuple[str, float]] = (),
     ) -> None:
         from prophy_jax import build
-        from prophy_jax.data.batch import shapes
-        from prophy_jax.diffusion import generate
-        from prophy_jax.run import checkpoints, encoders
 
-        self._config, self._folders, self._out, self._seed = config, folders, out, seed
-        self._overlay = overlay
-        self._mesh = build.build_mesh(config.mesh, devices=jax.local_devices())
-        model = build.build_model(config, self._mesh)
-        objective = build.build_objective(config)
-        if more := sorted({*model.fields} - {"text", "text_mask"}):
-            raise UserError(f"these parts read {more}, which a prompt alone does not have")
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        self._batch = batch or ways
-        rows = self._batch * (2 if config.samples.guidance > 1 else 1)
-        if rows % ways:
-            raise UserError(
-                f"--batch={self._batch}: {counted(rows, 'row')}, with those of guidance, cannot be divided "
-                f"over data x fsdp = {ways}: name another --batch or fix config.mesh"
-            )
-        self._layout = build.place(model, self._mesh, config.frozen_dtype)
-        references = build.check_params(config, self._layout, folders)
-        self._adapters: dict[str, Any] = {}
-        self._model = model = self._adapted(model, adapters, references)
-        self._codec = encoders.load_codec(config, self._mesh)
-        self._encoder = encoders.load_text_encoder(config, encoders.default_cache())
-        self._sizes = build.sizes(config, model)
-        self._observe = generate.make_observer(model, objective)
-        if overlay:
-            inputs = shapes(("latents", *model.fields), self._sizes, 1)
-            params = {**self._layout, **self._adapters}
-            seen = jax.eval_shape(self._observe, params, inputs["latents"], inputs)
-            if all(model.parts[name].token_maps(found) is None for name, found in seen.items()):
-                raise UserError(
-                    "--overlay: these parts have no token routing; leave it out, or name another run"
-                )
-        for name, part in (("codec", self._codec), ("text_encoder", self._encoder)):
-            if hasattr(part, "sha256"):
-                references[f"{name}_sha256"] = part.sha256
-                for folder in folders.values():
-                    if folder and checkpoints.holds_params(folder):
-                        made_with = checkpoints.read_manifest(folder, "")
-                        build.check_same(name, part.sha256, config[workdir.FOLDERS[name]], made_with, folder)
+        self._config, self._out, self._seed, self._overlay = config, out, seed, overlay
+        self._loaded = loaded = Loaded(config, folders, adapters)
+        self._batch = batch or loaded.ways
+        loaded.check_batch(self._batch, config.samples.guidance)
+        self._sizes = build.sizes(config, loaded.model)
+        if overlay and not loaded.routes(loaded.model, self._sizes.latent_shape):
+            raise UserError("--overlay: these parts have no token routing; leave it out, or name another run")
         self._facts = {
             "batch": self._batch,
-            "references": references,
-            "shift": config.samples.shift or objective.shift,
+            "references": loaded.references,
+            "shift": config.samples.shift or loaded.objective.shift,
         }
-        self._ways = {"": (model, scale), BASELINE: (model.without(), 0.0)}
-        self._generators = {
-            suffix: generate.make_generator(one, objective, config.samples)
-            for suffix, (one, _) in self._ways.items()
-        }
+        self._ways = {"": (loaded.model, scale), BASELINE: (loaded.model.without(), 0.0)}
 
     def tell(self) -> dict[str, Any]:
         """{"batch": prompts at a time, "references": hashes of what is read, "shift": of the solver}."""
@@ -273,29 +161,7 @@ class Sampler:
 
         The encoder is freed before the backbone is read, so that they need not both fit.
         """
-        encoder, self._encoder = self._encoder, None
-        return [encoder.words_lost(prompt) for prompt in prompts], *encoder(prompts)
-
-    @functools.cached_property
-    def _params(self) -> Any:
-        from prophy_jax import build
-        from prophy_jax.run import parallel
-
-        loaded = build.load_params(self._config, self._layout, self._folders)
-        return loaded | jax.device_put(self._adapters, parallel.replicated(self._mesh))
-
-    def _adapted(self, model: Any, adapters: Sequence[tuple[str, float]], references: dict[str, str]) -> Any:
-        """The model with adapters; their values go to `_adapters`, and which they are to `references`."""
-        from convert import lora
-
-        parts, found = {}, lora.read_all(adapters, model.backbone, self._config.backbone_params)
-        for number, (part, own, digest) in enumerate(found):
-            name = f"lora_{number}"
-            parts[name], self._adapters[name] = part, own
-            references[f"{name}_sha256"] = (
-                digest if part.strength == 1 else f"{digest} times {part.strength:g}"
-            )
-        return dataclasses.replace(model, parts={**model.parts, **parts})
+        return self._loaded.encode(prompts)
 
     def sample(
         self, work: Iterable["Work"], tick: Callable[[int], Any], negative: Mapping[str, np.ndarray]
@@ -303,45 +169,34 @@ class Sampler:
         """Makes clips, a batch at a time; each solver step of a clip counts as one."""
         for batch in work:
             workdir.wait_for_file(os.path.join(self._out, "manifest.json"))
-            with jax.set_mesh(self._mesh):
-                self._sample(batch, tick, negative)
+            self._sample(batch, tick, negative)
             yield
 
     def _sample(self, work: "Work", tick: Callable[[int], Any], negative: Mapping[str, np.ndarray]) -> None:
         from prophy_jax.data.sources import video
         from prophy_jax.diffusion import generate
         from prophy_jax.evaluation import pictures
-        from prophy_jax.run import parallel
 
         indices, suffix = work.indices, work.suffix
         overlay = self._overlay and not suffix
-        rows = np.minimum(np.arange(self._batch), len(indices) - 1)  # the last fills up
-        noise = np.asarray(generate.make_noise(self._seed, indices[rows], self._sizes.latent_shape))
-        inputs = {"noise": noise, "text": work.text[rows], "text_mask": work.text_mask[rows]}
-        inputs = parallel.put_batch(inputs, self._mesh)
-        noise = inputs.pop("noise")
+        noise = np.asarray(generate.make_noise(self._seed, indices, self._sizes.latent_shape))
+        prompt = {"text": work.text, "text_mask": work.text_mask}
+        model, scale = self._ways[suffix]
+        scales = dict.fromkeys(model.parts, scale)
         try:
-            latents = self._generators[suffix](
-                self._params,
-                noise,
-                inputs,
-                negative,
-                scale=self._ways[suffix][1],
-                after_steps=lambda steps: tick(steps * len(indices)),
+            latents, frames = self._loaded.make_clips(
+                model, self._config.samples, noise, prompt, negative, scales, self._batch, tick
             )
-            frames = self._codec.decode(np.asarray(latents)[: len(indices)])
         except NotFinite as error:
             named = (f"{indices[row]:04d}{suffix}.mp4" for row in error.rows if row < len(indices))
             raise UserError(f"{', '.join(named)}: {error}") from error
-        parts, maps = self._model.parts, self._observe(self._params, latents, inputs) if overlay else {}
-        found = [(parts[name].categories, parts[name].token_maps(seen)) for name, seen in maps.items()]
-        shown = [(names, np.asarray(one)) for names, one in found if one is not None]
+        routing = self._loaded.find_routing(model, latents, prompt, self._batch) if overlay else None
         fps, grid = self._config.data.fps, self._sizes.token_grid
         for row, index in enumerate(indices):
             path, *more = name_files(self._out, index, suffix, overlay)
             video.write_mp4(path, frames[row], fps)
             for path in more:
-                names, tokens = shown[0]
+                names, tokens = routing
                 video.write_mp4(path, pictures.overlay_strongest(frames[row], tokens[row], grid, names), fps)
 
 

@@ -1,0 +1,48 @@
+"""Arguments of the library: their checks, and errors of what the commands share, in their words."""
+
+import contextlib
+import math
+import numbers
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from prophy_jax.run.errors import NotFinite, UserError
+
+# What the commands call a flag or a key of the configuration -> the argument here.
+_ARGUMENTS = (
+    (r"change config\.data\.height(, width or frames| or width)", "change size"),
+    (r"(?<!\S)--(checkpoint|branch|lora|batch)\b", r"\1"),
+    (r"(--|\b)(config\.)?samples\.(steps|guidance|shift|solver|negative_prompt)\b", r"\3"),
+    (r"--config\.([a-z_.]+[a-z_])=(\S+?)(?=[:;,]?(\s|$))", r'settings={"\1": \2}'),
+    (r"(?<![\w/.-])config\.(?!json|py)([a-z_.]+[a-z_])", r'settings["\1"]'),
+    ("name the --config of that model|name its --config=FILE.py:VARIANT", "name weights of one model"),
+    ("fix the configuration", "change settings"),
+)
+
+
+@contextlib.contextmanager
+def own_words() -> Iterator[None]:
+    """Errors of what the commands share name arguments of this file."""
+    try:
+        yield
+    except UserError as error:
+        text = " ".join(str(error).split())
+        for words, own in _ARGUMENTS:
+            text = re.sub(words, own, text)
+        again = NotFinite(text, error.rows) if isinstance(error, NotFinite) else UserError(text)
+        raise again.with_traceback(error.__traceback__) from None
+
+
+def number(name: str, value: Any) -> float:
+    """Raises UserError unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise UserError(f"{name}={value!r}: give a finite number")
+    return float(value)
+
+
+def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+    """Raises UserError unless `value` is a whole number in this range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+        raise UserError(f"{name}={value!r}: give a whole number from {least} to {most}")
+    return int(value)
