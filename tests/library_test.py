@@ -1,6 +1,12 @@
-"""prophy_jax.load: from folders of weights to clips, on both backbones; bad input; the blocks of docs/library.md."""
+"""prophy_jax.load: from folders of weights to clips, on both backbones; bad input; docs/library.md."""
 
+import dataclasses
+import json
 import os
+import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -8,16 +14,16 @@ import pytest
 
 import prophy_jax
 from prophy_jax.library import loaded
-from prophy_jax.run import checkpoints, workdir
-from prophy_jax.run.errors import UserError
+from prophy_jax.run import checkpoints, checksums, storage, workdir
+from prophy_jax.run.errors import NotFinite, UserError
 from tests import tiny_pipeline
 from tests.commands import run_here
-from tests.conftest import build_run, get_config
+from tests.conftest import ROOT, build_run, get_config
 from tests.sample_test import random_like, save_converted
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 PROMPTS = ["a red ball bounces on the left", "blue ink spreads in water"]
-SIZE = (9, 48, 80)  # of the tiny public models
+SIZE = (1, 16, 16)  # of the tiny public models, whose video codecs take most of the time
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,9 @@ def run(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     config = get_config("tiny")
     config.samples.steps, config.batch_size = 3, 0
-    layout, stored = build_run(config).layout, workdir.config_as_json(config)
+    layout = build_run(config).layout
+    config.batch_size = 4
+    stored = workdir.config_as_json(config)
     workdir.claim_run(folder, config, {})
     about = checkpoints.describe_part(stored, "backbone", 1, {})
     digest = checkpoints.save_params(str(folder / "backbone"), random_like(layout["backbone"], 0), about)
@@ -141,8 +149,16 @@ def public(tmp_path_factory) -> dict[str, str]:
     return {name: str(root / name) for name in (*configs, "lora.safetensors")}
 
 
-@pytest.fixture(scope="module")
-def pipes(public):
+@pytest.fixture
+def one_device():
+    """Real codecs and text encoders take long on eight devices that share two cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        yield
+
+
+@pytest.fixture
+def pipes(public, one_device):
     """Two pipelines of different models side by side."""
     small = {"frozen_dtype": "float32", "backbone.dtype": "float32", "text_encoder.dtype": "float32"}
     return {name: prophy_jax.load(public[name], settings=small) for name in ("wan", "cogvideox")}
@@ -155,25 +171,168 @@ def test_two_models_side_by_side(pipes):
     assert (cogvideox.config.samples.solver, cogvideox.config.objective.snr_shift) == ("ddim", 3.0)  # of 2B
     assert wan.config.backbone.num_layers == 3 and cogvideox.config.backbone.num_heads == 3
     first = wan.sample(PROMPTS[0], steps=2, size=SIZE)
-    other = cogvideox.sample(PROMPTS[0], steps=2, size=(9, 24, 32))
+    other = cogvideox.sample(PROMPTS[0], steps=2, size=(1, 16, 16))
     again = wan.sample(PROMPTS[0], steps=2, size=SIZE)
-    assert first.frames.shape == (1, *SIZE, 3) and other.frames.shape == (1, 9, 24, 32, 3)
+    assert first.frames.shape == (1, *SIZE, 3) and other.frames.shape == (1, 1, 16, 16, 3)
     np.testing.assert_array_equal(first.frames, again.frames)
     with pytest.raises(UserError, match="of another text encoder"):
         wan.sample(cogvideox.encode(PROMPTS[0]))
     assert jax.sharding.get_abstract_mesh().empty
 
 
-def test_lora_and_its_scale(public, pipes):
+def test_lora_and_its_scale(public, one_device):
     file, small = public["lora.safetensors"], {"frozen_dtype": "float32", "backbone.dtype": "float32"}
     twice = prophy_jax.load(public["wan"], lora=[file, (file, 0.5)], settings=small)
     assert dict(twice.scale) == {"lora_0": 1.0, "lora_1": 0.5}
     half = prophy_jax.load(public["wan"], lora=(file, 0.5), settings=small)
+    text = half.encode(PROMPTS[0])
+    assert half._loaded._encoder._params is None and "params" not in vars(half._loaded)  # freed; not read yet
 
     def latents(pipe):
-        return pipe.sample(PROMPTS[0], steps=2, size=SIZE).latents
+        return pipe.sample(text, steps=2, size=SIZE).latents
 
     np.testing.assert_array_equal(latents(twice.with_scale(lora_0=0)), latents(half))
     plain = latents(twice.with_scale(lora=0))
     np.testing.assert_array_equal(plain, latents(twice.with_scale(0.0)))
     assert np.abs(plain - latents(half)).max() > 1e-3
+
+
+def test_folders_that_cannot_be_loaded(run, public, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "downloaded" / "transformer").mkdir(parents=True)
+    about = json.dumps({"_class_name": "WanTransformer3DModel"})
+    (tmp_path / "downloaded" / "transformer" / "config.json").write_text(about)
+    layout = build_run(get_config("tiny"), jax.devices()[:1]).layout
+    checkpoints.save_params("other", random_like(layout["backbone"], 2), {"part": "backbone"})
+    lora, backbone = public["lora.safetensors"], f"{run}/backbone"
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    convert = "python -m convert.wan --src=Wan-AI/Wan2.1-T2V-1.3B --dst="
+    for load, message in (
+        (dict(checkpoint="Wan-AI/Wan2.1-T2V-1.3B"), f"is no folder: .*{convert}checkpoints/wan2.1-t2v-1.3b"),
+        (
+            dict(checkpoint="zai-org/CogVideoX-2b"),
+            "is no folder: .*convert.cogvideox --src=zai-org/CogVideoX-2b",
+        ),
+        (
+            dict(checkpoint="downloaded"),
+            "downloaded holds no converted weights: .*convert.wan --src=downloaded",
+        ),
+        (dict(checkpoint=3), "checkpoint=3: name a folder"),
+        (dict(checkpoint=""), "checkpoint='': name a folder"),
+        (dict(checkpoint=f"{run}/branch"), "is of 'branch', not of a backbone"),
+        (dict(checkpoint=f"{public['wan']}/vae"), "is of 'vae', not of a backbone"),
+        (dict(checkpoint=backbone, branch="nowhere"), "no checkpoint at nowhere: name a run"),
+        (dict(checkpoint=backbone, branch=backbone), "is of a backbone alone: name it as checkpoint"),
+        (dict(checkpoint=backbone, branch=[run, f"{run}/branch"]), "names the part 'branch' twice"),
+        (dict(checkpoint="other", branch=run), "beside another backbone than checkpoint=other"),
+        (dict(checkpoint=public["cogvideox"], branch=run), "beside another backbone than checkpoint="),
+        (dict(checkpoint=backbone, lora="nowhere"), "lora=nowhere: there is no such file"),
+        (dict(checkpoint=backbone, lora="text.safetensors"), "is not a readable safetensors file"),
+        (
+            dict(checkpoint=backbone, lora=[(lora, float("nan"))]),
+            "the strength of lora=.*=nan: give a finite",
+        ),
+        (dict(checkpoint=public["cogvideox"], lora=lora), "fits no layer of this model"),
+        (dict(checkpoint=backbone, lora=lora), "fits no layer of this model with 16 of its 48"),
+        (dict(checkpoint=backbone, settings={"codec.tiles": 3}), "'codec.tiles', which is no key"),
+        (dict(checkpoint=backbone, settings={"samples.guidance": "x"}), "'samples.guidance'\\]='x': "),
+        (dict(checkpoint=backbone, settings={"backbone.dtype": "int3"}), "unknown compute dtype 'int3'"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            prophy_jax.load(**load)
+        assert "\n" not in str(caught.value) and not re.search(
+            "--(branch|checkpoint|lora)", str(caught.value)
+        )
+    assert prophy_jax.UserError is UserError
+
+
+def test_weights_that_hold_a_lora_already(public, tmp_path):
+    shutil.copytree(public["wan"], tmp_path / "merged")
+    path, lora = tmp_path / "merged" / "transformer" / "manifest.json", public["lora.safetensors"]
+    manifest = json.loads(path.read_text()) | {"merged": [storage.hash_file(lora)]}
+    path.write_text(json.dumps(checksums.sealed({k: v for k, v in manifest.items() if k != "checksum"})))
+    with pytest.raises(UserError, match=f"merged into it already: leave out lora={lora}"):
+        prophy_jax.load(tmp_path / "merged", lora=lora)
+
+
+def test_calls_that_cannot_be_answered(pipe, tmp_path):
+    text, nan = pipe.encode("smoke"), float("nan")
+    clips = pipe.sample(text)
+    two = dataclasses.replace(clips, frames=clips.frames.repeat(2, 0))
+    (tmp_path / "file").write_text("")
+    for call, message in (
+        (lambda: pipe.encode(""), "the prompt '' is empty"),
+        (lambda: pipe.encode(["a", " "]), "the prompt ' ' is empty"),
+        (lambda: pipe.encode(["a", 3]), "the prompt 3 is no text"),
+        (lambda: pipe.encode([]), "give a prompt, or a list"),
+        (lambda: pipe.sample(3), "prompts=3: give a prompt"),
+        (lambda: pipe.sample(text, steps=0), "steps=0: give a whole number from 1"),
+        (lambda: pipe.sample(text, steps=2.5), "steps=2.5: give a whole"),
+        (lambda: pipe.sample(text, seed=-1), "seed=-1: give a whole number from 0 to 4294967295"),
+        (lambda: pipe.sample(text, guidance=nan), "guidance=nan: give a finite number"),
+        (lambda: pipe.sample(text, size=(9, 44, 32)), "multiples of 8, such as 48 x 32: change size"),
+        (lambda: pipe.sample(text, size=(8, 32, 32)), "F must be 4n \\+ 1"),
+        (lambda: pipe.sample(text, size=32), "size=32: give \\(frames, height, width\\)"),
+        (lambda: pipe.sample(text, solver="heun"), "heun"),
+        (lambda: pipe.sample(text, batch=3, guidance=1.0), "^batch=3: 3 rows"),
+        (lambda: pipe.sample(text, negative_prompt=3), "negative_prompt=3 is no text"),
+        (lambda: pipe.sample(text, noise=np.zeros((1, 3, 8, 8, 4))), "noise is .*take \\(1, 3, 8, 8, 16\\)"),
+        (lambda: pipe.sample(text, noise=np.full((1, 3, 8, 8, 16), nan)), "noise holds NaN"),
+        (lambda: pipe.with_scale(lora=0.5), "no part 'lora'; it has branch"),
+        (lambda: pipe.with_scale(branch="half"), "the scale of branch='half': give a finite number"),
+        (lambda: pipe.with_scale(), "such as branch=0.5"),
+        (lambda: two.save(tmp_path / "clip.mp4"), "is one file for 2 clips"),
+        (lambda: clips.save(tmp_path / "clip.gif"), "saved as .mp4"),
+        (lambda: clips.save(tmp_path / "file" / "clips"), "file/clips"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+    with pytest.raises(
+        NotFinite, match="'smoke', 'fire': the latents became NaN.*a lower guidance"
+    ) as caught:
+        pipe.sample(["smoke", "fire"], guidance=1e39)
+    assert caught.value.rows == [0, 1]
+    with pytest.warns(UserWarning, match="no room for the end of a prompt, 3 words lost: the last words"):
+        pipe.encode("word " * 63 + "the last words")
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import prophy_jax, sys; print(prophy_jax.__version__, prophy_jax.UserError, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n") and "UserError" in done.stdout, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'unload'"):
+        prophy_jax.unload  # noqa: B018
+
+
+def test_what_the_documentation_shows(run, public, one_device, tmp_path, monkeypatch, capsys):
+    """Each block of Python, one after the other, where the folders are that they name."""
+    config = tiny_pipeline.get_config()
+    config.data.update(frames=5, height=16, width=32)
+    config.samples.steps = 4  # one program for most blocks
+    workdir.claim_run(tmp_path / "runs" / "wan", config, {})
+    digest = checkpoints.read_manifest(f"{public['wan']}/transformer", "")["sha256"]
+    stored = workdir.config_as_json(config)
+    about = checkpoints.describe_part(stored, "branch", 3, {"backbone_sha256": digest})
+    config.batch_size = 0
+    branch = random_like(build_run(config).layout["branch"], 1)
+    checkpoints.save_params(str(tmp_path / "runs" / "wan" / "branch"), branch, about)
+    (tmp_path / "checkpoints").mkdir()
+    for place, target in (
+        ("checkpoints/wan2.1-t2v-1.3b", public["wan"]),
+        ("my.safetensors", public["lora.safetensors"]),
+        ("runs/tiny", run),
+    ):
+        (tmp_path / place).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "library.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == text.count("```python") == 5
+    names = {}
+    for block in blocks:
+        exec(compile(block.replace("steps=50", "steps=4"), "docs/library.md", "exec"), names)
+    assert sorted(os.listdir("clips"))[:2] == ["0000.mp4", "0000_routing.mp4"]
+    assert os.path.getsize("water.mp4") > 0 and os.path.getsize("weaker.mp4") > 0
+    assert dict(names["pipe"].scale) == {"branch": 1.0, "lora_0": 1.0}
+    assert np.abs(names["first"].latents - names["second"].latents).max() > 1e-3
+    assert "convert.wan" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from prophy_jax.run.errors import NotFinite, UserError
 _ARGUMENTS = (
     (r"change config\.data\.height(, width or frames| or width)", "change size"),
     (r"(?<!\S)--(checkpoint|branch|lora|batch)\b", r"\1"),
-    (r"(--|\b)(config\.)?samples\.(steps|guidance|shift|solver|negative_prompt)\b", r"\3"),
+    (r"(--|(?<![\w'\"]))(config\.)?samples\.(steps|guidance|shift|solver|negative_prompt)\b", r"\3"),
     (r"--config\.([a-z_.]+[a-z_])=(\S+?)(?=[:;,]?(\s|$))", r'settings={"\1": \2}'),
     (r"(?<![\w/.-])config\.(?!json|py)([a-z_.]+[a-z_])", r'settings["\1"]'),
     ("name the --config of that model|name its --config=FILE.py:VARIANT", "name weights of one model"),

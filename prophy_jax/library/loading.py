@@ -8,7 +8,6 @@ cannot be done is a `UserError` of one line.
 """
 
 import dataclasses
-import difflib
 import importlib
 import numbers
 import os
@@ -56,7 +55,8 @@ def load(
         UserError: weights that are missing, not converted, damaged, or do not belong together; a LoRA that
             fits no layer or is merged already; settings that do not exist.
     """
-    place = _find_backbone(_as_text("checkpoint", checkpoint))
+    checkpoint = _as_text("checkpoint", checkpoint)
+    place = _find_backbone(checkpoint)
     folders = _find_parts(branch)
     manifest = checkpoints.read_manifest(place, "name another folder as checkpoint")
     manifests = {name: checkpoints.read_manifest(folder, "name another") for name, folder in folders.items()}
@@ -66,7 +66,7 @@ def load(
                 f"branch={folders[name]} was trained beside another backbone than checkpoint={checkpoint}: "
                 "name that one as checkpoint"
             )
-    config = _find_config([*folders.values(), os.fspath(checkpoint)], manifest, place)
+    config = _find_config([*folders.values(), checkpoint], manifest, place)
     config.parts = {
         name: own.get("model", {}).get(name) or config.get("parts", {}).get(name)
         for name, own in manifests.items()
@@ -74,7 +74,7 @@ def load(
     config.mesh = dict(data=-1, fsdp=1, context=1)
     _change(config, settings or {})
     whole = (storage.path(checkpoint) / "transformer").is_dir()
-    use_checkpoint(config, os.fspath(checkpoint).rstrip("/") if whole else place, say=lambda line: None)
+    use_checkpoint(config, checkpoint if whole else place, say=lambda line: None)
     adapters = _find_adapters(lora)
     loaded = Loaded(config, {**folders, "backbone": place}, adapters)
     scale = {name: getattr(part, "strength", 1.0) for name, part in loaded.model.parts.items()}
@@ -98,7 +98,8 @@ def _find_backbone(checkpoint: str) -> str:
                 f"checkpoint={checkpoint} is of {name!r}, not of a backbone: name the folder of whole weights"
             )
         return checkpoint
-    if (root / "checkpoints").is_dir() or (root / "state").is_dir() or (root / "backbone").is_dir():
+    trained = (root / "config.json").is_file() and any(root.glob("*/manifest.json"))
+    if trained or (root / "checkpoints").is_dir() or (root / "state").is_dir():
         found = checkpoints.find_parts(checkpoint)
         if "backbone" not in found:
             raise UserError(
@@ -106,12 +107,31 @@ def _find_backbone(checkpoint: str) -> str:
                 "weights that it was trained beside as checkpoint, and this folder as branch"
             )
         return found["backbone"]
-    remedies = [config.backbone_remedy for _, configs in _public().items() for config in configs]
-    names = {name: remedy for remedy in remedies for name in re.findall(r"--(?:src|dst)=(\S+)", remedy)}
-    near = difflib.get_close_matches(checkpoint, names, 1, 0.0)[0]
-    remedy = names[near] if near == checkpoint else checkpoints.name_folder(names[near], "")
     what = "holds no converted weights" if root.is_dir() else "is no folder"
+    remedy = _advise_to_convert(checkpoint)
     raise UserError(f"checkpoint={checkpoint} {what}: {remedy}, and name the folder that it writes")
+
+
+def _advise_to_convert(checkpoint: str) -> str:
+    """The command for what is no converted folder: a name on the hub, a place of our own, or a download."""
+    root, public = storage.path(checkpoint), _public()
+    names = {
+        name: config.backbone_remedy
+        for configs in public.values()
+        for config in configs
+        for name in re.findall(r"--(?:src|dst)=(\S+)", config.backbone_remedy)
+    }
+    if checkpoint in names:
+        return names[checkpoint]
+    about = checkpoint
+    for file in ("config.json", "model_index.json", "transformer/config.json"):
+        if (root / file).is_file():
+            about += (root / file).read_text(errors="replace")
+    modules = [module for module in public if module in about.lower()] or [*public]
+    remedies = [public[module][0].backbone_remedy for module in modules]
+    if root.is_dir():
+        remedies = [re.sub(r"--src=\S+", f"--src={checkpoint}", remedy) for remedy in remedies]
+    return "; or ".join(remedies)
 
 
 def _find_parts(folders: Folder | Sequence[Folder]) -> dict[str, str]:

@@ -119,7 +119,7 @@ class Pipeline:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(
-                    f"the prompt {prompt!r} is {'empty' if prompt == '' else 'no text'}: write one"
+                    f"the prompt {prompt!r} is {'empty' if isinstance(prompt, str) else 'no text'}: write one"
                 )
         default = self.config.samples.negative_prompt
         asked = [default] if default not in self._negatives else []
