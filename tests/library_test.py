@@ -107,6 +107,8 @@ def test_shapes_ranges_and_that_nothing_is_mutated(pipe, tmp_path, capsys):
     assert dict(pipe.scale) == {"branch": 1.0}
     with pytest.raises(TypeError):
         pipe.scale["branch"] = 0.0
+    with pytest.raises(AttributeError):
+        pipe.config.samples.steps = 1
     np.testing.assert_array_equal(pipe.sample(text).latents, clips.latents)
     assert np.abs(pipe.sample(text, seed=1).latents - clips.latents).max() > 0.1
     negative = pipe.sample(text, negative_prompt="a blue box")
@@ -221,6 +223,8 @@ def test_folders_that_cannot_be_loaded(run, public, tmp_path, monkeypatch):
         (dict(checkpoint=""), "checkpoint='': name a folder"),
         (dict(checkpoint=f"{run}/branch"), "is of 'branch', not of a backbone"),
         (dict(checkpoint=f"{public['wan']}/vae"), "is of 'vae', not of a backbone"),
+        (dict(checkpoint=backbone, branch=""), "branch='': name a folder"),
+        (dict(checkpoint=backbone, lora=3), "lora=3: name a file"),
         (dict(checkpoint=backbone, branch="nowhere"), "no checkpoint at nowhere: name a run"),
         (dict(checkpoint=backbone, branch=backbone), "is of a backbone alone: name it as checkpoint"),
         (dict(checkpoint=backbone, branch=[run, f"{run}/branch"]), "names the part 'branch' twice"),

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from prophy_jax import models
 from prophy_jax.library.arguments import number, own_words
@@ -33,8 +33,8 @@ Adapter = Folder | tuple[Folder, float]
 def load(
     checkpoint: Folder,
     *,
-    branch: Folder | Sequence[Folder] = (),
-    lora: Adapter | Sequence[Adapter] = (),
+    branch: Folder | Sequence[Folder] | None = None,
+    lora: Adapter | Sequence[Adapter] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """A pipeline from folders of weights.
@@ -71,6 +71,10 @@ def load(
         name: own.get("model", {}).get(name) or config.get("parts", {}).get(name)
         for name, own in manifests.items()
     }
+    if unknown := [name for name, spec in config.parts.items() if not spec]:
+        raise UserError(
+            f"{folders[unknown[0]]} does not say what it is: name the run that trained it as branch"
+        )
     config.mesh = dict(data=-1, fsdp=1, context=1)
     _change(config, settings or {})
     whole = (storage.path(checkpoint) / "transformer").is_dir()
@@ -78,13 +82,20 @@ def load(
     adapters = _find_adapters(lora)
     loaded = Loaded(config, {**folders, "backbone": place}, adapters)
     scale = {name: getattr(part, "strength", 1.0) for name, part in loaded.model.parts.items()}
-    return Pipeline(loaded, config, scale, {})
+    return Pipeline(loaded, FrozenConfigDict(config), scale, {})
 
 
 def _as_text(name: str, folder: Any) -> str:
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise UserError(f"{name}={folder!r}: name a folder")
+        raise UserError(f"{name}={folder!r}: name {'a file' if name == 'lora' else 'a folder'}")
     return os.path.expanduser(os.fspath(folder)).rstrip("/") or "/"
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    """None, one of something, or several, as a sequence."""
+    if given is None:
+        return ()
+    return given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def _find_backbone(checkpoint: str) -> str:
@@ -134,10 +145,10 @@ def _advise_to_convert(checkpoint: str) -> str:
     return "; or ".join(remedies)
 
 
-def _find_parts(folders: Folder | Sequence[Folder]) -> dict[str, str]:
+def _find_parts(folders: Folder | Sequence[Folder] | None) -> dict[str, str]:
     """Part -> folder of its parameters. Raises UserError on a folder of none, and on a part given twice."""
     found: dict[str, str] = {}
-    for folder in [folders] if isinstance(folders, str | os.PathLike) else folders:
+    for folder in _listed(folders):
         folder = _as_text("branch", folder)
         parts = checkpoints.find_parts(
             folder, "name a run of prophy_jax.train, or the folder of a part, such as WORKDIR/branch"
@@ -152,11 +163,11 @@ def _find_parts(folders: Folder | Sequence[Folder]) -> dict[str, str]:
     return found
 
 
-def _find_adapters(lora: Adapter | Sequence[Adapter]) -> list[tuple[str, float]]:
+def _find_adapters(lora: Adapter | Sequence[Adapter] | None) -> list[tuple[str, float]]:
     """(file, strength) of the argument lora."""
     pair = isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], numbers.Real)
     found = []
-    for entry in [lora] if pair or isinstance(lora, str | os.PathLike) else lora:
+    for entry in [lora] if pair else _listed(lora):
         file, strength = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, 1.0)
         file = _as_text("lora", file)
         if not storage.path(file).is_file():

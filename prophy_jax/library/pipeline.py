@@ -128,7 +128,7 @@ class Pipeline:
             if lost:
                 words = " ".join(prompt.split()[-lost:])
                 warnings.warn(
-                    f"no room for the end of a prompt, {counted(lost, 'word')} lost: {words}", stacklevel=4
+                    f"no room for the end of a prompt, {counted(lost, 'word')} lost: {words}", stacklevel=3
                 )
         if asked:
             self._negatives[default] = {"text": text[-1], "text_mask": mask[-1]}
