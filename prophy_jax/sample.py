@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from prophy_jax.library.loaded import Loaded, take_sizes, use_checkpoint  # noqa: F401  (named here before)
+from prophy_jax.library.loaded import Loaded, use_checkpoint
 from prophy_jax.run import engine, storage, workdir
 from prophy_jax.run.errors import NotFinite, UserError, counted
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import prophy_jax
+from configs import cogvideox
 from prophy_jax.library import loaded
 from prophy_jax.run import checkpoints, checksums, storage, workdir
 from prophy_jax.run.errors import NotFinite, UserError
@@ -26,21 +27,29 @@ PROMPTS = ["a red ball bounces on the left", "blue ink spreads in water"]
 SIZE = (1, 16, 16)  # of the tiny public models, whose video codecs take most of the time
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> str:
-    """A run of configs/wan.py:tiny that trained a backbone and a branch, three solver steps."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    config = get_config("tiny")
-    config.samples.steps, config.batch_size = 3, 0
+def save_run(folder, config, backbone: str = "") -> str:
+    """A run that trained a branch, beside a backbone of its own or the one in a folder."""
+    size, config.batch_size = config.batch_size, 0
     layout = build_run(config).layout
-    config.batch_size = 4
-    stored = workdir.config_as_json(config)
+    config.batch_size = size
     workdir.claim_run(folder, config, {})
-    about = checkpoints.describe_part(stored, "backbone", 1, {})
-    digest = checkpoints.save_params(str(folder / "backbone"), random_like(layout["backbone"], 0), about)
+    stored = workdir.config_as_json(config)
+    if backbone:
+        digest = checkpoints.read_manifest(backbone, "")["sha256"]
+    else:
+        about = checkpoints.describe_part(stored, "backbone", 1, {})
+        digest = checkpoints.save_params(str(folder / "backbone"), random_like(layout["backbone"], 0), about)
     about = checkpoints.describe_part(stored, "branch", 1, {"backbone_sha256": digest})
     checkpoints.save_params(str(folder / "branch"), random_like(layout["branch"], 1), about)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    """A run of configs/wan.py:tiny that trained a backbone and a branch, three solver steps."""
+    config = get_config("tiny")
+    config.samples.steps = 3
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", config)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +144,7 @@ def test_a_run_and_its_checkpoint_and_a_backbone_alone(run, pipe):
     for ask in (lambda: clips.routing, lambda: clips.categories, lambda: clips.show(routing=True)):
         with pytest.raises(UserError, match="no part that routes tokens: load one with branch="):
             ask()
-    with pytest.raises(UserError, match="no part 'branch'; it has none: load one"):
+    with pytest.raises(UserError, match="no part to scale: load one with branch="):
         alone.with_scale(branch=1.0)
 
 
@@ -314,13 +323,7 @@ def test_what_the_documentation_shows(run, public, one_device, tmp_path, monkeyp
     config = tiny_pipeline.get_config()
     config.data.update(frames=5, height=16, width=32)
     config.samples.steps = 4  # one program for most blocks
-    workdir.claim_run(tmp_path / "runs" / "wan", config, {})
-    digest = checkpoints.read_manifest(f"{public['wan']}/transformer", "")["sha256"]
-    stored = workdir.config_as_json(config)
-    about = checkpoints.describe_part(stored, "branch", 3, {"backbone_sha256": digest})
-    config.batch_size = 0
-    branch = random_like(build_run(config).layout["branch"], 1)
-    checkpoints.save_params(str(tmp_path / "runs" / "wan" / "branch"), branch, about)
+    save_run(tmp_path / "runs" / "wan", config, f"{public['wan']}/transformer")
     (tmp_path / "checkpoints").mkdir()
     for place, target in (
         ("checkpoints/wan2.1-t2v-1.3b", public["wan"]),
@@ -340,3 +343,19 @@ def test_what_the_documentation_shows(run, public, one_device, tmp_path, monkeyp
     assert dict(names["pipe"].scale) == {"branch": 1.0, "lora_0": 1.0}
     assert np.abs(names["first"].latents - names["second"].latents).max() > 1e-3
     assert "convert.wan" in capsys.readouterr().out
+
+    # A copy of the branch, without the run's config.json: the nearest public model, the branch's sizes.
+    shutil.copytree("runs/wan/branch", "copy")
+    copied = prophy_jax.load("checkpoints/wan2.1-t2v-1.3b", branch="copy").config
+    assert copied.parts.branch == names["pipe"].config.parts.branch
+    assert (copied.samples.steps, names["pipe"].config.samples.steps) == (50, 4)
+
+
+def test_a_run_on_the_other_backbone(one_device, tmp_path):
+    pipe = prophy_jax.load(save_run(tmp_path, cogvideox.get_config("tiny")), branch=tmp_path)
+    clips = pipe.sample(PROMPTS, steps=2, size=(5, 32, 32))
+    assert clips.frames.shape == (2, 5, 32, 32, 3) and clips.routing.shape == (2, 2, 4, 4, 17)
+    assert (
+        np.abs(clips.latents - pipe.with_scale(0).sample(PROMPTS, steps=2, size=(5, 32, 32)).latents).max()
+        > 0.01
+    )

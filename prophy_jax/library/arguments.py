@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from prophy_jax.run.errors import NotFinite, UserError
+from prophy_jax.run.errors import NotFinite, UserError, explain_system
 
 # What the commands call a flag or a key of the configuration -> the argument here.
 _ARGUMENTS = (
@@ -32,6 +32,10 @@ def own_words() -> Iterator[None]:
             text = re.sub(words, own, text)
         again = NotFinite(text, error.rows) if isinstance(error, NotFinite) else UserError(text)
         raise again.with_traceback(error.__traceback__) from None
+    except OSError as error:
+        if text := explain_system(error):
+            raise UserError(text) from error
+        raise
 
 
 def number(name: str, value: Any) -> float:

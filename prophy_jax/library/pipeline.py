@@ -93,10 +93,10 @@ class Pipeline:
             files = [one for one in self.scale if re.fullmatch(r"lora_\d+", one)]
             names = files if name == "lora" and name not in self.scale and files else [name]
             given |= dict.fromkeys(names, own)
-        if scale is not None and not self.scale or (unknown := sorted(given.keys() - self.scale.keys())):
-            known = f"it has {', '.join(self.scale)}" if self.scale else "it has none: load one with branch="
-            named = f"no part {unknown[0]!r}" if parts else "no part to scale"
-            raise UserError(f"this pipeline has {named}; {known}")
+        if not self.scale:
+            raise UserError("this pipeline has no part to scale: load one with branch= or lora=")
+        if unknown := sorted(given.keys() - self.scale.keys()):
+            raise UserError(f"this pipeline has no part {unknown[0]!r}; it has {', '.join(self.scale)}")
         given = {name: number(f"the scale of {name}", own) for name, own in given.items()}
         return Pipeline(self._loaded, self.config, {**self.scale, **given}, self._negatives)
 
