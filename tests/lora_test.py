@@ -131,6 +131,11 @@ def test_what_cannot_be_adapted_is_refused_with_the_nearest_layer():
         lora.build(1, 0.0)
     with pytest.raises(UserError, match="alpha"):
         models.build(dict(module="lora", rank=4))
+    for targets in ((), "backbone/blocks/ffn"):
+        with pytest.raises(UserError, match="give a list"):
+            lora.build(1, 1.0, targets)
+    with pytest.raises(UserError, match=r"'\(self_attn' is not a regular expression"):
+        lora.build(1, 1.0, ("(self_attn",))
     with pytest.raises(
         UserError,
         match=r"no dense layer matches .*self_attn/to_q.*nearest is 'backbone/blocks/self_attn/[qko]'",
