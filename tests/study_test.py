@@ -1,11 +1,16 @@
-"""The statistics of a study: by hand, by their properties, and how often the interval holds the truth."""
+"""Scores of held-out prompts, and the statistics of differences between arms."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from prophy_jax.evaluation import statistics
+from prophy_jax import evaluate
+from prophy_jax.evaluation import evaluator, held_out_loss, motion, scores, statistics
+from prophy_jax.run.errors import UserError
+from tests.conftest import get_config
+from tests.evaluate_test import prepared
 
 
 def test_by_hand():
@@ -66,3 +71,53 @@ def test_coverage_of_the_interval():
     few, more = (coverage(seeds, of_seed=3.0, of_pair=0.0) for seeds in (3, 5))
     print(f"3 seeds {few:.2f}, 5 seeds {more:.2f}")
     assert 0.6 < few < more < 0.92
+
+
+# --- Scores ------------------------------------------------------------------------------------------
+
+
+def clips(generated: np.ndarray) -> evaluator.Clips:
+    count = len(generated)
+    loss = np.arange(3.0 * count).reshape(count, 3)
+    return evaluator.Clips([""] * count, np.zeros((count, 2)), [{}] * count, generated, generated, loss, 8)
+
+
+def test_motion_by_hand():
+    still = np.full((3, 4, 4, 3), 200, np.uint8)
+    moving = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 255, 250)])
+    found = motion.build().score(clips(np.stack([still, moving])))
+    np.testing.assert_allclose(found["motion"], [0, 130])  # of 255 and 5
+    assert np.isnan(motion.build().score(clips(moving[None, :1]))["motion"]).all()
+
+
+def test_loss_is_the_mean_over_noise_levels():
+    found = held_out_loss.build().score(clips(np.zeros((2, 2, 4, 4, 3), np.uint8)))
+    np.testing.assert_allclose(found["diffusion_loss"], [1, 4])
+
+
+def test_scores_of_a_run_do_not_depend_on_its_seed(tiny_data, tmp_path):
+    config = prepared("tiny", tiny_data, tmp_path / "run")
+    first = evaluate.score(config, str(tmp_path / "run"), str(tmp_path / "out"))
+    stored = json.loads((tmp_path / "out" / "scores.json").read_text(), parse_constant=pytest.fail)
+    assert stored == {"split": "test", **first} and len(stored["prompts"]) == 4
+    assert set(stored["scores"]) == set(stored["metrics"]) == {"diffusion_loss", "motion"}
+    assert all(len(values) == 4 and min(values) > 0 for values in stored["scores"].values())
+    config.seed = 7
+    assert evaluate.score(config, str(tmp_path / "run"), str(tmp_path / "again")) == first
+    config.study.seed = 7
+    assert evaluate.score(config, str(tmp_path / "run"), str(tmp_path / "other"))["scores"] != first["scores"]
+
+
+def test_wrong_evaluators_are_refused():
+    config = get_config("tiny")
+    for spec, message in (
+        (dict(module="charts"), "builds nothing"),
+        (dict(module="no_such"), "no file no_such.py in prophy_jax.evaluation"),
+        (dict(module="motion"), "'more' and 'motion' both give 'motion'"),
+    ):
+        config.evaluators.more = spec
+        with pytest.raises(UserError, match=message):
+            scores.build_evaluators(config)
+    config.evaluators = {}
+    with pytest.raises(UserError, match="config.evaluators is empty"):
+        scores.build_evaluators(config)
