@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from prophy_jax import evaluate
+from prophy_jax import evaluate, study
 from prophy_jax.evaluation import evaluator, held_out_loss, motion, scores, statistics
 from prophy_jax.run.errors import UserError
+from tests.commands import run_here
 from tests.conftest import get_config
 from tests.evaluate_test import prepared
 
@@ -56,10 +57,10 @@ def test_one_seed_has_no_standard_error():
 def coverage(seeds: int, of_seed: float, of_pair: float, studies: int = 200) -> float:
     """Share of simulated studies, without a true difference, whose interval holds zero."""
     rng, held = np.random.default_rng(seeds), 0
-    for study in range(studies):
+    for number in range(studies):
         differences = of_seed * rng.normal(size=(seeds, 1)) + rng.normal(size=(1, 24))
         differences = differences + of_pair * rng.normal(size=(seeds, 24))
-        found = statistics.paired_bootstrap(differences, np.zeros((1, 24)), study, 1000)
+        found = statistics.paired_bootstrap(differences, np.zeros((1, 24)), number, 1000)
         held += found.low <= 0 <= found.high
     return held / studies
 
@@ -121,3 +122,54 @@ def test_wrong_evaluators_are_refused():
     config.evaluators = {}
     with pytest.raises(UserError, match="config.evaluators is empty"):
         scores.build_evaluators(config)
+
+
+# --- The table ---------------------------------------------------------------------------------------
+
+
+def given(*values, prompts=("a", "b")) -> dict:
+    return {
+        "metrics": {"m": {"text": "", "higher_is_better": False}},
+        "prompts": [{"id": name, "caption": name} for name in prompts],
+        "scores": {"m": list(values)},
+    }
+
+
+def test_table_of_given_scores():
+    scored = {"base": [given(1.0, 2.0)], "one": [given(2.0, 3.0)], "two": [given(3.0, 5.0), given(5.0, None)]}
+    base, one, two = study.make_table(scored, "base")
+    assert (base["mean"], base["standard_error"], base["versus"], base["p"]) == (1.5, None, None, None)
+    assert (one["difference"], one["low"], one["high"], one["seeds"], one["prompts"]) == (1, 1, 1, 1, 2)
+    # The prompt that one seed has no score of is left out.
+    assert (two["mean"], two["standard_error"], two["difference"], two["prompts"]) == (4, 1, 3, 1)
+    lines = study.as_csv([base, one], study.COLUMNS).splitlines()
+    assert lines[1] == "m,base,,1,2,1.5,,,,,,False" and lines[2].startswith("m,one,base,1,2,2.5,,1,1,1,")
+    with pytest.raises(UserError, match="one, seed 0, scored other prompts or metrics than base"):
+        study.make_table({**scored, "one": [given(1.0, 2.0, prompts=("a", "c"))]}, "base")
+
+
+def test_arms_follow_the_variant():
+    name = study.name_configuration
+    assert name(["--config=configs/wan.py:demo"], "lora") == "--config=configs/wan.py:demo,lora"
+    assert name(["--config", "configs/wan.py"], "pb") == "--config=configs/wan.py:,pb"
+    assert name(["--config=configs/wan.py:demo"], "base") == "--config=configs/wan.py:demo"
+    with pytest.raises(UserError, match="names an arm: leave it out"):
+        name(["--config=configs/wan.py:demo,lora"], "pb")
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, tiny_data):
+    words = ("prophy_jax.study", "--config=configs/wan.py:tiny", f"--config.data.dir={tiny_data}")
+    for more, message in (
+        (["--arms=lora,lor"], "no arm 'lor'"),
+        (["--arms=lora", "--versus=full"], "--versus=full is not among --arms=lora"),
+        (["--arms=lora,lora"], "names 'lora' twice"),
+        (["--arms=lora", "--process=3/2"], "say which of how many"),
+        (["--arms=lora", "--seeds=0"], "not a positive integer"),
+        (["--arms=base,lora"], "config.backbone_params is empty"),
+        (["--arms=lora", "--config.seed=3"], "--config.seed is what --seeds counts"),
+        (["--arms=lora", "--config.data.dir=nowhere"], "no training data at nowhere"),
+        ([], "name the arms and a folder"),
+    ):
+        done = run_here(*words, *more, f"--out={tmp_path}/out")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr and not (tmp_path / "out").exists()
