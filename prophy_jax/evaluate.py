@@ -14,6 +14,10 @@ With parts next to the backbone, both are measured with the parts and without, f
 have measures of its own, see `prophy_jax.evaluation`. A part that other programs can read, such as LoRA, is
 also exported, read again and sampled from the same noise.
 
+--scores measures only what `config.evaluators` say of the first `config.study.prompts` held-out prompts, a
+score for each, and writes OUT/scores.json alone. Noise depends on `config.study.seed`, not on `config.seed`.
+Without --workdir it measures the backbone alone, that of `config.backbone_params`.
+
 M clips, T h w latent grid.
 """
 
@@ -31,7 +35,7 @@ from absl import flags
 
 from prophy_jax.run import storage
 from prophy_jax.run import workdir as folders
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 EXPORTED = "exported and read again"
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
@@ -191,6 +195,45 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     return results
 
 
+def score(config: Any, workdir: str | None, out: str) -> dict[str, Any]:
+    """Measures what `config.evaluators` say of the run in `workdir`, and writes `out`/scores.json.
+
+    Without a run it is the backbone alone.
+
+    Returns what it holds, see `evaluation.scores`. Raises UserError as `evaluate` does, before it writes.
+    """
+    from prophy_jax import build
+    from prophy_jax.evaluation import scores
+    from prophy_jax.run import checkpoints, optim
+
+    run = re.sub(r"/checkpoints/\d+/?$", "", workdir or "")  # that a checkpoint is of
+    if workdir:
+        check_run(config, run)
+    else:
+        build.named(config, "backbone", config.backbone_params)
+    scores.build_evaluators(config)
+    mesh = build.build_mesh(config.mesh, build.microbatch(config))
+    model, objective = build.build_model(config, mesh), build.build_objective(config)
+    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={run}"
+    places = {"backbone": config.backbone_params}
+    data = build.check_data(config, model, build.build_losses(config, model))
+    if workdir:
+        places |= checkpoints.find_parts(workdir, finish)
+    else:
+        model, layout = model.without(), {"backbone": layout["backbone"]}
+    split = "test" if "test" in data["counts"] else "val"
+    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
+    with jax.set_mesh(mesh):
+        params = build.load_params(config, layout, places)
+        found = scores.score(config, model, objective, params, mesh, bucket, split)
+    storage.path(out).mkdir(parents=True, exist_ok=True)
+    storage.write_atomically(
+        os.path.join(out, "scores.json"), json.dumps({"split": split, **found}, indent=1)
+    )
+    return found
+
+
 def _plain(value: Any) -> Any:
     """JSON types: floats have 6 digits, NaN becomes None."""
     if isinstance(value, Mapping):
@@ -205,9 +248,17 @@ def _plain(value: Any) -> Any:
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
     workdir = flags.FLAGS.workdir
-    if not workdir:
+    if not workdir and not (flags.FLAGS.scores and flags.FLAGS.out):
         raise UserError("name the run to measure: --workdir=DIR")
-    out = flags.FLAGS.out or re.sub(r"/checkpoints/(\d+)/?$", r"/step_\1", workdir)
+    out = flags.FLAGS.out or re.sub(r"/checkpoints/(\d+)/?$", r"/step_\1", workdir or "")
+    if flags.FLAGS.scores:
+        found = score(config, workdir, out)
+        for name, values in found["scores"].items():
+            known = [value for value in values if value is not None]
+            mean = f"mean {np.mean(known):.6g}" if known else "not measured"
+            print(f"{name}: {mean}, of {counted(len(known), 'prompt')}")
+        print(f"wrote {os.path.join(out, 'scores.json')}")
+        return
     evaluate(config, workdir, out)
     print(f"wrote {os.path.join(out, 'metrics.json')} and {os.path.join(out, 'report.html')}")
 
@@ -217,4 +268,7 @@ if __name__ == "__main__":
 
     flags.DEFINE_string("workdir", None, "Folder of the run, or of a checkpoint of it.")
     flags.DEFINE_string("out", None, "Folder to write metrics.json and report.html to; default: the run's.")
+    flags.DEFINE_bool(
+        "scores", False, "Only what config.evaluators say of held-out prompts: OUT/scores.json."
+    )
     cli.run(main, __doc__)

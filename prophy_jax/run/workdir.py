@@ -25,6 +25,7 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("",),
         (
             *("mesh", "accumulation", "attention", "log", "checkpoint", "samples", "label", "label_check"),
+            *("evaluators", "study"),
             *("steps", "losses", "caption_dropout", "validation"),
             *(
                 f"optimizer.{key}"
