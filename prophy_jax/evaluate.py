@@ -27,7 +27,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -57,6 +57,63 @@ def check_run(config: Any, workdir: str) -> None:
                 f"{config.backbone_params} is not the backbone that {workdir} started from: "
                 "name that one with --config.backbone_params=DIR, or train again"
             )
+
+
+class Opened(NamedTuple):
+    """A run that is measured: its model, where its parameters are, and the clips.
+
+    Attributes:
+        layout: Of the parameters, by name of the part.
+        places: Folders of those.
+        data: The manifest of the records.
+        split: "test" or "val", whose clips are measured.
+        bucket: That which has most of these.
+    """
+
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    model: Any
+    objective: Any
+    layout: dict[str, Any]
+    places: dict[str, str]
+    data: dict[str, Any]
+    split: str
+    bucket: str
+
+
+def open_run(config: Any, workdir: str | None) -> Opened:
+    """Finds what is measured; without a workdir, the backbone that a run would start from.
+
+    Raises UserError on a run of another configuration, without checkpoints, or on other data.
+    """
+    from prophy_jax import build
+    from prophy_jax.run import checkpoints, optim
+
+    if workdir:
+        check_run(config, _run_of(workdir))
+    batch_size = build.microbatch(config)  # fits the mesh
+    mesh = build.build_mesh(config.mesh, batch_size)
+    model = build.build_model(config, mesh)
+    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    places = {"backbone": config.backbone_params}
+    if workdir:
+        trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
+        places |= {name: os.path.join(workdir, name) for name in trained}
+        places |= checkpoints.find_parts(workdir, _finish(workdir))
+    data = build.check_data(config, model, build.build_losses(config, model))
+    split = "test" if "test" in data["counts"] else "val"
+    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
+    objective = build.build_objective(config)
+    return Opened(mesh, batch_size, model, objective, layout, places, data, split, bucket)
+
+
+def _run_of(workdir: str) -> str:
+    """The run that a checkpoint, WORKDIR/checkpoints/N, is of, or the run itself."""
+    return re.sub(r"/checkpoints/\d+/?$", "", workdir)
+
+
+def _finish(workdir: str) -> str:
+    return f"train it to the end: python -m prophy_jax.train --config=... --workdir={_run_of(workdir)}"
 
 
 def exported(model: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -94,20 +151,11 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     from prophy_jax.run import checkpoints, encoders, metrics, optim
 
     # 1. The run and the clips.
-    run = re.sub(r"/checkpoints/\d+/?$", "", workdir)  # that a checkpoint is of
-    check_run(config, run)
-    batch_size = build.microbatch(config)  # fits the mesh
-    mesh = build.build_mesh(config.mesh, batch_size)
-    model, objective = build.build_model(config, mesh), build.build_objective(config)
-    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    run = _run_of(workdir)
+    opened = open_run(config, workdir)
+    mesh, batch_size, model, objective, layout, places, data, split, bucket = opened
     trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
-    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={run}"
-    places = {"backbone": config.backbone_params} | {name: os.path.join(workdir, name) for name in trained}
-    places |= checkpoints.find_parts(workdir, finish)
-    steps = [checkpoints.read_manifest(places[name], finish).get("step") for name in trained]
-    data = build.check_data(config, model, build.build_losses(config, model))
-    split = "test" if "test" in data["counts"] else "val"
-    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
+    steps = [checkpoints.read_manifest(places[name], _finish(workdir)).get("step") for name in trained]
     latent_shape = tuple(data["buckets"][bucket]["latent_shape"])
     stored = records.open_dataset(config.data.dir, "records", bucket, split)
     captions = [stored[i]["caption"].decode() for i in range(len(stored))]
@@ -204,33 +252,24 @@ def score(config: Any, workdir: str | None, out: str) -> dict[str, Any]:
     """
     from prophy_jax import build
     from prophy_jax.evaluation import scores
-    from prophy_jax.run import checkpoints, optim
+    from prophy_jax.run import checksums
 
-    run = re.sub(r"/checkpoints/\d+/?$", "", workdir or "")  # that a checkpoint is of
-    if workdir:
-        check_run(config, run)
-    else:
+    if not workdir:
         build.named(config, "backbone", config.backbone_params)
     scores.build_evaluators(config)
-    mesh = build.build_mesh(config.mesh, build.microbatch(config))
-    model, objective = build.build_model(config, mesh), build.build_objective(config)
-    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
-    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={run}"
-    places = {"backbone": config.backbone_params}
-    data = build.check_data(config, model, build.build_losses(config, model))
-    if workdir:
-        places |= checkpoints.find_parts(workdir, finish)
-    else:
+    opened = open_run(config, workdir)
+    model, layout = opened.model, opened.layout
+    if not workdir:
         model, layout = model.without(), {"backbone": layout["backbone"]}
-    split = "test" if "test" in data["counts"] else "val"
-    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
-    with jax.set_mesh(mesh):
-        params = build.load_params(config, layout, places)
-        found = scores.score(config, model, objective, params, mesh, bucket, split)
+    with jax.set_mesh(opened.mesh):
+        params = build.load_params(config, layout, opened.places)
+        found = scores.score(
+            config, model, opened.objective, params, opened.mesh, opened.bucket, opened.split
+        )
+    found = {"split": opened.split, "settings": scores.settings(config), **found}
     storage.path(out).mkdir(parents=True, exist_ok=True)
-    storage.write_atomically(
-        os.path.join(out, "scores.json"), json.dumps({"split": split, **found}, indent=1)
-    )
+    path = os.path.join(out, "scores.json")
+    storage.write_atomically(path, json.dumps(checksums.sealed(found), indent=1))
     return found
 
 

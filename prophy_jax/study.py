@@ -10,14 +10,17 @@ is the same for all. Run the same command again to go on; more arms or seeds may
 units with --process=0/2 and --process=1/2; who finds all units finished writes
 
     DIR/scores.csv    arm, seed, prompt, metric, value
+    DIR/study.html    the table, a figure, and what it was made from
+    DIR/study.json    the same numbers
     DIR/study.csv     for each metric and arm: mean, standard error over seeds, and the paired difference to
-                      the arm --versus, the first by default, with a 95 % interval and the p-value
+                      the arm --versus, the first by default, with a 95 % interval and p-values
 
 S seeds, P prompts.
 """
 
 import csv
 import io
+import json
 import os
 import re
 import shlex
@@ -32,12 +35,15 @@ from absl import flags
 
 from prophy_jax.data.job import parse_process
 from prophy_jax.evaluation import statistics
-from prophy_jax.run import cli, config_check, lock, signals, storage, workdir
+from prophy_jax.run import checksums, cli, config_check, lock, signals, storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 BASE = "base"  # the backbone alone
 COLUMNS = ("metric", "arm", "versus", "seeds", "prompts", "mean", "standard_error", "difference", "low",
-           "high", "p", "higher_is_better")  # fmt: skip
+           "high", "p", "p_over_seeds", "higher_is_better")  # fmt: skip
+
+
+_SCORES = {"split": str, "settings": dict, "metrics": dict, "prompts": [dict], "scores": dict}
 
 
 class Unit(NamedTuple):
@@ -47,10 +53,17 @@ class Unit(NamedTuple):
     seed: int
     folder: str
 
-    @property
-    def scores(self) -> str:
-        """Its file of scores; there when it is finished."""
-        return os.path.join(self.folder, "scores.json")
+    def scores(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What its scores.json holds; None where it is not there, or was scored with other settings.
+
+        Raises UserError where the file is damaged.
+        """
+        path = os.path.join(self.folder, "scores.json")
+        if not os.path.exists(path):
+            return None
+        remedy = "remove it, and run the same command again"
+        found = checksums.unsealed(workdir.read_json(path, remedy, _SCORES), path, remedy)
+        return found if found.get("settings") == settings else None
 
 
 # --- The table -----------------------------------------------------------------------------------------
@@ -92,6 +105,7 @@ def make_table(scores: Mapping[str, Sequence[Mapping[str, Any]]], versus: str) -
                     found = statistics.paired_bootstrap(own, other)
                     row |= {"versus": versus, "difference": found.mean, "low": found.low}
                     row |= {"high": found.high, "p": found.p}
+                    row |= {"p_over_seeds": statistics.p_over_seeds(own, other)}
             rows.append(row)
     return rows
 
@@ -152,7 +166,8 @@ def last_error(log: str) -> str:
     """The last line of a log that says what was wrong, or just its last."""
     lines = open(log, encoding="utf-8", errors="replace").read().replace("\r", "\n").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no word"])[-1])
+    line = next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no word"])[-1])
+    return line.removeprefix("error: ")
 
 
 def make(unit: Unit, config: str, overrides: Sequence[str], run: Runner) -> int:
@@ -198,12 +213,11 @@ def study(
     configs = {arm: name_configuration(words, arm) for arm in arms}
     if BASE in arms:
         build.named(config, "backbone", config.backbone_params)
+    settings, references = {}, {}
     for arm in arms:
-        check_arm([configs[arm], *overrides])
-    own = workdir.run_identity(config, "train")
-    own |= {key: workdir.config_as_json(config)[key] for key in ("steps", "study", "evaluators", "samples")}
-    own.pop("seed")
-    workdir.claim(out, "config.json", own, "--out")
+        settings[arm], references = check_arm([configs[arm], *overrides])
+    shared = {"run": workdir.run_identity(config, "study"), **references}
+    workdir.claim(out, "config.json", shared, "--out")
 
     # 2. The units of this process.
     units = [
@@ -215,7 +229,7 @@ def study(
     run, failed = Runner(), False
     for unit in units[process[0] :: process[1]]:
         os.makedirs(unit.folder, exist_ok=True)
-        if os.path.exists(unit.scores):
+        if unit.scores(settings[unit.arm]):
             continue
         held = lock.held(unit.folder, "prophy_jax.study", "study.lock")
         try:
@@ -233,15 +247,41 @@ def study(
         failed |= bool(status)
 
     # 3. The table, where nothing is missing.
-    missing = [unit for unit in units if not os.path.exists(unit.scores)]
+    found: dict[str, list] = {arm: [] for arm in arms}
+    missing = []
+    for unit in units:
+        if own := unit.scores(settings[unit.arm]):
+            found[unit.arm].append(own)
+        else:
+            missing.append(f"{unit.arm}, seed {unit.seed}")
     if missing:
-        listed = "; ".join(f"{unit.arm}, seed {unit.seed}" for unit in missing)
-        print(f"{counted(len(missing), 'unit')} of {len(units)} missing: {listed}")
+        print(f"{counted(len(missing), 'unit')} of {len(units)} missing: {'; '.join(missing)}")
         return int(failed)
-    found = {
-        arm: [workdir.read_json(u.scores, "remove it", dict) for u in units if u.arm == arm] for arm in arms
-    }
-    rows = make_table(found, versus)
+    write(out, found, versus, seeds, config.steps, shared)
+    return 0
+
+
+def write(
+    out: str,
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+    versus: str,
+    seeds: int,
+    steps: int,
+    shared: Mapping[str, Any],
+) -> None:
+    """Writes the table, the scores and the page, and prints the table.
+
+    Args:
+        out: The folder.
+        found: As `make_table` takes it.
+        versus: The arm that the others are compared with.
+        seeds: Of the arms that are trained.
+        steps: That they are trained for.
+        shared: What all arms have in common, for the page.
+    """
+    from prophy_jax.evaluation import charts, report
+
+    rows, first = make_table(found, versus), found[versus][0]
     every = [
         {"arm": arm, "seed": seed, "prompt": prompt["id"], "metric": metric, "value": value}
         for arm, runs in found.items()
@@ -249,15 +289,39 @@ def study(
         for metric, values in one["scores"].items()
         for prompt, value in zip(one["prompts"], values, strict=True)
     ]
-    storage.write_atomically(os.path.join(out, "scores.csv"), as_csv(every, tuple(every[0])))
-    storage.write_atomically(os.path.join(out, "study.csv"), as_csv(rows, COLUMNS))
+    points = {
+        (metric, arm): statistics.differences(
+            *(np.array([one["scores"][metric] for one in found[name]], float) for name in (arm, versus))
+        )
+        for metric in first["metrics"]
+        for arm in found
+    }
+    shown = {
+        **{"arms": list(found), "versus": versus, "seeds": seeds, "steps": steps, "split": first["split"]},
+        **{"metrics": first["metrics"], "prompts": first["prompts"], "rows": rows, "settings": shared},
+    }
+    page = report.templates()
+    page.globals["counted"] = counted
+    chart = charts.difference_chart(rows, points, versus) if len(found) > 1 else None
+    text = page.get_template("study.html.j2").render(
+        **shown, chart=chart, alone=BASE if BASE in found else ""
+    )
+    for name, content in {
+        "scores.csv": as_csv(every, tuple(every[0])),
+        "study.csv": as_csv(rows, COLUMNS),
+        "study.json": json.dumps(shown, indent=1) + "\n",
+        "study.html": text,
+    }.items():
+        storage.write_atomically(os.path.join(out, name), content)
     print(as_csv(rows, COLUMNS), end="")
-    print(f"wrote {os.path.join(out, 'study.csv')} and {os.path.join(out, 'scores.csv')}")
-    return 0
+    print(f"wrote {os.path.join(out, 'study.html')}, study.csv, study.json and scores.csv")
 
 
-def check_arm(words: Sequence[str]) -> None:
-    """Raises UserError unless the words of a command line give a configuration that can be scored."""
+def check_arm(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of the scores of a configuration, given by the words of a command line; hashes of inputs.
+
+    Raises UserError unless it can be trained and scored.
+    """
     from prophy_jax import build
     from prophy_jax.evaluation import scores
     from prophy_jax.run import checkpoints
@@ -266,10 +330,13 @@ def check_arm(words: Sequence[str]) -> None:
     config_check.check(config)
     model = build.build_model(config)
     build.build_objective(config)
-    build.check_data(config, model, build.build_losses(config, model))
+    manifest = build.check_data(config, model, build.build_losses(config, model))
     scores.build_evaluators(config)
+    references = build.find_references(config, manifest)
     if folder := config.backbone_params:
-        checkpoints.read_manifest(folder, build.remedy(config, "backbone", folder))
+        remedy = build.remedy(config, "backbone", folder)
+        references["backbone_sha256"] = checkpoints.read_manifest(folder, remedy)["sha256"]
+    return scores.settings(config), references
 
 
 def main(config: Any) -> int:

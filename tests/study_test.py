@@ -2,15 +2,22 @@
 
 import itertools
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from prophy_jax import evaluate, study
 from prophy_jax.evaluation import evaluator, held_out_loss, motion, scores, statistics
+from prophy_jax.run import checksums
 from prophy_jax.run.errors import UserError
 from tests.commands import run_here
-from tests.conftest import get_config
+from tests.conftest import ROOT, get_config, xla_flags
 from tests.evaluate_test import prepared
 
 
@@ -52,6 +59,15 @@ def test_what_has_no_seeds_is_paired_with_every_seed():
 
 def test_one_seed_has_no_standard_error():
     assert statistics.standard_error(np.ones((1, 5))) is None
+
+
+def test_p_over_seeds_by_hand():
+    """Seeds differ by 1, 2 and 3: t = 2 / (1 / sqrt 3), and its two sides with 2 degrees of freedom."""
+    own = np.array([[0.0, 2.0], [1.0, 3.0], [3.0, 3.0]])
+    t = 2 * 3**0.5
+    assert statistics.p_over_seeds(own, np.zeros((1, 2))) == pytest.approx(1 - t / (2 + t * t) ** 0.5)
+    assert statistics.p_over_seeds(own[:1], np.zeros((1, 2))) is None
+    assert statistics.p_over_seeds(own + 0.1, own) is None
 
 
 def coverage(seeds: int, of_seed: float, of_pair: float, studies: int = 200) -> float:
@@ -100,7 +116,7 @@ def test_scores_of_a_run_do_not_depend_on_its_seed(tiny_data, tmp_path):
     config = prepared("tiny", tiny_data, tmp_path / "run")
     first = evaluate.score(config, str(tmp_path / "run"), str(tmp_path / "out"))
     stored = json.loads((tmp_path / "out" / "scores.json").read_text(), parse_constant=pytest.fail)
-    assert stored == {"split": "test", **first} and len(stored["prompts"]) == 4
+    assert checksums.unsealed(stored, "", "") == first and len(stored["prompts"]) == 4
     assert set(stored["scores"]) == set(stored["metrics"]) == {"diffusion_loss", "motion"}
     assert all(len(values) == 4 and min(values) > 0 for values in stored["scores"].values())
     config.seed = 7
@@ -143,7 +159,7 @@ def test_table_of_given_scores():
     # The prompt that one seed has no score of is left out.
     assert (two["mean"], two["standard_error"], two["difference"], two["prompts"]) == (4, 1, 3, 1)
     lines = study.as_csv([base, one], study.COLUMNS).splitlines()
-    assert lines[1] == "m,base,,1,2,1.5,,,,,,False" and lines[2].startswith("m,one,base,1,2,2.5,,1,1,1,")
+    assert lines[1] == "m,base,,1,2,1.5,,,,,,,False" and lines[2].startswith("m,one,base,1,2,2.5,,1,1,1,")
     with pytest.raises(UserError, match="one, seed 0, scored other prompts or metrics than base"):
         study.make_table({**scored, "one": [given(1.0, 2.0, prompts=("a", "c"))]}, "base")
 
@@ -173,3 +189,90 @@ def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, tiny_data):
         done = run_here(*words, *more, f"--out={tmp_path}/out")
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
         assert message in done.stderr and not (tmp_path / "out").exists()
+
+
+# --- Whole studies -----------------------------------------------------------------------------------
+
+
+def test_what_is_written_and_what_counts_as_finished(tmp_path):
+    """The page, and units whose scores are of other settings or damaged."""
+    about = {"split": "test", "settings": {"study": 1}}
+    found = {"base": [given(1.0, 2.0) | about], "one": [given(2.0, 3.5) | about, given(4.0, None) | about]}
+    study.write(str(tmp_path), found, "base", 2, 30, {"run": {"steps": 30}})
+    page = (tmp_path / "study.html").read_text()
+    assert "base is the backbone alone" in page and "2 seeds (30 steps)" in page and "lower is better" in page
+    assert page.count("<img") == 1 and "None" not in page
+    stored = json.loads((tmp_path / "study.json").read_text(), parse_constant=pytest.fail)
+    assert [row["arm"] for row in stored["rows"]] == ["base", "one"] and stored["rows"][1]["difference"] == 2
+    assert (tmp_path / "scores.csv").read_text().splitlines()[1:] == [
+        "base,0,a,m,1", "base,0,b,m,2", "one,0,a,m,2", "one,0,b,m,3.5", "one,1,a,m,4", "one,1,b,m,",
+    ]  # fmt: skip
+    study.write(str(tmp_path), {"base": found["base"]}, "base", 1, 30, {})
+    assert "nothing to compare it with" in (tmp_path / "study.html").read_text()
+
+    unit = study.Unit("one", 0, str(tmp_path / "unit"))
+    assert unit.scores({"study": 1}) is None
+    (tmp_path / "unit").mkdir()
+    (tmp_path / "unit" / "scores.json").write_text(json.dumps(checksums.sealed(found["one"][0])))
+    assert unit.scores({"study": 1}) == found["one"][0] and unit.scores({"study": 2}) is None
+    (tmp_path / "unit" / "scores.json").write_text(
+        json.dumps(checksums.sealed(found["one"][0]) | {"split": "val"})
+    )
+    with pytest.raises(UserError, match="scores.json is damaged.*: remove it"):
+        unit.scores({"study": 1})
+
+
+def test_a_unit_that_fails_is_named_with_its_log_and_ends_no_other(tmp_path, capsys):
+    def run(words, log):
+        pathlib.Path(log).write_text("  0%\rsome step\nerror: the disk is full\nbye\n")
+        return int(words[0] == "prophy_jax.evaluate")
+
+    run.stopped = 0
+    (tmp_path / "unit").mkdir()
+    unit = study.Unit("one", 1, str(tmp_path / "unit"))
+    assert study.make(unit, "--config=configs/wan.py:tiny,one", [], run) == 1
+    assert capsys.readouterr().err == f"error: one, seed 1: the disk is full ({tmp_path}/unit/scores.log)\n"
+
+
+ALONE = dict(cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=xla_flags(1)))
+
+
+def command(*words: str) -> str:
+    """What a command prints, on one device, that has to end well."""
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, **ALONE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.jobs
+def test_a_study_that_is_killed_twice_gives_the_same_scores(tmp_path, tiny_data):
+    """Of a backbone and adapters; then with fewer prompts, for which they are scored anew."""
+    tiny = ("--config=configs/wan.py:tiny", f"--config.data.dir={tiny_data}", "--config.steps=6",
+            "--config.samples.every=0", "--config.checkpoint.every=2")  # fmt: skip
+    command("prophy_jax.train", tiny[0] + ",finetune", *tiny[1:], f"--workdir={tmp_path}/start")
+    shared = (*tiny, f"--config.backbone_params={tmp_path}/start/backbone", "--arms=base,lora", "--seeds=2")
+    words = ("prophy_jax.study", *shared, "--config.study.prompts=2")
+    command(*words, f"--out={tmp_path}/whole")
+
+    for until in ("lora/seed_0/run/checkpoints/2", "lora/seed_0/scores.log"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words, f"--out={tmp_path}/out"], **ALONE, start_new_session=True
+        )
+        limit = time.monotonic() + 200
+        while not (tmp_path / "out" / until).exists() and time.monotonic() < limit and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for process in ("0/2", "1/2"):  # the units of one, then those of the other
+        text = command(*words, f"--out={tmp_path}/out", f"--process={process}")
+    assert "missing" not in text
+    for name in ("scores.csv", "study.csv", "study.json", "study.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 1 + 3 * 2 * 2
+
+    assert "python -m" not in command(*words, f"--out={tmp_path}/out")
+    fewer = command("prophy_jax.study", *shared, "--config.study.prompts=1", f"--out={tmp_path}/out")
+    assert fewer.count("--scores") == 3
+    with pytest.raises(AssertionError, match="steps was 6, is 7"):
+        command(*words, "--config.steps=7", f"--out={tmp_path}/out")

@@ -15,7 +15,7 @@ from prophy_jax.diffusion import generate
 from prophy_jax.evaluation import diffusion
 from prophy_jax.evaluation.evaluator import Clips, Evaluator
 from prophy_jax.models.beside.part import Model
-from prophy_jax.run import encoders
+from prophy_jax.run import encoders, workdir
 from prophy_jax.run.errors import UserError
 
 
@@ -36,6 +36,14 @@ def build_evaluators(config: Any) -> list[Evaluator]:
             "config.evaluators is empty: name one, such as dict(loss=dict(module='held_out_loss'))"
         )
     return found
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What scores depend on, besides the data and the backbone; JSON types."""
+    whole = workdir.config_as_json(config)
+    samples = {key: value for key, value in whole["samples"].items() if key not in ("every", "clips")}
+    own = {"evaluators": whole["evaluators"], "study": whole["study"], "samples": samples}
+    return own | {"run": workdir.run_identity(config, "study")}
 
 
 def score(

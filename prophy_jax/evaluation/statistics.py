@@ -6,6 +6,7 @@ S seeds, P prompts, R draws of the bootstrap.
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats  # which jax brings
 
 DRAWS = 10_000
 LEVEL = 0.95  # of the interval
@@ -24,6 +25,23 @@ def standard_error(values: np.ndarray) -> float | None:
     """Of the mean over seeds, of (S, P) scores or differences; None of one seed, which says nothing of it."""
     means = values.mean(1)  # (S,)
     return float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
+
+
+def differences(own: np.ndarray, other: np.ndarray) -> list[float]:
+    """Of each seed the mean of own - other, (S, P) or (1, P) each, over the prompts that all have."""
+    measured = np.isfinite(own).all(0) & np.isfinite(other).all(0)  # (P,)
+    return (own - other)[:, measured].mean(1).tolist() if measured.any() else []
+
+
+def p_over_seeds(own: np.ndarray, other: np.ndarray) -> float | None:
+    """Of a paired t-test over the means of the seeds, (S, P) or (1, P) each: of other seeds on these prompts.
+
+    None of one seed, and where all seeds differ by the same.
+    """
+    means = (own - other).mean(1)  # (S,)
+    if len(means) < 2 or means.std() <= 1e-12 * np.abs(means).max():
+        return None
+    return float(stats.ttest_1samp(means, 0.0).pvalue)
 
 
 def paired_bootstrap(own: np.ndarray, other: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Difference:
