@@ -173,6 +173,9 @@ def paper() -> ConfigDict:
     config.log = dict(every=10, wandb="", profile=())
     config.checkpoint = dict(every=500, keep=3)
     config.validation = dict(every=500, batches=4, batch_size=8, times=(0.2, 0.5, 0.8))
+    # What scores held-out prompts: name -> a file of prophy_jax/evaluation and its arguments.
+    config.evaluators = dict(loss=dict(module="held_out_loss"), motion=dict(module="motion"))
+    config.study = dict(prompts=32, seed=0)
     config.samples = dict(
         every=2000,
         clips=4,
@@ -222,6 +225,7 @@ def tiny() -> ConfigDict:
     config.checkpoint = dict(every=50, keep=2)
     config.validation = dict(every=100, batches=1, batch_size=2, times=(0.2, 0.5, 0.8))
     config.samples.update(every=200, clips=2, steps=4, shift=3.0, guidance=2.0)
+    config.study.prompts = 4
     return config
 
 

@@ -14,6 +14,10 @@ With parts next to the backbone, both are measured with the parts and without, f
 have measures of its own, see `prophy_jax.evaluation`. A part that other programs can read, such as LoRA, is
 also exported, read again and sampled from the same noise.
 
+--scores measures only what `config.evaluators` say of the first `config.study.prompts` held-out prompts, a
+score for each, and writes OUT/scores.json alone. Noise depends on `config.study.seed`, not on `config.seed`.
+Without --workdir it measures the backbone alone, that of `config.backbone_params`.
+
 M clips, T h w latent grid.
 """
 
@@ -23,7 +27,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +35,7 @@ from absl import flags
 
 from prophy_jax.run import storage
 from prophy_jax.run import workdir as folders
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, counted
 
 EXPORTED = "exported and read again"
 SAMPLED = (1, 2, 3, 1, 2, 3)  # phenomena in each sampled prompt
@@ -53,6 +57,63 @@ def check_run(config: Any, workdir: str) -> None:
                 f"{config.backbone_params} is not the backbone that {workdir} started from: "
                 "name that one with --config.backbone_params=DIR, or train again"
             )
+
+
+class Opened(NamedTuple):
+    """A run that is measured: its model, where its parameters are, and the clips.
+
+    Attributes:
+        layout: Of the parameters, by name of the part.
+        places: Folders of those.
+        data: The manifest of the records.
+        split: "test" or "val", whose clips are measured.
+        bucket: That which has most of these.
+    """
+
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    model: Any
+    objective: Any
+    layout: dict[str, Any]
+    places: dict[str, str]
+    data: dict[str, Any]
+    split: str
+    bucket: str
+
+
+def open_run(config: Any, workdir: str | None) -> Opened:
+    """Finds what is measured; without a workdir, the backbone that a run would start from.
+
+    Raises UserError on a run of another configuration, without checkpoints, or on other data.
+    """
+    from prophy_jax import build
+    from prophy_jax.run import checkpoints, optim
+
+    if workdir:
+        check_run(config, _run_of(workdir))
+    batch_size = build.microbatch(config)  # fits the mesh
+    mesh = build.build_mesh(config.mesh, batch_size)
+    model = build.build_model(config, mesh)
+    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    places = {"backbone": config.backbone_params}
+    if workdir:
+        trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
+        places |= {name: os.path.join(workdir, name) for name in trained}
+        places |= checkpoints.find_parts(workdir, _finish(workdir))
+    data = build.check_data(config, model, build.build_losses(config, model))
+    split = "test" if "test" in data["counts"] else "val"
+    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
+    objective = build.build_objective(config)
+    return Opened(mesh, batch_size, model, objective, layout, places, data, split, bucket)
+
+
+def _run_of(workdir: str) -> str:
+    """The run that a checkpoint, WORKDIR/checkpoints/N, is of, or the run itself."""
+    return re.sub(r"/checkpoints/\d+/?$", "", workdir)
+
+
+def _finish(workdir: str) -> str:
+    return f"train it to the end: python -m prophy_jax.train --config=... --workdir={_run_of(workdir)}"
 
 
 def exported(model: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -90,20 +151,11 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     from prophy_jax.run import checkpoints, encoders, metrics, optim
 
     # 1. The run and the clips.
-    run = re.sub(r"/checkpoints/\d+/?$", "", workdir)  # that a checkpoint is of
-    check_run(config, run)
-    batch_size = build.microbatch(config)  # fits the mesh
-    mesh = build.build_mesh(config.mesh, batch_size)
-    model, objective = build.build_model(config, mesh), build.build_objective(config)
-    layout = build.place(model, mesh, config.frozen_dtype, optim.groups_of(config.optimizer))
+    run = _run_of(workdir)
+    opened = open_run(config, workdir)
+    mesh, batch_size, model, objective, layout, places, data, split, bucket = opened
     trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
-    finish = f"train it to the end: python -m prophy_jax.train --config=... --workdir={run}"
-    places = {"backbone": config.backbone_params} | {name: os.path.join(workdir, name) for name in trained}
-    places |= checkpoints.find_parts(workdir, finish)
-    steps = [checkpoints.read_manifest(places[name], finish).get("step") for name in trained]
-    data = build.check_data(config, model, build.build_losses(config, model))
-    split = "test" if "test" in data["counts"] else "val"
-    bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
+    steps = [checkpoints.read_manifest(places[name], _finish(workdir)).get("step") for name in trained]
     latent_shape = tuple(data["buckets"][bucket]["latent_shape"])
     stored = records.open_dataset(config.data.dir, "records", bucket, split)
     captions = [stored[i]["caption"].decode() for i in range(len(stored))]
@@ -191,6 +243,36 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     return results
 
 
+def score(config: Any, workdir: str | None, out: str) -> dict[str, Any]:
+    """Measures what `config.evaluators` say of the run in `workdir`, and writes `out`/scores.json.
+
+    Without a run it is the backbone alone.
+
+    Returns what it holds, see `evaluation.scores`. Raises UserError as `evaluate` does, before it writes.
+    """
+    from prophy_jax import build
+    from prophy_jax.evaluation import scores
+    from prophy_jax.run import checksums
+
+    if not workdir:
+        build.named(config, "backbone", config.backbone_params)
+    scores.build_evaluators(config)
+    opened = open_run(config, workdir)
+    model, layout = opened.model, opened.layout
+    if not workdir:
+        model, layout = model.without(), {"backbone": layout["backbone"]}
+    with jax.set_mesh(opened.mesh):
+        params = build.load_params(config, layout, opened.places)
+        found = scores.score(
+            config, model, opened.objective, params, opened.mesh, opened.bucket, opened.split
+        )
+    found = {"split": opened.split, "settings": scores.settings(config), **found}
+    storage.path(out).mkdir(parents=True, exist_ok=True)
+    path = os.path.join(out, "scores.json")
+    storage.write_atomically(path, json.dumps(checksums.sealed(found), indent=1))
+    return found
+
+
 def _plain(value: Any) -> Any:
     """JSON types: floats have 6 digits, NaN becomes None."""
     if isinstance(value, Mapping):
@@ -205,9 +287,17 @@ def _plain(value: Any) -> Any:
 def main(config: Any) -> None:
     """The command, with its flags parsed."""
     workdir = flags.FLAGS.workdir
-    if not workdir:
+    if not workdir and not (flags.FLAGS.scores and flags.FLAGS.out):
         raise UserError("name the run to measure: --workdir=DIR")
-    out = flags.FLAGS.out or re.sub(r"/checkpoints/(\d+)/?$", r"/step_\1", workdir)
+    out = flags.FLAGS.out or re.sub(r"/checkpoints/(\d+)/?$", r"/step_\1", workdir or "")
+    if flags.FLAGS.scores:
+        found = score(config, workdir, out)
+        for name, values in found["scores"].items():
+            known = [value for value in values if value is not None]
+            mean = f"mean {np.mean(known):.6g}" if known else "not measured"
+            print(f"{name}: {mean}, of {counted(len(known), 'prompt')}")
+        print(f"wrote {os.path.join(out, 'scores.json')}")
+        return
     evaluate(config, workdir, out)
     print(f"wrote {os.path.join(out, 'metrics.json')} and {os.path.join(out, 'report.html')}")
 
@@ -217,4 +307,7 @@ if __name__ == "__main__":
 
     flags.DEFINE_string("workdir", None, "Folder of the run, or of a checkpoint of it.")
     flags.DEFINE_string("out", None, "Folder to write metrics.json and report.html to; default: the run's.")
+    flags.DEFINE_bool(
+        "scores", False, "Only what config.evaluators say of held-out prompts: OUT/scores.json."
+    )
     cli.run(main, __doc__)

@@ -179,6 +179,23 @@ def test_every_flipped_bit_of_parameters_is_found(tmp_path):
     }
 
 
+def test_a_checksum_that_was_taken_out_is_noticed(tmp_path):
+    saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=2)
+    saved.save(1, TREE, Position(1), {"steps": 1})
+    saved.close()
+    file = tmp_path / "checkpoints" / "1" / checkpoints.CHECKSUMS
+    listed = json.loads(file.read_text())
+    for name in listed:
+        rest = {key: value for key, value in listed.items() if key != name}
+        file.write_text(json.dumps(rest))
+        if name == "checksum":  # of the rest; without it the file is as earlier versions wrote it
+            checkpoints.verify_checkpoint(str(file.parent), "")
+            assert checkpoints._sum_of(str(file.parent)) == checksums.hash_json(rest)
+        else:
+            with pytest.raises(UserError, match="checksums.json is damaged.*: delete it"):
+                checkpoints.verify_checkpoint(str(file.parent), "delete it")
+
+
 def test_every_flipped_bit_of_a_training_checkpoint_is_found(tmp_path):
     saved = checkpoints.TrainCheckpoints(str(tmp_path), keep=2)
     for step in (1, 2):

@@ -74,7 +74,7 @@ def test_arguments_of_a_docstring():
     assert config_help.arguments("No sections.") == {}
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "prepare", "label", "evaluate", "plan"])
+@pytest.mark.parametrize("command", ["train", "sample", "prepare", "label", "evaluate", "study", "plan"])
 def test_every_command_prints_its_configuration_after_overrides(command):
     overrides = ("--config.steps=7", "--config.data.dir=mine")
     config = f"--config={ROOT}/configs/wan.py:tiny"

@@ -31,6 +31,8 @@ TENSORSTORE = (
         (ValueError(TENSORSTORE), "error: /data/x/.zarray: No space left on device: free"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), "error: there is not enough"),
         (MemoryError(), "error: there is not enough memory"),
+        (SystemError("error return without exception set"), "error: there is not enough memory"),
+        (SystemError("a bug"), ""),
         (KeyboardInterrupt(), "interrupted"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), ""),  # may be an error of ours
         (KeyError("No space left on device"), ""),
@@ -56,6 +58,12 @@ def damaged_by(cause: BaseException) -> UserError:
         (OSError(errno.EMFILE, "Too many open files", "clip.mp4"), "clip.mp4: Too many open files: raise"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "the system starts no more threads"),
         (RuntimeError("can't start new thread"), "the system starts no more threads"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "clip.mp4"),
+            "clip.mp4: Permission denied: change",
+        ),
+        (OSError(errno.ESTALE, "Stale file handle", "clip.mp4"), "clip.mp4: Stale file handle: see whether"),
+        (SystemError("error return without exception set"), "there is not enough memory"),
         (OSError(errno.ENOENT, "No such file", "clip.mp4"), "clip.mp4 is damaged"),
         (MemoryError(), "clip.mp4 is damaged"),  # it asks for an absurd size: there is memory
     ],
@@ -79,8 +87,9 @@ def test_no_clip_is_skipped_where_the_system_was_short_of_something():
         return next(decode_ahead(Source(), [damaged_by(cause)], (), data, 1))
 
     assert read(ValueError("no video"))[1] == "clip.mp4 is damaged: download it again"
-    with pytest.raises(UserError):
-        read(OSError(errno.EAGAIN, "Resource temporarily unavailable"))
+    for number in (errno.EAGAIN, errno.EACCES):
+        with pytest.raises(UserError):
+            read(OSError(number, os.strerror(number)))
 
 
 def test_threads_that_array_record_would_wait_for_are_asked_for_first(monkeypatch):

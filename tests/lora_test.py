@@ -1,6 +1,8 @@
 """Adapters next to any backbone: nothing at step 0, as merged weights later, gradients for them alone."""
 
 import functools
+import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from prophy_jax import models
+from prophy_jax import build, models
 from prophy_jax.models.beside import lora
 from prophy_jax.models.beside.lora import Lora
 from prophy_jax.models.beside.part import Model
 from prophy_jax.models.beside.prophy import ProPhy, RefinementConfig, SemanticConfig
+from prophy_jax.run import optim
 from prophy_jax.run.errors import UserError
 from tests.backbone_test import randomised
+from tests.conftest import ROOT
 
 WAN = dict(module="wan", dim=48, num_heads=3, num_layers=4, ffn_dim=64, text_dim=8, text_len=6, freq_dim=8)
 COGVIDEOX = dict(
@@ -139,8 +143,47 @@ def test_what_cannot_be_adapted_is_refused_with_the_nearest_layer():
         lora.build(1, 0.0)
     with pytest.raises(UserError, match="alpha"):
         models.build(dict(module="lora", rank=4))
+    for targets in ((), "backbone/blocks/ffn"):
+        with pytest.raises(UserError, match="give a list"):
+            lora.build(1, 1.0, targets)
+    with pytest.raises(UserError, match=r"'\(self_attn' is not a regular expression"):
+        lora.build(1, 1.0, ("(self_attn",))
     with pytest.raises(
         UserError,
         match=r"no dense layer matches .*self_attn/to_q.*nearest is 'backbone/blocks/self_attn/[qko]'",
     ):
         make(WAN, {"lora": Lora(2, 2.0, ("backbone/blocks/self_attn/to_q",))})
+
+
+def arms_of_the_docs():
+    """(arm, trained millions of Wan2.1-1.3B, of CogVideoX-5B), from the table of docs/lora.md."""
+    rows = re.findall(
+        r"^\| (`.*?) \| ([\d,.]+) M \|.*?\| ([\d,.]+) M \|", (ROOT / "docs/lora.md").read_text(), re.M
+    )
+    return [
+        (arm, *(float(number.replace(",", "")) for number in numbers))
+        for names, *numbers in rows
+        if "alone" not in names
+        for arm in re.findall("`(.*?)`", names)
+    ]
+
+
+@pytest.mark.parametrize(("arm", "wan", "cogvideox"), arms_of_the_docs())
+def test_the_docs_say_how_many_parameters_each_arm_trains(arm, wan, cogvideox):
+    for file, millions in (("wan", wan), ("cogvideox", cogvideox)):
+        config = importlib.import_module(f"configs.{file}").get_config(f",{arm}")
+        mesh = build.build_mesh(config.mesh, 1, jax.devices()[:1])
+        layout = build.place(
+            build.build_model(config, mesh), mesh, config.frozen_dtype, optim.groups_of(config.optimizer)
+        )
+        trainable, _ = optim.split(layout, optim.groups_of(config.optimizer))
+        found = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+        assert found == pytest.approx(1e6 * millions, abs=5e4)
+
+
+def test_the_docs_have_every_arm():
+    with pytest.raises(UserError, match="it has") as error:
+        importlib.import_module("configs.wan").get_config(",none")
+    assert set(re.findall("'([^']*)'", str(error.value))) - {"none"} == {
+        arm for arm, *_ in arms_of_the_docs()
+    }

@@ -62,6 +62,13 @@ def test_a_name_without_a_group_or_a_rate_is_refused(rates, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_broken_pattern_and_a_run_that_trains_nothing_are_refused():
+    with pytest.raises(UserError, match=r"optimizer.groups: 'branch\(' is not a regular expression"):
+        optim.groups_of(ConfigDict(dict(groups=(("branch(", 1.0),))))
+    with pytest.raises(UserError, match="nothing trains"):
+        make({})
+
+
 def test_numbers_in_place_of_names_leave_no_rate_unused_without_a_word(capsys):
     optim.warn_of_unused_rates(ConfigDict(dict(groups=NAMES, learning_rates=dict(branch=1.0))))
     assert not capsys.readouterr().err

@@ -6,6 +6,7 @@ F H W video, R rows, C columns.
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -85,6 +86,42 @@ def curve_chart(lines: Sequence[Mapping[str, float]]) -> Figure:
             else:
                 axes.plot(*points.T, color=GREY, linewidth=0.8)
                 axes.plot(points[:, 0], _running_mean(points[:, 1]), color=BLUE, linewidth=1.6)
+    return figure
+
+
+def difference_chart(
+    rows: Sequence[Mapping[str, Any]], points: Mapping[tuple[str, str], Sequence[float]], versus: str
+) -> Figure:
+    """A panel for each metric: of each arm its difference from `versus`, with interval, and of each seed.
+
+    Args:
+        rows: Of the table of `prophy_jax.study`.
+        points: (metric, arm) -> the difference of each seed.
+        versus: The arm that the others are compared with.
+    """
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != versus))
+    columns = min(len(metrics), 3)
+    lines = -(-len(metrics) // columns)
+    size = (max(5.0, 3.6 * columns), lines * (1.2 + 0.34 * len(arms)))
+    figure = Figure(figsize=size, layout="constrained")
+    for index, metric in enumerate(metrics):
+        axes = make_axes(figure, lines, columns, index + 1)
+        axes.set_title(metric.replace("_", " "), fontsize=10, loc="left")
+        axes.set_xlabel(f"difference from {versus}", fontsize=9)
+        axes.axvline(0, color=GREY, linewidth=1)
+        for row in rows:
+            if row["metric"] != metric or row["difference"] is None:
+                continue
+            at = arms.index(row["arm"])
+            axes.plot([row["low"], row["high"]], [at, at], color=BLUE, linewidth=2)
+            axes.plot(row["difference"], at, "o", color=BLUE, markersize=6)
+            own = points[metric, row["arm"]]
+            axes.plot(own, [at] * len(own), "|", color=ORANGE, markersize=10)
+        axes.set_yticks(range(len(arms)), arms, fontsize=9)
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="x", scilimits=(-3, 4))
     return figure
 
 

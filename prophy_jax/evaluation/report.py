@@ -23,6 +23,24 @@ from prophy_jax.run.storage import write_atomically
 SPLITS = {"val": "validation clips", "test": "test clips, whose prompts are worded in new ways"}
 
 
+def templates() -> jinja2.Environment:
+    """The templates of this package, with filters for numbers, figures and clips."""
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {
+        "number": _number,
+        "svg": charts.svg,
+        "webp": _webp,
+        "json": lambda value: json.dumps(value, indent=1),
+    }
+    return page
+
+
 def write(
     path: str,
     config: Mapping[str, Any],
@@ -41,19 +59,7 @@ def write(
         shown: For each part what `show` of its measures returned, if anything.
         curves: For each run its title and the lines of metrics.jsonl.
     """
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters |= {
-        "number": _number,
-        "svg": charts.svg,
-        "webp": _webp,
-        "json": lambda value: json.dumps(value, indent=1),
-    }
+    page = templates()
     page.globals |= {"splits": SPLITS, "no_worse": diffusion.no_worse, "curve_chart": charts.curve_chart,
         "counted": counted, "too_few": _too_few}  # fmt: skip
     parts = {name: spec for name, spec in (config["parts"] or {}).items() if spec}

@@ -125,7 +125,7 @@ class TrainCheckpoints:
             known |= read_json(path, "")
             path.unlink()
         listed = checksums.hash_files(folder, known=known)
-        storage.write_atomically(folder / CHECKSUMS, json.dumps(listed))
+        storage.write_atomically(folder / CHECKSUMS, json.dumps(checksums.sealed(listed)))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -177,7 +177,9 @@ class TrainCheckpoints:
 
 def _read_checksums(step_folder: str, remedy: str) -> dict[str, Any] | None:
     path = os.path.join(step_folder, CHECKSUMS)
-    return read_json(path, remedy) if storage.path(path).exists() else None
+    if not storage.path(path).exists():
+        return None
+    return checksums.unsealed(read_json(path, remedy), path, remedy)
 
 
 def verify_checkpoint(step_folder: str, remedy: str) -> None:
@@ -393,8 +395,8 @@ def _describe_in_checkpoint(folder: str) -> dict[str, Any]:
 
 def _sum_of(step_folder: str) -> str:
     """Tells the content of a checkpoint."""
-    path = os.path.join(step_folder, CHECKSUMS)
-    return storage.hash_file(path) if storage.path(path).exists() else storage.absolute(step_folder)
+    listed = _read_checksums(step_folder, "name another checkpoint")
+    return storage.absolute(step_folder) if listed is None else checksums.hash_json(listed)
 
 
 def describe_part(

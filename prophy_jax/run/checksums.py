@@ -78,7 +78,7 @@ def verified(
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """JSON types with "checksum", that of all the rest."""
-    return {**content, "checksum": _hash_json(content)}
+    return {**content, "checksum": hash_json(content)}
 
 
 def unsealed(content: dict[str, Any], where: str, remedy: str) -> dict[str, Any]:
@@ -94,10 +94,11 @@ def unsealed(content: dict[str, Any], where: str, remedy: str) -> dict[str, Any]
 def is_intact(content: Mapping[str, Any]) -> bool:
     """Whether JSON is as it was `sealed`; so is what never was."""
     rest = {key: value for key, value in content.items() if key != "checksum"}
-    return content.get("checksum", "") in ("", _hash_json(rest))
+    return content.get("checksum", "") in ("", hash_json(rest))
 
 
-def _hash_json(content: Mapping[str, Any]) -> str:
+def hash_json(content: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON types, in whatever order their keys are."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

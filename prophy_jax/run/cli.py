@@ -244,6 +244,25 @@ def _nearest(name: str) -> str:
     return ""
 
 
+def read_configuration(words: Sequence[str]) -> Any:
+    """The configuration that words such as --config=FILE:ARG --config.KEY=VALUE give. Raises UserError."""
+    from ml_collections import config_flags
+
+    values, whole = flags.FlagValues(), sys.argv
+    config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True)
+    try:
+        sys.argv = [whole[0], *words]
+        _find_configuration()
+        values(sys.argv)
+        _expand_paths(values.config)
+        return values.config
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{words[0]} does not take these settings ({reason}): leave one out") from error
+    finally:
+        sys.argv = whole
+
+
 def _load_alone() -> Any:
     """The configuration that --config names, without overrides."""
     from ml_collections import config_flags

@@ -39,6 +39,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "parts.*": (0, math.inf),
     "validation.times": (0, 1),
     "samples.skip": (1, INT32),
+    "study.prompts": (1, INT32),
+    "study.seed": (0, 2**32 - 1),
     "samples.guidance": (-1e6, 1e6),
     **dict.fromkeys(
         ("steps", "batch_size", "accumulation", "data.*", "samples.clips", "samples.steps"), (1, INT32)
@@ -47,7 +49,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-_ELSEWHERE = ("losses.*", "data.side", "data.side.*", "parts.*") + tuple(
+_ELSEWHERE = ("losses.*", "evaluators", "evaluators.*", "data.side", "data.side.*", "parts.*") + tuple(
     f"{name}.*" for name in ("backbone", "codec", "text_encoder", "objective")
 )
 

@@ -20,7 +20,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 MEANINGS = tomllib.loads(Path(__file__).with_name("config_keys.toml").read_text(encoding="utf-8"))
-PACKAGES = {"objective": "prophy_jax.diffusion"}  # of `module=`; others are in prophy_jax.models
+PACKAGES = {
+    "objective": "prophy_jax.diffusion",
+    "evaluators": "prophy_jax.evaluation",
+}  # of `module=`; others are in prophy_jax.models
 
 
 def describe(config: ConfigDict) -> str:

@@ -43,6 +43,10 @@ _REMEDIES = {
     errno.ENOMEM: "see that more memory is free",
     errno.EPIPE: "its reader is gone; send it to a file",
 }
+# Where these are met, the file itself may be whole.
+_ELSEWHERE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE)
+# Of CPython, where memory ends while an exception is made.
+_NO_EXCEPTION = ("error return without exception set", "returned NULL without setting an exception")
 _NO_THREAD = ("can't start new thread", "can't allocate lock", "can't allocate read lock")  # Python's words
 _SOME_MEMORY = 1 << 28  # bytes: a decoded clip
 # The same in the texts of libraries that raise no OSError.
@@ -53,9 +57,13 @@ _TEXTS = {
 }
 
 
+def _lacks_exception(error: BaseException) -> bool:
+    return isinstance(error, SystemError) and str(error).endswith(_NO_EXCEPTION)
+
+
 def explain_system(error: BaseException) -> str:
     """What the system refused, where, and what to do; "" for any other exception."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _lacks_exception(error):
         return "there is not enough memory: free some, or ask for less at a time"
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         named = isinstance(error.filename, str | bytes | os.PathLike)
@@ -76,7 +84,7 @@ def explain_system(error: BaseException) -> str:
 
 
 def shortage(error: BaseException | None) -> BaseException | None:
-    """What an error comes from, where that is too little memory, or too few threads or open files.
+    """What an error comes from, where that is the system: memory, threads, open files, rights, a lost server.
 
     The file that could not be read may then be whole. A damaged file may ask for any amount of memory, so
     the system is asked whether it has any.
@@ -88,7 +96,7 @@ def shortage(error: BaseException | None) -> BaseException | None:
                 mmap.mmap(-1, _SOME_MEMORY).close()
             except OSError:
                 return error
-        elif number in (errno.EAGAIN, errno.EMFILE, errno.ENFILE) or str(error) in _NO_THREAD:
+        elif number in _ELSEWHERE or str(error) in _NO_THREAD or _lacks_exception(error):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -22,12 +22,23 @@ Tree = dict[str, Any]
 Groups = Sequence[tuple[str, float | None]]
 
 
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises UserError where a pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+
+
 def groups_of(settings: Any) -> Groups:
     """The (pattern, learning rate) pairs of `config.optimizer`, None where parameters are frozen.
 
     Raises:
-        UserError: on a group whose name has no learning rate, and on a learning rate that no group names.
+        UserError: on a group whose name has no learning rate, a learning rate that no group names, and a
+            pattern that is no regular expression.
     """
+    for pattern, _ in settings.groups:
+        check_pattern(pattern, "optimizer.groups")
     rates = getattr(settings, "learning_rates", None) or {}
     names = [name for _, name in settings.groups if isinstance(name, str)]
     unknown, unused = sorted(set(names) - set(rates)), sorted(set(rates) - set(names))
@@ -120,9 +131,11 @@ def make_optimizer(trainable: Mapping[str, Any], steps: int, settings: Any) -> o
         settings: `config.optimizer`: groups, learning_rates, warmup, decay, clip, b1, b2, eps, weight_decay.
 
     Raises:
-        UserError: on another `decay`.
+        UserError: on another `decay`, and where nothing trains.
     """
     groups = groups_of(settings)
+    if not jax.tree.leaves(trainable):
+        raise UserError("nothing trains: every group of optimizer.groups has the learning rate 0 or None")
     pattern_of = labels(trainable, groups)
     used = set(jax.tree.leaves(pattern_of))
     shared = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "weight_decay")}

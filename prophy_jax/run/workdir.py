@@ -25,6 +25,7 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("",),
         (
             *("mesh", "accumulation", "attention", "log", "checkpoint", "samples", "label", "label_check"),
+            *("evaluators", "study"),
             *("steps", "losses", "caption_dropout", "validation"),
             *(
                 f"optimizer.{key}"
@@ -34,6 +35,15 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     # What a finished run learned: any number of steps, on any data.
     "model": (("backbone", "parts", "objective", "losses", "reduction", *_ENCODERS), ()),
+    # What the arms of prophy_jax.study have in common; data and backbone are noted next to it.
+    "study": (
+        ("",),
+        (
+            *("seed", "mesh", "accumulation", "attention", "log", "checkpoint", "validation"),
+            *("label", "label_check", "evaluators", "study", "samples", "data.side"),
+            *("backbone_params", "codec_params", "text_encoder_params", "data.dir", "backbone_remedy"),
+        ),
+    ),
     # Records of prophy_jax.prepare.
     "data": ((*_VIDEO, "data.buckets", "data.max_upscale", *_ENCODERS), ()),
     # Labels of prophy_jax.label; a larger batch changes their rounding alone.

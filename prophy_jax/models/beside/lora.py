@@ -52,6 +52,15 @@ class Lora(Part):
             raise UserError(f"rank={self.rank} of the adapters: choose 1 or more")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"alpha={self.alpha} of the adapters: choose a number above 0, such as the rank")
+        if not self.targets:
+            raise UserError(f"targets={self.targets!r} of the adapters: give a list, such as [{ATTENTION!r}]")
+        for pattern in self.targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"targets of the adapters: {pattern!r} is not a regular expression: {error}"
+                ) from error
 
     @property
     def scale(self) -> float:
@@ -168,5 +177,7 @@ def build(
     rank_stabilized: bool = False,
     strength: float = 1.0,
 ) -> Lora:
-    """Builds adapters, see `Lora`. Raises UserError on a rank below 1 or an alpha that is not above 0."""
+    """Builds adapters, see `Lora`. Raises UserError on a rank, alpha or targets that cannot be."""
+    if isinstance(targets, str):  # which would be taken for its letters
+        raise UserError(f"targets={targets!r} of the adapters: give a list, such as [{targets!r}]")
     return Lora(rank, alpha, tuple(targets), rank_stabilized, strength)
