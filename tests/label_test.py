@@ -587,6 +587,8 @@ def write_config(folder, **values):
         (break_weights, "lacks weights, first lm_head.weight"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer|cannot be opened"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
+        # Before a folder of labels is begun for this model.
+        (lambda folder: (folder / "chat_template.jinja").write_text("null"), "gives 0 video tokens"),
     ],
 )
 def test_bad_models(model_folder, tmp_path, damage, message):

@@ -58,6 +58,17 @@ def test_clips_are_shown_in_tensorboard_with_their_prompts(tmp_path):
         np.testing.assert_array_equal(clip.convert("RGB"), frames[2])
 
 
+@pytest.mark.parametrize(
+    "line", ['{"loss": 1}', '{"stepx": 5}', '{"step": null}', '{"step": [5]}', "[]", "{"]
+)
+def test_a_line_that_names_no_step_is_left_out(tmp_path, line):
+    write(str(tmp_path), 0, [0, 5])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    write(str(tmp_path), 5, [10])
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 5, 10]
+
+
 def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
     write(str(tmp_path), 0, [0, 5])
     write(str(tmp_path), 0, [0, 5, 10])

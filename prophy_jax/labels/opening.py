@@ -40,7 +40,9 @@ def open_model(folder: str | Path, config: ConfigDict, process: int) -> tuple["V
     described = vlm.describe(folder) | origin
     device = vlm.choose_device(folder, process)
     print(f"opening {described['name']} on {device}", flush=True)
-    return vlm.load(folder, device, config.label.dtype), described
+    model = vlm.load(folder, device, config.label.dtype)
+    model.check_template()
+    return model, described
 
 
 def open_reader(

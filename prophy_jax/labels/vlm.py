@@ -273,6 +273,10 @@ class Vlm:
         pixels = clips * int(np.prod(grid)) * MERGE**2 * 3 * PAIR * PATCH**2 * (4 + size)
         return {"weights": weights, "cache": cache, "peak": weights + cache + max(widest, pixels)}
 
+    def check_template(self) -> None:
+        """Raises UserError where the model's chat template leaves no place for a video."""
+        self._prompt("")
+
     def _prompt(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the place of the video."""
         ids = self._message([{"type": "video"}, {"type": "text", "text": question}])

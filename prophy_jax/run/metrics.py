@@ -184,7 +184,7 @@ def summarised(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """All steps of WORKDIR/metrics.jsonl; a line that a kill cut short is left out.
+    """All steps of WORKDIR/metrics.jsonl; a line that is cut short or names no step is left out.
 
     Lines of one step, one after the other, are given as one.
     """
@@ -195,9 +195,9 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     with path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
-                if not isinstance(found := json.loads(line), dict):
+                if not isinstance(found := json.loads(line), dict) or type(found.get("step")) is not int:
                     continue
-                if lines and lines[-1].get("step") == found.get("step"):
+                if lines and lines[-1]["step"] == found["step"]:
                     found = lines.pop() | found
                 lines.append(found)
     return lines
