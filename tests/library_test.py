@@ -122,6 +122,7 @@ def test_shapes_ranges_and_that_nothing_is_mutated(pipe, tmp_path, capsys):
     assert np.abs(pipe.sample(text, seed=1).latents - clips.latents).max() > 0.1
     negative = pipe.sample(text, negative_prompt="a blue box")
     assert np.abs(negative.latents - clips.latents).max() > 1e-3
+    assert negative.settings == clips.settings | {"negative_prompt": "a blue box"}
 
     noise = np.random.default_rng(0).standard_normal(clips.latents.shape)
     from_noise = pipe.sample(text, noise=noise)
@@ -290,6 +291,7 @@ def test_calls_that_cannot_be_answered(pipe, tmp_path):
         (lambda: pipe.sample(text, batch=3, guidance=1.0), "^batch=3: 3 rows"),
         (lambda: pipe.sample(text, negative_prompt=3), "negative_prompt=3 is no text"),
         (lambda: pipe.sample(text, noise=np.zeros((1, 3, 8, 8, 4))), "noise is .*take \\(1, 3, 8, 8, 16\\)"),
+        (lambda: pipe.sample(text, noise="pink"), "noise is no array of numbers"),
         (lambda: pipe.sample(text, noise=np.full((1, 3, 8, 8, 16), nan)), "noise holds NaN"),
         (lambda: pipe.with_scale(lora=0.5), "no part 'lora'; it has branch"),
         (lambda: pipe.with_scale(branch="half"), "the scale of branch='half': give a finite number"),

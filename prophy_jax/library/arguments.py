@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from absl import logging
+
 from prophy_jax.run.errors import NotFinite, UserError, explain_system
 
 # What the commands call a flag or a key of the configuration -> the argument here.
@@ -23,7 +25,9 @@ _ARGUMENTS = (
 
 @contextlib.contextmanager
 def own_words() -> Iterator[None]:
-    """Errors of what the commands share name arguments of this file."""
+    """Errors name arguments of the library; and Orbax does not warn of what is no fault."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
     try:
         yield
     except UserError as error:
@@ -36,6 +40,8 @@ def own_words() -> Iterator[None]:
         if text := explain_system(error):
             raise UserError(text) from error
         raise
+    finally:
+        logging.set_verbosity(before)
 
 
 def number(name: str, value: Any) -> float:

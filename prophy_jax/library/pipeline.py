@@ -18,7 +18,7 @@ from prophy_jax import build
 from prophy_jax.diffusion import generate
 from prophy_jax.library.arguments import number, own_words, whole_number
 from prophy_jax.library.clips import Clips
-from prophy_jax.library.loaded import Loaded
+from prophy_jax.library.loaded import SETTINGS, Loaded
 from prophy_jax.run.errors import NotFinite, UserError, counted
 
 
@@ -180,6 +180,7 @@ class Pipeline:
             "guidance": None if guidance is None else number("guidance", guidance),
             "shift": None if shift is None else number("shift", shift),
             "solver": solver,
+            "negative_prompt": negative_prompt,
         }
         settings = self.config.samples.to_dict() | {key: own for key, own in given.items() if own is not None}
         generate.make_tables(self._loaded.objective, types.SimpleNamespace(**settings))
@@ -189,9 +190,7 @@ class Pipeline:
         data = self.config.data
         shape, grid = self._fit((data.frames, data.height, data.width) if size is None else size)
         noise = None if noise is None else _check_noise(noise, (len(text), *shape))
-        negative = self._find_negative(
-            settings["negative_prompt"] if negative_prompt is None else negative_prompt
-        )
+        negative = self._find_negative(settings["negative_prompt"])
         rows = [slice(first, first + batch) for first in range(0, len(text), batch)]
         made = []
         with tqdm.tqdm(total=len(text) * settings["steps"], unit="step", disable=not progress) as bar:
@@ -232,9 +231,10 @@ class Pipeline:
             maps = np.concatenate([one[1] for one in found])  # (B, N, E)
             return found[0][0], maps.reshape(len(maps), *grid, -1)
 
-        how = {"seed": seed, **settings, "size": tuple(frames.shape[1:4]), "scale": dict(self.scale)}
-        if negative_prompt is not None:
-            how["negative_prompt"] = negative_prompt
+        how = {key: settings[key] for key in SETTINGS}
+        how["shift"] = settings["shift"] or self._loaded.objective.shift
+        how |= {"seed": seed, "size": tuple(frames.shape[1:4]), "scale": dict(self.scale)}
+        how["negative_prompt"] = settings["negative_prompt"]
         return Clips(frames, latents, text.prompts, data.fps, how, look)
 
     def _fit(self, size: Any) -> tuple[tuple[int, ...], tuple[int, int, int]]:
@@ -255,7 +255,10 @@ class Pipeline:
 
 
 def _check_noise(noise: Any, shape: tuple[int, ...]) -> np.ndarray:
-    noise = np.asarray(noise, np.float32)
+    try:
+        noise = np.asarray(noise, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"noise is no array of numbers ({error}): give one of shape {shape}") from error
     if noise.shape != shape:
         raise UserError(f"noise is {noise.shape}; these prompts and this size take {shape}")
     if not np.isfinite(noise).all():
