@@ -346,7 +346,11 @@ def with_lora(config: ConfigDict) -> None:
     """
     rank = 64 if "variant" in config.backbone else 8
     config.parts.lora = dict(
-        module="lora", rank=rank, alpha=float(rank), targets=("backbone/blocks/.*attn/[qkvo]",)
+        module="lora",
+        rank=rank,
+        alpha=float(rank),
+        targets=("backbone/blocks/.*attn/[qkvo]",),
+        rank_stabilized=False,
     )
     config.optimizer.groups = (("lora/", "lora"), *config.optimizer.groups)
     config.optimizer.learning_rates.lora = 1e-4 if "variant" in config.backbone else 1e-3

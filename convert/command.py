@@ -39,11 +39,13 @@ from prophy_jax.run.errors import UserError, explain_system
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 # What finds the names of a LoRA's tensors, and what messages say of it.
 _LORA = {
-    r"(^|[._])lora([._]|$)|\.diff(_b)?$|\.matrix_[AB]\.": (
-        "a LoRA and not a whole model: merge it into its base model first"
-    ),
     r"(^|[._])(lycoris|hada|lokr|glora|boft|ia3|oft_(blocks|diag)|dora_scale)([._]|$)": (
         "a LyCORIS and not a whole model: merge it into its base model first"
+    ),
+    r"\.diff(_b)?$|\.matrix_[AB]\.": "a LoRA and not a whole model: merge it into its base model first",
+    r"(^|[._])lora([._]|$)": (
+        "a LoRA and not a whole model: convert its base model, and give this to prophy_jax.sample or "
+        "convert.merge as --lora=FILE"
     ),
 }
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # suffixes of files that may hold weights

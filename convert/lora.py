@@ -16,10 +16,11 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -35,9 +36,10 @@ _SIDES = {
     **dict.fromkeys(("lora_A", "lora_down", "lora.down"), "down"),
     **dict.fromkeys(("lora_B", "lora_up", "lora.up"), "up"),
 }
-_KEY = re.compile(rf"(?P<layer>.+)\.(?P<side>{'|'.join(map(re.escape, _SIDES))})(\.default)?\.weight")
+_KEY = re.compile(rf"(?P<layer>.+)\.(?P<side>{'|'.join(map(re.escape, _SIDES))})(\.[^.]+)?\.weight")
+_PEFT = "base_model.model."
 _PREFIXES = (
-    *("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model."),
+    *("transformer.", "diffusion_model.", "model.diffusion_model.", _PEFT),
     *("lora_unet_", "lora_transformer_"),
 )
 _OTHERS = {  # in the names of tensors of other methods
@@ -46,9 +48,10 @@ _OTHERS = {  # in the names of tensors of other methods
         ".lokr_": "LoKr (LyCORIS)",
         ".hada_": "LoHa (LyCORIS)",
         ".lora_mid": "LoCon (LyCORIS)",
-        ".oft_": "OFT",
+        **dict.fromkeys((".oft_", ".boft_"), "OFT"),
     },
     **{".diff": "differences of whole weights", ".bias": "biases"},
+    **dict.fromkeys(("lora_te", "text_encoder"), "adapters of a text encoder"),
 }
 
 
@@ -60,7 +63,10 @@ def adapter_leaves(backbone: Any, part: Lora, form: Any, naming: str) -> dict[st
     try:
         shapes = lv.part_shapes(part, backbone)
     except UserError as error:
-        raise UserError(f"{error}: adapters of other parts than the backbone have no PyTorch form") from error
+        raise UserError(
+            f"adapters of {list(part.targets)} are not of the backbone alone, and those of other parts have "
+            "no PyTorch form: export the other folders of the run, one at a time"
+        ) from error
     table, layers = {}, _layers(form.leaves(backbone.config, naming))
     for path, shape in shapes.items():
         layer, _, side = path.removeprefix("backbone/").rpartition("/")
@@ -83,19 +89,31 @@ def _layers(table: Mapping[str, lv.Leaf]) -> dict[str, tuple[str, ...]]:
 
 
 def parse(entries: Sequence[str]) -> list[tuple[str, float]]:
-    """(file, strength) of the flag --lora, FILE or FILE=STRENGTH. UserError on a file that is missing."""
+    """(file, strength) of the flag --lora, FILE or FILE=STRENGTH.
+
+    Raises UserError on a file that is missing, and on a strength that is no finite number.
+    """
     found = []
     for entry in entries:
-        file, _, number = entry.rpartition("=")
+        file, equals, number = entry.rpartition("=")
+        if not equals or storage.path(entry).is_file():  # an equals sign in the name of a file
+            file, number = entry, "1"
         try:
-            strength = float(number) if file else 1.0
-        except ValueError:  # an equals sign in the name of a file
-            file = ""
-        file, strength = (file, strength) if file else (entry, 1.0)
+            strength = float(number)
+        except ValueError:
+            if storage.path(file).is_file():
+                raise UserError(
+                    f"--lora={entry}: {number!r} is no number: give a strength, such as --lora={file}=0.8"
+                ) from None
+            file, strength = entry, 1.0
         if not math.isfinite(strength):
             raise UserError(f"--lora={entry}: give a finite strength, such as --lora={file}=0.8")
+        if storage.path(file).is_dir():
+            raise UserError(f"--lora={entry}: {file} is a folder; name the safetensors file in it")
         if not storage.path(file).is_file():
-            raise UserError(f"--lora={entry}: there is no file {file}; name a LoRA in safetensors")
+            raise UserError(
+                f"--lora={entry}: there is no file {file}; name a LoRA in safetensors, as FILE or FILE=0.8"
+            )
         found.append((file, strength))
     return found
 
@@ -142,38 +160,36 @@ def read(path: str, backbone: Any, strength: float = 1.0) -> tuple[Lora, dict[st
     for name in tensors:
         for mark, method in _OTHERS.items():
             if mark in name:
-                raise UserError(f"{path} has {method} ({name}): only plain LoRA is read")
+                raise UserError(f"{path} has {method} ({name}): only plain LoRA of the transformer is read")
     known = {}  # name of a layer, as it is and as kohya's trainers write it -> (path, block)
     for naming in form.configs:
         for layer, names in _layers(form.leaves(backbone.config, naming)).items():
             for block, name in enumerate(names):
                 known[name] = known[name.replace(".", "_")] = (layer, block)
     found: dict[tuple[str, int], dict[str, np.ndarray]] = collections.defaultdict(dict)
-    alphas, strange = {}, []
+    strange = []
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
-        own = match["layer"] if match else name.removesuffix(".alpha")
-        place = known.get(_without_prefix(own))
+        layer = match["layer"] if match else name.removesuffix(".alpha")
+        side = _SIDES[match["side"]] if match else "alpha"
+        place = known.get(_without_prefix(layer))
         if place is None or not (match or name.endswith(".alpha")):
             strange.append(name)
-        elif match:
-            found[place][_SIDES[match["side"]]] = tensor
+        elif side in found[place]:
+            raise UserError(f"{path} has more than one adapter of {layer} ({name}): name a file of one LoRA")
         else:
-            alphas[place] = float(tensor)
+            found[place][side] = tensor
+    if not any(map(_KEY.fullmatch, tensors)):
+        such = f", but such as {next(iter(tensors))}" if tensors else ""
+        raise UserError(f"{path} holds no tensor of an adapter{such}: name a LoRA file")
     if strange:
         near = difflib.get_close_matches(_without_prefix(strange[0]), known, 1, 0.0)
         raise UserError(
             f"{path} fits no layer of this model with {len(strange)} of its {len(tensors)} tensors, such as "
-            f"{strange[0]}; the nearest layer is {near[0]}: it is of another model"
+            f"{strange[0]}; the nearest layer is {near[0]}: it is of another model, of names that are not "
+            "known, or adapts more than the layers of the blocks"
         )
-    if not found:
-        raise UserError(f"{path} holds no tensor of an adapter: name a LoRA file")
-    if alphas and (without := found.keys() - alphas.keys()):
-        raise UserError(
-            f"{path} states alpha of some layers, and not of {sorted(without)[0]}: it is cut short"
-        )
-    stated = _stated_alpha(path, metadata)
-    return _stack(path, found, alphas, stated, backbone, strength)
+    return _stack(path, found, _stated_alpha(path, metadata, tensors), backbone, strength)
 
 
 def read_merged(folder: str) -> list[str]:
@@ -183,26 +199,34 @@ def read_merged(folder: str) -> list[str]:
     return checkpoints.read_manifest(folder, "").get("merged", [])
 
 
-def _stack(path, found, alphas, stated, backbone, strength) -> tuple[Lora, dict[str, Any]]:
-    rank = max(own["down"].shape[0] for own in found.values() if "down" in own)
+def _stack(path, found, stated, backbone, strength) -> tuple[Lora, dict[str, Any]]:
+    with_alpha = any("alpha" in own for own in found.values())
     kernels = lv.shapes_of(backbone.init)
+    rank = max(max(own["down"].shape[:1], default=0) for own in found.values() if "down" in own)
     arrays: dict[str, np.ndarray] = {}
     for (layer, block), own in found.items():
-        if own.keys() != {"down", "up"}:
-            raise UserError(
-                f"{path} has one of the two matrices of {layer} in block {block} alone: it is cut short"
-            )
+        where = f"{layer} in block {block}"
+        if not {"down", "up"} <= own.keys():
+            raise UserError(f"{path} lacks a matrix of {where}: it is cut short")
+        if with_alpha and "alpha" not in own:
+            raise UserError(f"{path} states alpha of some layers, and not of {where}: it is cut short")
         depth, width, out = kernels[f"blocks/{layer}/kernel"]
-        r = own["down"].shape[0]
         down, up = own["down"], own["up"]  # (r, I), (O, r); of convolutions with axes of size 1 behind
-        if down.size != r * width or up.size != out * r:
+        r = max(down.shape[:1], default=0)
+        if not r or any(
+            array.shape != shape + (1,) * (array.ndim - 2)
+            for array, shape in ((down, (r, width)), (up, (out, r)))
+        ):
             raise UserError(
-                f"{path} has {layer} of {down.shape} and {up.shape}, this model takes ({r}, {width}) and "
-                f"({out}, {r}): it is of another size"
+                f"{path} has {where} of {down.shape} and {up.shape}, this model takes (rank, {width}) and "
+                f"({out}, rank): it is of another size"
             )
-        scale = alphas.get((layer, block), stated if stated is not None else r) / r
+        alpha = own.get("alpha", np.float32(r if stated is None else stated))
+        if alpha.size != 1:
+            raise UserError(f"{path} states {alpha.size} numbers as alpha of {where}: download it again")
+        scale = alpha.item() / r
         if not (np.isfinite(down).all() and np.isfinite(up).all() and math.isfinite(scale)):
-            raise UserError(f"{path} holds NaN or infinity in {layer} of block {block}: download it again")
+            raise UserError(f"{path} holds NaN or infinity in {where}: download it again")
         downs = arrays.setdefault(f"backbone/{layer}/down", np.zeros((depth, width, rank), np.float32))
         ups = arrays.setdefault(f"backbone/{layer}/up", np.zeros((depth, rank, out), np.float32))
         downs[block, :, :r] = down.reshape(r, width).T  # (I, r)
@@ -226,23 +250,31 @@ def _load(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise UserError(f"no file {path}: name a LoRA in safetensors")
     try:
         with safe_open(path, "flax") as file:
-            tensors = {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}): download it again, in this format"
+        ) from error
+    for name, tensor in tensors.items():
+        if not (jnp.issubdtype(tensor.dtype, jnp.floating) or name.endswith(".alpha")):
+            raise UserError(f"{path} has {name} in {tensor.dtype}: quantised adapters are not read")
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}, metadata
 
 
-def _stated_alpha(path: str, metadata: Mapping[str, str]) -> float | None:
-    """The alpha of all layers, noted in the header or in PEFT's file beside it; None: it is the rank.
+def _stated_alpha(path: str, metadata: Mapping[str, str], names: Iterable[str]) -> float | None:
+    """The alpha of all layers, noted in the header or, for PEFT's names, in its file beside it.
+
+    None: it is the rank.
 
     Raises UserError where PEFT's file is damaged, or says that alpha differs from layer to layer.
     """
     beside = Path(path).with_name("adapter_config.json")
     try:
         noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        if not noted and beside.is_file():
+        if not noted and beside.is_file() and any(name.startswith(_PEFT) for name in names):
             noted = json.loads(beside.read_text())
-        noted = {key.rpartition(".")[2]: value for key, value in noted.items()}
+        noted = {key.removeprefix("transformer."): value for key, value in noted.items()}
         if noted.get("alpha_pattern") or noted.get("use_rslora") or noted.get("use_dora"):
             raise UserError(
                 f"{path} has a scale of another form than one alpha over the rank: it is not read"

@@ -13,13 +13,14 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from convert import leaves as lv
 from convert import lora
 from prophy_jax import models
 from prophy_jax.run import checkpoints, cli, storage
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, explain_system
 
 _COMPUTED = ("sha256", "shapes", "files", "checksum")  # of a manifest, when parameters are saved
 
@@ -40,12 +41,17 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
         raise UserError(f"{dst} exists: name another --dst, or remove it")
     if not adapters:
         raise UserError("nothing to add: name a LoRA with --lora=FILE")
+    if target.resolve().is_relative_to(Path(checkpoint).resolve()):
+        raise UserError(f"{dst} would be inside of {checkpoint}: name another --dst")
+    for file, strength in adapters:
+        if strength == 0:
+            raise UserError(f"--lora={file}=0 adds nothing: give another strength, or leave it out")
     whole = (Path(checkpoint) / "transformer").is_dir()
     source = os.path.join(checkpoint, "transformer") if whole else checkpoint
-    remedy = f"name a folder of converted weights, not {checkpoint}"
+    remedy = f"name a folder of converted weights or WORKDIR/backbone, not {checkpoint}"
     manifest = checkpoints.read_manifest(source, remedy)
     spec = manifest.get("model") or {}
-    if "module" not in spec:
+    if "module" not in spec or manifest.get("part") not in ("transformer", "backbone"):
         raise UserError(f"{source} is of no transformer alone: {remedy}")
     backbone = models.build(spec)
     opened = list(lora.read_all(adapters, backbone, source))
@@ -59,8 +65,10 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
         for path, shape in lv.shapes_of(backbone.init).items()
     }
     params = {"backbone": checkpoints.load_params(source, unflatten_dict(wanted, sep="/"), remedy)}
-    for part, own, _ in opened:
+    for (file, strength), (part, own, _) in zip(adapters, opened, strict=True):
         params = part.merge(own, params)
+        if not all(checkpoints.is_finite(np.asarray(leaf)) for leaf in jax.tree.leaves(params)):
+            raise UserError(f"--lora={file}={strength:g} leaves NaN or infinity: give a lower strength")
 
     temporary = target.with_name(target.name + ".writing")
     try:
@@ -75,6 +83,10 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
                 options = {"copy_function": _link} if part.is_dir() else {}
                 copy(part, temporary / part.name, **options)
         storage.put_in_place(temporary, target)
+    except OSError as error:
+        if explain_system(error):
+            raise
+        raise UserError(f"cannot write {error.filename or dst}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return digest

@@ -19,7 +19,7 @@ from prophy_jax.data import batch, records, taxonomy
 from prophy_jax.diffusion import generate
 from prophy_jax.models import attention
 from prophy_jax.models.beside.part import Model, Part
-from prophy_jax.run import checkpoints, optim, parallel, storage, workdir
+from prophy_jax.run import checkpoints, distributed, optim, parallel, storage, workdir
 from prophy_jax.run.errors import UserError, counted
 
 # --- What is computed --------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def load_part(config: ConfigDict, name: str, folder: str | None, layout: Mapping
 def find_starts(config: ConfigDict, layout: Mapping[str, Any], folders: Sequence[str]) -> dict[str, str]:
     """Part -> folder of the trained parameters that a new run begins with, of runs, checkpoints or parts.
 
-    Raises UserError on a part that is frozen, not of the model, or does not fit.
+    Raises UserError on a part that is frozen, not of the model, or does not fit; warns of other settings.
     """
     trainable, _ = optim.split(layout, optim.groups_of(config.optimizer))
     found: dict[str, str] = {}
@@ -174,6 +174,13 @@ def find_starts(config: ConfigDict, layout: Mapping[str, Any], folders: Sequence
             manifest = checkpoints.check_params(place, layout[name], remedy(config, name, place))
             if name != "backbone":
                 taxonomy.of(config).check(manifest, place)
+                different = compare_part(config, name, manifest, place)
+                if different and distributed.is_first():
+                    print(
+                        f"warning: --init={folder} was trained with another configuration ({different}): "
+                        "what it learned may do something else here",
+                        file=sys.stderr,
+                    )
             found[name] = place
         if not found.keys() & parts.keys():
             raise UserError(f"--init={folder} has {sorted(parts)}; this run trains {sorted(trainable)}")
@@ -208,20 +215,24 @@ def check_params(
                 f"{folders[name]} was trained next to another backbone than {folders['backbone']}: "
                 "name that one with --checkpoint=DIR"
             )
-        stored = manifest.get("model", {}).get(name)
-        if name != "backbone" and stored:
+        if name != "backbone" and manifest.get("model", {}).get(name):
             taxonomy.of(config).check(manifest, folders[name] or "")
-            own_spec = workdir.identify_part(workdir.config_as_json(config)["parts"][name])
-            try:
-                different = workdir.differences(workdir.identify_part(stored), own_spec)
-            except (TypeError, AttributeError, ValueError) as error:
-                again = remedy(config, name, folders[name])
-                raise UserError(f"{folders[name]}/manifest.json is damaged ({error}): {again}") from error
-            if different:
+            if different := compare_part(config, name, manifest, folders[name] or ""):
                 raise UserError(
                     f"{folders[name]} was trained with another configuration ({different}): give that one"
                 )
     return hashes
+
+
+def compare_part(config: ConfigDict, name: str, manifest: Mapping[str, Any], folder: str) -> str:
+    """Where `config.parts` differs from the part in `folder`, of that manifest; "" where nothing does."""
+    stored = manifest.get("model", {}).get(name)
+    own = workdir.identify_part(workdir.config_as_json(config)["parts"][name])
+    try:
+        return workdir.differences(workdir.identify_part(stored), own) if stored else ""
+    except (TypeError, AttributeError, ValueError) as error:
+        again = remedy(config, name, folder)
+        raise UserError(f"{folder}/manifest.json is damaged ({error}): {again}") from error
 
 
 def named(config: ConfigDict, name: str, folder: str | None) -> str:

@@ -616,7 +616,10 @@ def test_diffusers_files_need_their_configuration(tmp_path, params):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "is a LoRA"),
+        (
+            "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+            "is a LoRA and not a whole model: convert its base",
+        ),
         ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "is a LoRA"),
         ("transformer.blocks.0.attn1.to_q.lora.up.weight", "is a LoRA"),
         ("blocks.0.cross_attn.k_img.weight", "is an image-to-video model"),

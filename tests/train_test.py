@@ -228,7 +228,7 @@ def test_a_run_begins_with_trained_parameters(uninterrupted, tmp_path, tiny_data
         assert folders.read_run(workdir)["references"][f"init_{part}_sha256"] == sha256
 
 
-def test_what_a_run_cannot_begin_with_is_named(uninterrupted, tmp_path):
+def test_what_a_run_cannot_begin_with_is_named(uninterrupted, tmp_path, capsys):
     config = get_config("tiny")
     config.backbone.num_layers, config.parts.branch.layers, config.batch_size = 1, (0,), 0
     layout = build_run(config).layout
@@ -245,6 +245,10 @@ def test_what_a_run_cannot_begin_with_is_named(uninterrupted, tmp_path):
     assert build.find_starts(config, layout, [uninterrupted]) == {"branch": branch}
     with pytest.raises(UserError, match="is of 'backbone', which this run does not train"):
         build.find_starts(config, layout, [f"{uninterrupted}/backbone"])
+    assert "warning" not in capsys.readouterr().err
+    config.parts.branch.refinement.top_k = 1  # of the same shapes
+    assert build.find_starts(config, build_run(config).layout, [branch]) == {"branch": branch}
+    assert "another configuration (refinement.top_k was 2, is 1)" in capsys.readouterr().err
     config.parts.branch.layers = (0, 1)
     config.backbone.num_layers = 2
     with pytest.raises(UserError, match="does not fit the configuration"):

@@ -308,3 +308,11 @@ def test_what_a_run_began_with_stays(tmp_path):
         workdir.claim_run(tmp_path, config, {"init_branch_sha256": "2"})
     with pytest.raises(UserError, match="it did not begin with --init of backbone"):
         workdir.claim_run(tmp_path, config, {"init_backbone_sha256": "2"})
+
+
+def test_adapters_of_runs_that_did_not_say_how_they_are_scaled():
+    part = {"module": "lora", "rank": 4, "alpha": 2.0}
+    was, own, other = (workdir.identify_part(part | more) for more in (
+        {}, {"rank_stabilized": False}, {"rank_stabilized": True}
+    ))  # fmt: skip
+    assert was == own != other

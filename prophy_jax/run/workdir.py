@@ -125,6 +125,8 @@ def identify_part(part: Mapping[str, Any]) -> dict[str, Any]:
     part = name_module(part)
     if part["module"] == "prophy" and part.get("refinement"):
         part["refinement"] = {key: value for key, value in part["refinement"].items() if key != "categories"}
+    if part["module"] == "lora" and not part.get("rank_stabilized"):  # earlier versions did not say it
+        part = {key: value for key, value in part.items() if key != "rank_stabilized"}
     return part
 
 
