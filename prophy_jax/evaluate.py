@@ -98,8 +98,13 @@ def open_run(config: Any, workdir: str | None) -> Opened:
     places = {"backbone": config.backbone_params}
     if workdir:
         trained, _ = optim.split(layout, optim.groups_of(config.optimizer))
-        places |= {name: os.path.join(workdir, name) for name in trained}
-        places |= checkpoints.find_parts(workdir, _finish(workdir))
+        found = checkpoints.find_parts(workdir, _finish(workdir))
+        if missing := sorted(trained.keys() - found.keys()):
+            raise UserError(
+                f"{workdir} holds {sorted(found)}, and this configuration trains {missing} as well: give the "
+                f"settings of its training, or {_finish(workdir)}"
+            )
+        places |= found
     data = build.check_data(config, model, build.build_losses(config, model))
     split = "test" if "test" in data["counts"] else "val"
     bucket = max(data["buckets"], key=lambda name: data["buckets"][name]["counts"][split])
@@ -119,16 +124,21 @@ def _finish(workdir: str) -> str:
 def exported(model: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
     """The model with the parts that other programs can read as it is after export and reading them again.
 
+    Adapters of another part than the backbone are not among them.
+
     Returns the model, and the parameters of these parts; {} where there are none.
     """
     from convert import export
     from prophy_jax import models
+    from prophy_jax.run import checkpoints
 
     parts, params = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, part in model.parts.items():
             read = export.READERS.get(models.file_of(type(part)))
-            if read and models.file_of(type(model.backbone)) in export.FORMS:
+            stored = checkpoints.read_manifest(places[name], "")["shapes"]
+            alone = all(path.startswith("backbone/") for path in stored)  # no other program has the parts
+            if read and alone and models.file_of(type(model.backbone)) in export.FORMS:
                 [file] = export.export(
                     places[name], export.FORMATS[0], os.path.join(folder, name), quiet=True
                 )

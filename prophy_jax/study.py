@@ -361,7 +361,7 @@ def main(config: Any) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("arms", None, "Arms of the configuration, with commas between them.")
     flags.DEFINE_integer("seeds", 3, "How many seeds, from 0.", lower_bound=1)
-    flags.DEFINE_string("out", None, "Folder of the study.")
+    flags.DEFINE_string("out", None, "Folder to write the study to, or one to go on with.")
     flags.DEFINE_string("versus", None, "The arm that the others are compared with; default: the first.")
     flags.DEFINE_string("process", "0/1", "I/P: which of how many processes this is, such as 0/4.")
     cli.run(main, __doc__)

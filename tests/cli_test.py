@@ -19,7 +19,8 @@ from tests.commands import run_here
 from tests.config_help_test import shipped
 from tests.conftest import ROOT, get_config
 
-COMMANDS = [f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "label", "evaluate", "study", "plan")] + [
+COMMANDS = [
+    *(f"prophy_jax.{name}" for name in ("train", "sample", "prepare", "label", "evaluate", "study", "plan")),
     "convert.wan",
     "convert.cogvideox",
     "convert.export",

@@ -172,8 +172,9 @@ def finished_run(config, workdir):
             file.write(json.dumps(line | ({"validation/loss": 1.0} if step == 4 else {})) + "\n")
 
 
-def prepared(variant, tiny_data, workdir):
+def prepared(variant, tiny_data, workdir, **changes):
     config = get_config(variant)
+    config.update_from_flattened_dict(changes)
     config.data.dir = tiny_data
     config.batch_size = 8  # one clip for each of the simulated devices
     config.samples.steps = 2
@@ -317,6 +318,12 @@ def test_adapters_are_exported_read_again_and_sampled(tiny_data, tmp_path, capsy
     assert "exported and read again" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_adapters_of_the_branch_are_measured_and_not_exported(tiny_data, tmp_path):
+    targets = ("branch/blocks/.*attn/[qkvo]",)
+    config = prepared("tiny,full+lora", tiny_data, tmp_path / "run", **{"parts.lora.targets": targets})
+    assert "exported" not in evaluate.evaluate(config, str(tmp_path / "run"), str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("ablation", ["pb", "pb+reb"])
 def test_parts_that_do_not_exist_are_left_out(ablation, tiny_data, tmp_path):
     config = prepared(f"tiny,{ablation}", tiny_data, tmp_path / "run")
@@ -410,7 +417,10 @@ def test_refusals(measured, tmp_path):
 
     refuses("config.json is missing: name the --workdir of a run", tmp_path / "nothing")
     shutil.copytree(workdir, tmp_path / "unfinished", ignore=shutil.ignore_patterns("branch"))
-    refuses("no checkpoint at .*unfinished.branch: train it to the end", tmp_path / "unfinished")
+    refuses(
+        r"unfinished holds \[.backbone.\], .* trains \[.branch.\] as well: .* train it to the end",
+        tmp_path / "unfinished",
+    )
     refuses("parts.branch was .*layers.*, is None", parts={})
     refuses("backbone.num_heads was 2, is 3", backbone__num_heads=3)
     refuses("no training data at nowhere", data__dir="nowhere")
