@@ -5,7 +5,8 @@
 
 --checkpoint is a folder that `convert.wan` or `convert.cogvideox` wrote, or its transformer/. W + scale * A B
 is computed in fp32 and stored in the dtype of W. The other components are linked, or copied where that is not
-possible. DST must not exist; it appears when it is whole. Memory holds the transformer twice.
+possible. DST must not exist, unless the same command made it; it appears when it is whole. Memory holds the
+transformer twice.
 """
 
 import os
@@ -19,7 +20,7 @@ from flax.traverse_util import unflatten_dict
 from convert import leaves as lv
 from convert import lora
 from prophy_jax import models
-from prophy_jax.run import checkpoints, cli, storage
+from prophy_jax.run import checkpoints, checksums, cli, storage
 from prophy_jax.run.errors import UserError, explain_system
 
 _COMPUTED = ("sha256", "shapes", "files", "checksum")  # of a manifest, when parameters are saved
@@ -31,14 +32,12 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
     Args:
         checkpoint: Folder of converted weights, or of the transformer alone.
         adapters: (file, strength).
-        dst: A folder that does not exist yet.
+        dst: A folder that does not exist yet, or that a former run made of the same: it stays as it is.
 
     Raises:
         UserError: on bad input or a full disk. Nothing is at `dst` then.
     """
     target = Path(dst).absolute()
-    if os.path.lexists(target):
-        raise UserError(f"{dst} exists: name another --dst, or remove it")
     if not adapters:
         raise UserError("nothing to add: name a LoRA with --lora=FILE")
     if target.resolve().is_relative_to(Path(checkpoint).resolve()):
@@ -59,6 +58,12 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
     for (file, _), digest in zip(adapters, digests, strict=True):
         if digests.count(digest) > 1:
             raise UserError(f"--lora={file} is named twice: add up its strengths")
+    made_of = {
+        "source": manifest["sha256"],
+        "adapters": [[digest, strength] for digest, (_, strength) in zip(digests, adapters, strict=True)],
+    }
+    if os.path.lexists(target):
+        return _finished(target, whole, made_of, dst)
     dtypes = {path: dtype for path, (_, dtype) in manifest["shapes"].items()}
     wanted = {
         path: jax.ShapeDtypeStruct(shape, dtypes.get(path, "float32"))
@@ -73,8 +78,9 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
     temporary = target.with_name(target.name + ".writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        temporary.mkdir(parents=True)  # where that fails, Orbax would wait for minutes
         about = {key: value for key, value in manifest.items() if key not in _COMPUTED}
-        about["merged"] = [*lora.read_merged(source), *digests]
+        about |= {"merged": [*lora.read_merged(source), *digests], "made_of": made_of}
         place = temporary / "transformer" if whole else temporary
         digest = checkpoints.save_params(str(place), params["backbone"], about)
         for part in sorted(Path(checkpoint).iterdir()) if whole else ():
@@ -90,6 +96,20 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return digest
+
+
+def _finished(target: Path, whole: bool, made_of: dict, dst: str) -> str:
+    """The hash of what is at `target`. Raises UserError unless it was made of the same by a former run."""
+    place = str(target / "transformer" if whole else target)
+    if target.is_dir() and checkpoints.holds_params(place):
+        manifest = checkpoints.read_manifest(place, f"remove {dst}, and run the same command again")
+        if manifest.get("made_of") == made_of:
+            with checksums.verified(
+                place, manifest["files"], f"remove {dst}, and run the same command again"
+            ):
+                print(f"{dst} was made of the same before: nothing is left to do")
+            return manifest["sha256"]
+    raise UserError(f"{dst} exists: name another --dst, or remove it")
 
 
 def _link(source: str, target: str) -> str:

@@ -197,3 +197,21 @@ def test_nothing_is_merged_on_bad_input(tmp_path, place, arguments, message):
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not [*place.rglob("merged*"), *tmp_path.rglob("merged*")]
+
+
+def test_a_merge_that_is_done_is_not_done_again(tmp_path, place):
+    dst = tmp_path / "merged"
+    words = ("convert.merge", f"--checkpoint={place}/wan", f"--dst={dst}")
+    first = run_here(*words, f"--lora={place}/a.safetensors=0.5")
+    written = {path: path.stat().st_mtime_ns for path in dst.rglob("*")}
+    again = run_here(*words, f"--lora={place}/a.safetensors=0.5")
+    assert first.returncode == again.returncode == 0 and "nothing is left to do" not in first.stdout
+    assert again.stdout == f"{dst} was made of the same before: nothing is left to do\n{first.stdout}"
+    assert {path: path.stat().st_mtime_ns for path in dst.rglob("*")} == written
+
+    other = run_here(*words, f"--lora={place}/a.safetensors=0.25")
+    assert other.returncode == 1 and "exists: name another --dst" in other.stderr
+    largest = max((dst / "transformer" / "tree").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"x" + largest.read_bytes()[1:])
+    damaged = run_here(*words, f"--lora={place}/a.safetensors=0.5")
+    assert damaged.returncode == 1 and f"{largest} is damaged" in damaged.stderr

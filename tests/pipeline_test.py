@@ -242,7 +242,7 @@ def test_adapters_from_training_to_a_file_and_merged_weights(place, trained):
             ("prophy_jax.sample", config, *merged, f"--lora={place / 'wan' / 'vae' / 'manifest.json'}"),
             "not a readable",
         ),
-        (merge, "exists: name another --dst"),
+        ((*merge[:2], f"--lora={file}=0.5", merge[-1]), "exists: name another --dst"),
         ((*merge[:2], f"--dst={place / 'no'}"), "name a LoRA with --lora=FILE"),
         ((merge[0], merged[0], merge[2], f"--dst={place / 'no'}"), "merged into it already"),
     ):
