@@ -306,6 +306,8 @@ def save_params(folder: str, params: Mapping[str, Any], about: Mapping[str, Any]
             if bucket:
                 manifest_file.unlink(missing_ok=True)
             storage.remove(temporary)
+            if not bucket:
+                os.makedirs(temporary)  # where that fails, Orbax would wait for minutes
     _cut_large_arrays_only()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(os.path.join(temporary, "tree"), params)
