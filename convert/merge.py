@@ -78,7 +78,6 @@ def merge(checkpoint: str, adapters: list[tuple[str, float]], dst: str) -> str:
     temporary = target.with_name(target.name + ".writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-        temporary.mkdir(parents=True)  # where that fails, Orbax would wait for minutes
         about = {key: value for key, value in manifest.items() if key not in _COMPUTED}
         about |= {"merged": [*lora.read_merged(source), *digests], "made_of": made_of}
         place = temporary / "transformer" if whole else temporary

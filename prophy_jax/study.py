@@ -18,6 +18,7 @@ units with --process=0/2 and --process=1/2; who finds all units finished writes
 S seeds, P prompts.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -89,13 +90,10 @@ def make_table(scores: Mapping[str, Sequence[Mapping[str, Any]]], versus: str) -
                 )
     rows = []
     for metric, about in first["metrics"].items():
-        values = {
-            arm: np.array([own["scores"][metric] for own in seeds], float)  # (S, P), NaN: not measured
-            for arm, seeds in scores.items()
-        }
+        values = {arm: _values(seeds, metric) for arm, seeds in scores.items()}
         for arm, own in values.items():
             other = values[versus]
-            measured = np.isfinite(own).all(0) & np.isfinite(other).all(0)  # (P,)
+            measured = statistics.in_both(own, other)  # (P,)
             row = dict.fromkeys(COLUMNS) | {"metric": metric, "arm": arm, "seeds": len(own)}
             row |= {"prompts": int(measured.sum()), "higher_is_better": about["higher_is_better"]}
             if measured.any():
@@ -108,6 +106,11 @@ def make_table(scores: Mapping[str, Sequence[Mapping[str, Any]]], versus: str) -
                     row |= {"p_over_seeds": statistics.p_over_seeds(own, other)}
             rows.append(row)
     return rows
+
+
+def _values(seeds: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
+    """(S, P) of an arm; NaN: not measured."""
+    return np.array([own["scores"][metric] for own in seeds], float)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -176,16 +179,11 @@ def make(unit: Unit, config: str, overrides: Sequence[str], run: Runner) -> int:
     if os.path.exists(os.path.join(place, lock.LOCK)):  # a trainer may have outlived its study
         with lock.held(place, "prophy_jax.study", wait=True):
             pass
-    own = [config, *overrides, f"--config.seed={unit.seed}"]
-    if unit.arm == BASE:
-        own = [config, *overrides]
-        todo = [("scores", ["prophy_jax.evaluate", *own, "--scores", f"--out={unit.folder}"])]
-    else:
-        own.append(f"--workdir={place}")
-        todo = [
-            ("train", ["prophy_jax.train", *own]),
-            ("scores", ["prophy_jax.evaluate", *own, "--scores", f"--out={unit.folder}"]),
-        ]
+    own, todo = [config, *overrides], []
+    if unit.arm != BASE:
+        own += [f"--config.seed={unit.seed}", f"--workdir={place}"]
+        todo.append(("train", ["prophy_jax.train", *own]))
+    todo.append(("scores", ["prophy_jax.evaluate", *own, "--scores", f"--out={unit.folder}"]))
     for name, words in todo:
         log = os.path.join(unit.folder, f"{name}.log")
         status = run(words, log)
@@ -231,16 +229,13 @@ def study(
         os.makedirs(unit.folder, exist_ok=True)
         if unit.scores(settings[unit.arm]):
             continue
-        held = lock.held(unit.folder, "prophy_jax.study", "study.lock")
-        try:
-            held.__enter__()
-        except UserError as error:
-            print(f"left to another process: {error}", flush=True)
-            continue
-        try:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(lock.held(unit.folder, "prophy_jax.study", "study.lock"))
+            except UserError as error:
+                print(f"left to another process: {error}", flush=True)
+                continue
             status = make(unit, configs[unit.arm], overrides, run)
-        finally:
-            held.__exit__(None, None, None)
         if status == signals.STOPPED:
             signals.say("stopped: run the same command to go on")
             return signals.STOPPED
@@ -290,9 +285,7 @@ def write(
         for prompt, value in zip(one["prompts"], values, strict=True)
     ]
     points = {
-        (metric, arm): statistics.differences(
-            *(np.array([one["scores"][metric] for one in found[name]], float) for name in (arm, versus))
-        )
+        (metric, arm): statistics.differences(_values(found[arm], metric), _values(found[versus], metric))
         for metric in first["metrics"]
         for arm in found
     }

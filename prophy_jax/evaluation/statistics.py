@@ -27,9 +27,14 @@ def standard_error(values: np.ndarray) -> float | None:
     return float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
 
 
+def in_both(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(P,) bool: the prompts of which all seeds have a number, in own and other, (S, P) or (1, P) each."""
+    return np.isfinite(own).all(0) & np.isfinite(other).all(0)
+
+
 def differences(own: np.ndarray, other: np.ndarray) -> list[float]:
     """Of each seed the mean of own - other, (S, P) or (1, P) each, over the prompts that all have."""
-    measured = np.isfinite(own).all(0) & np.isfinite(other).all(0)  # (P,)
+    measured = in_both(own, other)
     return (own - other)[:, measured].mean(1).tolist() if measured.any() else []
 
 

@@ -30,6 +30,14 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises UserError where a pattern of the user's is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+
+
 # What the system refuses -> what can be done.
 _DISK = "free some space, or name a folder on another disk, and run the same command again"
 _RIGHTS = "change its permissions, or name another"

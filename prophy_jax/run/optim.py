@@ -16,18 +16,10 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, check_pattern
 
 Tree = dict[str, Any]
 Groups = Sequence[tuple[str, float | None]]
-
-
-def check_pattern(pattern: str, where: str) -> None:
-    """Raises UserError where a pattern is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def groups_of(settings: Any) -> Groups:

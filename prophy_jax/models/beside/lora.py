@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prophy_jax.models.backbone import Backbone, Params, Stream
 from prophy_jax.models.beside.part import Part
-from prophy_jax.run.errors import UserError
+from prophy_jax.run.errors import UserError, check_pattern
 
 ATTENTION = "backbone/blocks/.*attn/[qkvo]"
 
@@ -55,12 +55,7 @@ class Lora(Part):
         if not self.targets:
             raise UserError(f"targets={self.targets!r} of the adapters: give a list, such as [{ATTENTION!r}]")
         for pattern in self.targets:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"targets of the adapters: {pattern!r} is not a regular expression: {error}"
-                ) from error
+            check_pattern(pattern, "targets of the adapters")
 
     @property
     def scale(self) -> float:
