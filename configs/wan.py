@@ -23,6 +23,7 @@ Hardware of the paper's run: not stated by the paper. Ours: one 80 GB GPU holds 
 8 at a time, in 30 GB by the planner's count; no time is measured yet.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -75,7 +76,9 @@ def choose(file: str, variants: Mapping[str, Callable[[], ConfigDict]], arg: str
         "absolute": (absolute_alignment,),
     }
     if arm not in arms:
-        raise UserError(f"{file} has no arm {arm!r}; it has {sorted(filter(None, arms))}")
+        close = difflib.get_close_matches(arm, [name for name in arms if name], 1)
+        guess = f"; did you mean {variant},{close[0]}?" if close else ""
+        raise UserError(f"{file} has no arm {arm!r}; it has {sorted(filter(None, arms))}{guess}")
     if arm and "branch" not in config.parts:
         raise UserError(f"{file}:{variant} trains no branch: it has no arms such as {arm!r}")
     for change in arms[arm]:

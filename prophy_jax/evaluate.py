@@ -90,7 +90,7 @@ def open_run(config: Any, workdir: str | None) -> Opened:
     from prophy_jax.run import checkpoints, optim
 
     if workdir:
-        check_run(config, _run_of(workdir))
+        check_run(config, folders.run_of(workdir))
     batch_size = build.microbatch(config)  # fits the mesh
     mesh = build.build_mesh(config.mesh, batch_size)
     model = build.build_model(config, mesh)
@@ -112,13 +112,8 @@ def open_run(config: Any, workdir: str | None) -> Opened:
     return Opened(mesh, batch_size, model, objective, layout, places, data, split, bucket)
 
 
-def _run_of(workdir: str) -> str:
-    """The run that a checkpoint, WORKDIR/checkpoints/N, is of, or the run itself."""
-    return re.sub(r"/checkpoints/\d+/?$", "", workdir)
-
-
 def _finish(workdir: str) -> str:
-    return f"train it to the end: python -m prophy_jax.train --config=... --workdir={_run_of(workdir)}"
+    return f"train it to the end: python -m prophy_jax.train --config=... --workdir={folders.run_of(workdir)}"
 
 
 def exported(model: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -161,7 +156,7 @@ def evaluate(config: Any, workdir: str, out: str) -> dict[str, Any]:
     from prophy_jax.run import checkpoints, encoders, metrics, optim
 
     # 1. The run and the clips.
-    run = _run_of(workdir)
+    run = folders.run_of(workdir)
     opened = open_run(config, workdir)
     mesh, batch_size, model, objective, layout, places, data, split, bucket = opened
     trained, _ = optim.split(layout, optim.groups_of(config.optimizer))

@@ -82,8 +82,8 @@ def make_table(scores: Mapping[str, Sequence[Mapping[str, Any]]], versus: str) -
     """
     first = scores[versus][0]
     for arm, seeds in scores.items():
-        for seed, own in enumerate(seeds):
-            if own["prompts"] != first["prompts"] or own["metrics"] != first["metrics"]:
+        for seed, scored in enumerate(seeds):
+            if scored["prompts"] != first["prompts"] or scored["metrics"] != first["metrics"]:
                 raise UserError(
                     f"{arm}, seed {seed}, scored other prompts or metrics than {versus}, seed 0: data or "
                     "evaluators have changed; use those of before, or name another --out"
@@ -91,8 +91,8 @@ def make_table(scores: Mapping[str, Sequence[Mapping[str, Any]]], versus: str) -
     rows = []
     for metric, about in first["metrics"].items():
         values = {arm: _values(seeds, metric) for arm, seeds in scores.items()}
-        for arm, own in values.items():
-            other = values[versus]
+        for arm in values:
+            own, other = values[arm], values[versus]
             measured = statistics.in_both(own, other)  # (P,)
             row = dict.fromkeys(COLUMNS) | {"metric": metric, "arm": arm, "seeds": len(own)}
             row |= {"prompts": int(measured.sum()), "higher_is_better": about["higher_is_better"]}
@@ -211,7 +211,8 @@ def study(
     configs = {arm: name_configuration(words, arm) for arm in arms}
     if BASE in arms:
         build.named(config, "backbone", config.backbone_params)
-    settings, references = {}, {}
+    settings: dict[str, Any] = {}
+    references: dict[str, Any] = {}
     for arm in arms:
         settings[arm], references = check_arm([configs[arm], *overrides])
     shared = {"run": workdir.run_identity(config, "study"), **references}

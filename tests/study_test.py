@@ -176,7 +176,7 @@ def test_arms_follow_the_variant():
 def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, tiny_data):
     words = ("prophy_jax.study", "--config=configs/wan.py:tiny", f"--config.data.dir={tiny_data}")
     for more, message in (
-        (["--arms=lora,lor"], "no arm 'lor'"),
+        (["--arms=lora,lor"], "did you mean tiny,lora?"),
         (["--arms=lora", "--versus=full"], "--versus=full is not among --arms=lora"),
         (["--arms=lora,lora"], "names 'lora' twice"),
         (["--arms=lora", "--process=3/2"], "say which of how many"),

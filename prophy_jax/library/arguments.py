@@ -53,6 +53,7 @@ def number(name: str, value: Any) -> float:
 
 def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
     """Raises UserError unless `value` is a whole number in this range."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+    whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
+    if not whole or not least <= int(value) <= most:
         raise UserError(f"{name}={value!r}: give a whole number from {least} to {most}")
     return int(value)

@@ -41,7 +41,7 @@ def use_checkpoint(config: Any, folder: str, say: Callable[[str], Any] = print) 
         config.backbone_params = os.path.join(folder, "transformer")
         config.codec_params = os.path.join(folder, "vae")
         config.text_encoder_params = os.path.join(folder, "text_encoder")
-        names = ("backbone", "codec", "text_encoder")
+        names: tuple[str, ...] = ("backbone", "codec", "text_encoder")
     else:
         if (root / "checkpoints").is_dir() or (root / "state").is_dir():
             found = checkpoints.find_parts(folder)

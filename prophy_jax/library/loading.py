@@ -179,7 +179,7 @@ def _find_adapters(lora: Adapter | Sequence[Adapter] | None) -> list[tuple[str, 
 def _find_config(folders: Sequence[str], manifest: Mapping[str, Any], place: str) -> ConfigDict:
     """The configuration of the run that made one of these folders, the first; else the nearest public one."""
     for folder in folders:
-        part = re.sub(r"/checkpoints/\d+(/\w+/\w+)?$", "", folder.rstrip("/"))
+        part = workdir.run_of(folder.rstrip("/"))
         whole = (storage.path(part) / "transformer").is_dir()
         for parent in [part] if whole else [part, os.path.dirname(part) or "."]:
             if (storage.path(parent) / "config.json").is_file():

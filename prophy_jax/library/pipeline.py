@@ -9,7 +9,7 @@ import re
 import types
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tqdm
@@ -59,7 +59,7 @@ class Pipeline:
         self._loaded, self._negatives = loaded, negatives
         self.config, self.scale = config, types.MappingProxyType(dict(scale))
         changed = {
-            name: dataclasses.replace(part, strength=scale[name])
+            name: dataclasses.replace(cast(Any, part), strength=scale[name])
             for name, part in loaded.model.parts.items()
             if hasattr(part, "strength") and part.strength != scale[name]
         }
@@ -217,19 +217,17 @@ class Pipeline:
         latents, frames = (np.concatenate(each) for each in zip(*made, strict=True))
 
         def look() -> tuple[tuple[str, ...], np.ndarray] | None:
-            found = [
-                self._loaded.find_routing(
-                    self.model,
-                    latents[own],
-                    {"text": text.text[own], "text_mask": text.text_mask[own]},
-                    batch,
-                )
-                for own in rows
-            ]
-            if found[0] is None:
-                return None
-            maps = np.concatenate([one[1] for one in found])  # (B, N, E)
-            return found[0][0], maps.reshape(len(maps), *grid, -1)
+            names: tuple[str, ...] = ()
+            parts = []
+            for own in rows:
+                words = {"text": text.text[own], "text_mask": text.text_mask[own]}
+                found = self._loaded.find_routing(self.model, latents[own], words, batch)
+                if found is None:
+                    return None
+                names = found[0]
+                parts.append(found[1])
+            maps = np.concatenate(parts)  # (B, N, E)
+            return names, maps.reshape(len(maps), *grid, -1)
 
         how = {key: settings[key] for key in SETTINGS}
         how["shift"] = settings["shift"] or self._loaded.objective.shift

@@ -246,36 +246,31 @@ def _nearest(name: str) -> str:
 
 def read_configuration(words: Sequence[str]) -> Any:
     """The configuration that words such as --config=FILE:ARG --config.KEY=VALUE give. Raises UserError."""
-    from ml_collections import config_flags
-
-    values, whole = flags.FlagValues(), sys.argv
-    config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True)
     try:
-        sys.argv = [whole[0], *words]
-        _find_configuration()
-        values(sys.argv)
-        _expand_paths(values.config)
-        return values.config
+        config = _load(words, lock_config=True)
+        _expand_paths(config)
+        return config
     except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{words[0]} does not take these settings ({reason}): leave one out") from error
-    finally:
-        sys.argv = whole
 
 
 def _load_alone() -> Any:
     """The configuration that --config names, without overrides."""
+    words = sys.argv[1:]
+    place = next(i for i, word in enumerate(words) if re.match("--?config(=|$)", word))
+    return _load(words[place : place + (1 if "=" in words[place] else 2)], lock_config=False)
+
+
+def _load(words: Sequence[str], lock_config: bool) -> Any:
+    """What words give as a command line; the library reads overrides from sys.argv itself."""
     from ml_collections import config_flags
 
-    program, *words = whole = sys.argv
-    values = flags.FlagValues()
-    place = next(i for i, word in enumerate(words) if re.match("--?config(=|$)", word))
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
+    values, whole = flags.FlagValues(), sys.argv
+    config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=lock_config)
     try:
-        sys.argv = [
-            program,
-            *words[place : place + (1 if "=" in words[place] else 2)],
-        ]  # it reads overrides here
+        sys.argv = [whole[0], *words]
+        _find_configuration()
         values(sys.argv)
         return values.config
     finally:

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 import types
@@ -268,6 +269,11 @@ def claim_run(
     own = {"config": config_as_json(config), "references": dict(references), "categories": list(categories)}
     claim(workdir, "config.json", own, "--workdir", compare, add)
     return "".join(now)
+
+
+def run_of(folder: str) -> str:
+    """The run of a checkpoint, WORKDIR/checkpoints/N, or of parameters in one; else the folder itself."""
+    return re.sub(r"/checkpoints/\d+(/\w+/\w+)?/?$", "", folder)
 
 
 def _latest_step(workdir: str | os.PathLike) -> int:
