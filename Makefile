@@ -1,8 +1,8 @@
 # make demo          environment, install, and the whole demo: runs/demo/report.html
 # make demo-data     video files through every stage on tiny random weights; CLIPS=DIR: real ones (docs/data.md)
 # make test          environment, install, and the whole suite
-# make test-latest   the torch-free suite on Python 3.12 or later with the newest jax
-# make test-lowest   the torch-free suite on the lowest versions that requirements.txt allows
+# make test-latest   what depends on versions, on Python 3.12 or later with the newest ones
+# make test-lowest   the same on the lowest versions that requirements.txt allows
 # make test-jobs     commands that are stopped, killed, in buckets, on a Ray cluster
 # make test-full     all of these, and the long checks
 # make reliability   kills, damaged files and failing systems, up to half an hour; SEED=1: other ones
@@ -23,7 +23,11 @@ LOWEST := .venv-lowest
 WHEEL := $(CURDIR)/.venv-wheel
 RUN := $(VENV)/bin/python
 JOBS := -m "jobs and not slow"
-PYTEST := -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
+# A test that hangs ends its process, which prints where it was; the others go on in a new one.
+PYTEST := -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder --timeout=900 --timeout-method=thread
+# What depends on the versions of jax, flax, optax, orbax, grain and transformers.
+VERSIONS := $(foreach name,cli checkpoints cogvideox_run loader net optim parallel prepare records sample storage \
+	text train wan workdir,tests/$(name)_test.py)
 # The TPU's compiler, for the tests of prophy_jax.plan, in the version that jax names. It is installed
 # apart: next to jax, it would make every command look for a TPU first.
 LIBTPU := import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
@@ -55,10 +59,10 @@ test: $(VENV)/.installed-test lint
 test-jobs: $(VENV)/.installed-test
 	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) $(JOBS) || { \
 		echo "what failed is tried again, one at a time: some of these need a machine that is not too slow"; \
-		PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) -m pytest -q -rs $(JOBS) --last-failed --last-failed-no-failures none; }
+		PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) -m pytest -q -rs --timeout=900 --timeout-method=thread $(JOBS) --last-failed --last-failed-no-failures none; }
 
 test-full: $(VENV)/.installed-test
-	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) -m "slow or not slow or jobs"
+	PYTHONPATH=$(CURDIR)/$(VENV)/tpu $(RUN) $(PYTEST) --timeout=7200 -m "slow or not slow or jobs"
 
 SEED := 0
 reliability: $(VENV)/.installed-test
@@ -70,7 +74,7 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/mypy
 
 test-latest: $(LATEST)/.installed
-	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST)
+	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST) $(VERSIONS)
 	PYTHONPATH=$(CURDIR)/$(LATEST)/tpu $(LATEST)/bin/python $(PYTEST) $(JOBS) tests/distributed_test.py
 
 $(LATEST)/.installed: requirements.txt pyproject.toml
@@ -82,15 +86,14 @@ $(LATEST)/.installed: requirements.txt pyproject.toml
 	touch $@
 
 # On Python 3.11, the lowest that is supported: of each package that requirements.txt names, its lower bound.
-# Without the files that take longest and call little that other tests do not.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python $(PYTEST) $(foreach name,train_step prophy benchmarks contributing,--ignore=tests/$(name)_test.py)
+	$(LOWEST)/bin/python $(PYTEST) $(VERSIONS)
 
 $(LOWEST)/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n 's/^\([^#>]*\)>=\([^, ]*\).*/\1==\2/p' requirements.txt > $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt "pytest>=8" "pytest-xdist>=3.7"
+	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt "pytest>=8" "pytest-timeout>=2.4" "pytest-xdist>=3.7"
 	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 

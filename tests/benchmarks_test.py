@@ -41,6 +41,7 @@ def listed(operations) -> int:
     return sum(count * kernels.op_flops(op, 1536) for op, count in operations.items())
 
 
+@pytest.mark.slow
 def test_the_operations_of_a_step_add_up_to_its_flops(steps):
     model_flops = flops.count(train_step.trace(measure.SHAPES["wan49"], "none", "xla"))
     # Left out: the embeddings, the head and the routers.

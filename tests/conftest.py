@@ -39,7 +39,7 @@ pytest_plugins = ["tests.bucket"]
 
 
 # Files that take longest, which begin: test processes that begin with short ones would end minutes apart.
-LONG = ("pipeline", "train", "distributed", "train_step", "signals", "plan", "pipeline_parity", "evaluate")
+LONG = ("pipeline", "distributed", "train_step", "signals", "plan", "train", "sample", "evaluate", "prophy")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

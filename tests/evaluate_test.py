@@ -324,7 +324,7 @@ def test_adapters_of_the_branch_are_measured_and_not_exported(tiny_data, tmp_pat
     assert "exported" not in evaluate.evaluate(config, str(tmp_path / "run"), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("ablation", ["pb", "pb+reb"])
+@pytest.mark.parametrize("ablation", [pytest.param("pb", marks=pytest.mark.slow), "pb+reb"])
 def test_parts_that_do_not_exist_are_left_out(ablation, tiny_data, tmp_path):
     config = prepared(f"tiny,{ablation}", tiny_data, tmp_path / "run")
     results = evaluate.evaluate(config, str(tmp_path / "run"), str(tmp_path / "out"))

@@ -176,6 +176,7 @@ def pipes(public, one_device):
     return {name: prophy_jax.load(public[name], settings=small) for name in ("wan", "cogvideox")}
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side(pipes):
     """With no configuration named: that of the nearest public model."""
     wan, cogvideox = pipes["wan"], pipes["cogvideox"]

@@ -1216,6 +1216,7 @@ print([name for name in ("jax", "torch", "tensorflow", "tensorflow_datasets") if
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory by Linux's /proc")
 def test_80_000_clips_are_listed_in_bounded_time_and_memory(tmp_path):
     count, zips = 80_000, 128

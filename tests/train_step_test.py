@@ -131,7 +131,7 @@ def losses_of(metrics):
 @pytest.mark.parametrize(
     "mesh",
     # (2, 2, 2) splits the parameters over fsdp too.
-    [(8, 1, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 1, 8)],
+    [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in [(8, 1, 1), (1, 8, 1)]), (2, 2, 2), (1, 1, 8)],
     ids=lambda mesh: "x".join(map(str, mesh)),
 )
 def test_losses_and_parameters_are_equal_on_every_mesh(whole, mesh, small_parts):
@@ -160,7 +160,7 @@ def without_balance(reduction="mean"):
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
 def test_accumulation_is_exact(reduction):
     changes = without_balance(reduction)
     one, whole_state, _ = run_steps(tiny(**changes), jax.devices()[:1], steps=1)
@@ -254,9 +254,13 @@ ARMS = {
     "bce": COPIES | REFINEMENT | {"semantic": {"bce"}},
     "absolute": COPIES | SEMANTIC | {"refinement": {"absolute_alignment"}},
 }
+# Their parts are in those of other arms.
+LIKE_OTHERS = ("lora", "pb", "pb+seb", "pb+reb", "full", "bce")
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [pytest.param(arm, marks=pytest.mark.slow if arm in LIKE_OTHERS else ()) for arm in ARMS]
+)
 def test_arms_have_the_parts_and_losses_they_name(arm):
     config = get_config(f"tiny,{arm}")
     reference = tiny()
