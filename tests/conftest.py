@@ -39,7 +39,18 @@ pytest_plugins = ["tests.bucket"]
 
 
 # Files that take longest, which begin: test processes that begin with short ones would end minutes apart.
-LONG = ("pipeline", "distributed", "train_step", "signals", "plan", "train", "sample", "evaluate", "prophy")
+LONG = (
+    "pipeline",
+    "distributed",
+    "study",
+    "train_step",
+    "signals",
+    "plan",
+    "train",
+    "sample",
+    "evaluate",
+    "prophy",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
