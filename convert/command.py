@@ -167,10 +167,11 @@ def open_component(
         raise UserError(f"{where} holds no tensor of a {model.name} {part}: is it the right file?")
     tensors, copies = _set_copies_apart(tensors)
     known = _configure(model, str(source.config), lambda: kind.of_json(fields)) if fields else {}
-    if known.get("num_layers", 0) > len(all_shapes):  # or its table of names would fill the memory
-        raise UserError(
-            f"{source.config} has {known['num_layers']} layers, {where} {len(all_shapes)} tensors"
-        )
+    layers = known.get("num_layers", 0)
+    if not isinstance(layers, int):
+        raise UserError(f"{source.config}: {json.dumps(layers)} is no number of layers")
+    if layers > len(all_shapes):  # or its table of names would fill the memory
+        raise UserError(f"{source.config} has {layers} layers, {where} {len(all_shapes)} tensors")
     if known:
         sizes, table = _configure(model, str(source.config), lambda: _build(kind, naming, known))
     elif naming in kind.of_shapes:

@@ -675,6 +675,7 @@ def test_a_part_that_is_there_in_both_layouts_is_refused(tmp_path, part):
         ("transformer", {"_class_name": "WanTransformer3DModel"}, "is a WanTransformer3DModel"),
         ("transformer", {"flip_sin_to_cos": False}, "config.json: it has flip_sin_to_cos False"),
         ("transformer", {"attention_head_dim": None}, "config.json lacks 'attention_head_dim'"),
+        ("transformer", {"num_layers": {"x": 1}}, '{"x": 1} is no number of layers'),
         ("transformer", {"num_layers": 4}, "missing transformer_blocks.3.attn1.norm_k.bias"),
         ("transformer", {"patch_size_t": 2}, "patch_embed.proj.weight is (48, 16, 2, 2), not (48, 128)"),
         ("vae", {"use_quant_conv": True}, "config.json: it has use_quant_conv True"),

@@ -589,6 +589,8 @@ def write_config(folder, **values):
         (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
         # Before a folder of labels is begun for this model.
         (lambda folder: (folder / "chat_template.jinja").write_text("null"), "gives 0 video tokens"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% if x %}"), "does not run"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages + 1 }}"), "does not run"),
     ],
 )
 def test_bad_models(model_folder, tmp_path, damage, message):

@@ -290,12 +290,19 @@ class Vlm:
 
     def _message(self, content: list[dict[str, str]]) -> list[int]:
         """Token ids of one message, up to where its answer begins."""
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=self._template,
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=self._template,
+            )
+        except Exception as error:  # a template is a program, and may do anything
+            reason = " ".join(str(error).split())
+            where = self._tokenizer.name_or_path
+            raise UserError(
+                f"the chat template of {where} does not run ({reason}): download it again"
+            ) from error
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def _positions(self, before: list[int], after: list[int], grid, seconds: float) -> Tensor:
